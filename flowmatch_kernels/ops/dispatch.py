@@ -1,0 +1,214 @@
+"""Which backend runs: the one place where that is decided."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native, reference
+from .fused_step import check_operands, library
+
+logger = logging.getLogger("flowmatch_kernels")
+
+ENVIRONMENT_VARIABLE = "FLOWMATCH_KERNELS_BACKEND"
+
+
+class Backend(NamedTuple):
+    """One implementation of `ops.fused_step`."""
+
+    name: str
+    devices: tuple[str, ...]
+    """Device types it serves; empty: any."""
+    unavailable: Callable[[str], str | None]
+    """Why it cannot serve tensors of this device type, or None. Does not ask whether there is a GPU."""
+    load: Callable[[], Callable[..., None]]
+    """Its fused_step_."""
+
+
+def _triton_unavailable(device_type: str) -> str | None:
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return "it runs on the CPU only under TRITON_INTERPRET=1"
+    try:
+        importlib.import_module(".triton", __package__)
+    except Exception as error:  # a broken Triton may raise anything, and is only worth its reason
+        return f"Triton cannot be imported: {error}"
+    return None
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend(
+            "triton",
+            ("cuda", "cpu"),
+            _triton_unavailable,
+            lambda: importlib.import_module(".triton", __package__).fused_step_,
+        ),
+        Backend(
+            "cuda",
+            ("cuda",),
+            lambda device_type: native.cuda_unavailable(),
+            lambda: native.cuda_fused_step_,
+        ),
+        Backend(
+            "cpu",
+            ("cpu",),
+            lambda device_type: native.cpu_unavailable(),
+            lambda: native.cpu_fused_step_,
+        ),
+        Backend("reference", (), lambda device_type: reference.unavailable(), lambda: reference.fused_step_),
+    )
+}
+
+#: What "auto" tries, in this order.
+PREFERENCE = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
+
+_chosen: ContextVar[str | None] = ContextVar("flowmatch_kernels_backend", default=None)
+_told: set[tuple[str, str]] = set()
+
+
+def available_backends() -> dict[str, str | None]:
+    """Each backend's name, with None where it can run on this machine, else the reason why not."""
+    reasons = {}
+    for name, backend in BACKENDS.items():
+        reason: str | None = None
+        if "cuda" in backend.devices and not torch.cuda.is_available():
+            reason = "there is no CUDA or ROCm device"
+            if name == "triton" and os.environ.get("TRITON_INTERPRET", "0") == "1":
+                reason = backend.unavailable("cpu")
+            elif name == "triton" and importlib.util.find_spec("triton") is None:
+                reason += ", and Triton is not installed"
+            elif name == "cuda" and (built := native.cuda_unavailable()) is not None:
+                reason = built
+        else:
+            reason = backend.unavailable(backend.devices[0] if backend.devices else "cpu")
+        reasons[name] = reason
+    return reasons
+
+
+def check_name(name: str) -> str:
+    """Returns `name` if it is "auto" or a backend's.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"unknown backend {name!r} (known: auto, {', '.join(BACKENDS)})")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within this context (of this thread or task), `backend="auto"` means `name`.
+
+    Raises:
+        ValueError: there is no such backend.
+
+    Example:
+        >>> import flowmatch_kernels
+        >>> with flowmatch_kernels.use_backend("reference"):
+        ...     x = flowmatch_kernels.FlowMatching(x_dims=2).sample(3, lambda x, t: x)
+    """
+    token = _chosen.set(check_name(name))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def choose(name: str, device_type: str) -> Backend:
+    """The backend for tensors of this device type.
+
+    Args:
+        name: A backend's name, or "auto": then `use_backend`, then FLOWMATCH_KERNELS_BACKEND decide, and
+            last the order of `PREFERENCE`.
+        device_type: "cpu", "cuda" (ROCm too), ...
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the backend was asked for by name and cannot serve; says why.
+    """
+    if check_name(name) == "auto":
+        name = _chosen.get() or check_name(os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
+    if name != "auto":
+        backend = BACKENDS[name]
+        reason = _cannot_serve(backend, device_type)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} was asked for and cannot be used: {reason}")
+        return backend
+    for candidate in PREFERENCE.get(device_type, ("reference",)):
+        backend = BACKENDS[candidate]
+        reason = _cannot_serve(backend, device_type)
+        if reason is None:
+            return backend
+        if (candidate, reason) not in _told:
+            _told.add((candidate, reason))
+            logger.warning("backend %r is passed over on %s: %s", candidate, device_type, reason)
+    raise AssertionError("the reference backend serves every device")
+
+
+def _cannot_serve(backend: Backend, device_type: str) -> str | None:
+    if backend.devices and device_type not in backend.devices:
+        return f"it serves {' and '.join(backend.devices)} tensors, got {device_type}"
+    return backend.unavailable(device_type)
+
+
+def is_eager() -> bool:
+    """Plain eager mode: no dispatch or function mode, no transform, no compiler or exporter, no capture."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def entry(backend: Backend, state: Tensor) -> Callable[..., None]:
+    """The fused_step_ to call for this state: the backend's own, or in other than eager mode the op."""
+    if is_eager() and type(state) is Tensor:
+        return backend.load()
+    if backend.name == "reference":  # plain PyTorch, which every mode sees through
+        return reference.fused_step_
+    op = torch.ops.flowmatch_kernels.fused_step_
+    if backend.name == choose("auto", state.device.type).name:
+        return op
+
+    def chosen_op(*operands: Any) -> None:
+        with use_backend(backend.name):
+            op(*operands)
+
+    return chosen_op
+
+
+# ---- the kernels of the registered ops ----
+
+
+def _routed_fused_step_(out: Tensor, *operands: Any) -> None:
+    check_operands(out, *operands)
+    choose("auto", out.device.type).load()(out, *operands)
+
+
+def _routed_fused_step(base: Tensor, *operands: Any) -> Tensor:
+    out = torch.empty_like(base)
+    _routed_fused_step_(out, base, *operands)
+    return out
+
+
+def _register(device_key: str) -> None:
+    library.impl("fused_step", _routed_fused_step, device_key)
+    library.impl("fused_step_", _routed_fused_step_, device_key)
+
+
+_register("CUDA")
+if native.cpu_unavailable() is not None:  # else csrc/bindings.cpp has registered C++ for the CPU
+    _register("CPU")

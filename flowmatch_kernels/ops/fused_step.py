@@ -1,0 +1,197 @@
+"""The one operation of this package: its contract, its schemas and its fakes.
+
+    h0  = v                          unguided (u is None)
+    h0  = w0*u + w1*v                guided, each product and the sum rounded to the velocity's dtype
+    out = a*base + b0*h0 + b1*h1 + b2*h2 + b3*h3       left to right, never an FMA
+    out is written; so is trajectory[:, slot] = out; so is history = h0 + c*base (h0 alone where c is 0)
+
+Types. S is the state's dtype (base, out, trajectory), V the velocity's (v, u), A the arithmetic dtype
+(h1..h3, history, coefficients): float64 for a float64 state, else float32. V may not be wider than S.
+The weights w0, w1 are cast to V's own arithmetic dtype first (float32 unless V is float64).
+
+Rounding. Each product and each partial sum is rounded to S. With `velocity_rounding`, each product
+b_k*h_k is rounded to V instead, its coefficient rounded to V first; a*base stays in S.
+
+Bytes moved per element are the least possible: each operand is read once, each result written once.
+Every backend gives the same bits as `reference.fused_step`, which is the definition.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "flowmatch_kernels"
+
+#: The columns of a row of coefficients.
+COLUMNS = ("a", "b0", "b1", "b2", "b3", "w0", "w1", "c")
+
+#: state dtype -> the velocity dtypes that do not widen it
+VELOCITY_DTYPES = {
+    torch.float64: (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    torch.float32: (torch.float32, torch.bfloat16, torch.float16),
+    torch.bfloat16: (torch.bfloat16,),
+    torch.float16: (torch.float16,),
+}
+
+_OPERANDS = (
+    "Tensor base, Tensor v, Tensor? u, Tensor? h1, Tensor? h2, Tensor? h3, "
+    "Tensor coefficients, int row, bool velocity_rounding=False"
+)
+FUSED_STEP = f"fused_step({_OPERANDS}) -> Tensor"
+FUSED_STEP_ = (
+    f"fused_step_(Tensor(a!) out, {_OPERANDS}, "
+    "Tensor(b!)? trajectory=None, int slot=0, Tensor(c!)? history=None) -> ()"
+)
+
+
+def arithmetic_dtype(state_dtype: torch.dtype) -> torch.dtype:
+    """A, the dtype of coefficients and history: float64 for a float64 state, else float32."""
+    return torch.float64 if state_dtype == torch.float64 else torch.float32
+
+
+def check_operands(
+    out: Tensor,
+    base: Tensor,
+    v: Tensor,
+    u: Tensor | None,
+    h1: Tensor | None,
+    h2: Tensor | None,
+    h3: Tensor | None,
+    coefficients: Tensor,
+    row: int,
+    velocity_rounding: bool = False,
+    trajectory: Tensor | None = None,
+    slot: int = 0,
+    history: Tensor | None = None,
+) -> None:
+    """Raises where an operand breaks the contract above; the C++ ops hold the same checks.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, a device, a layout, the row or the slot is wrong.
+    """
+    state = base.dtype
+    if state not in VELOCITY_DTYPES:
+        raise TypeError(f"base must be float32, float64, bfloat16 or float16, got {state}")
+    if v.dtype not in VELOCITY_DTYPES[state]:
+        raise TypeError(f"v is {v.dtype}, wider than the state's {state}: cast v, or choose a wider state")
+    arithmetic = arithmetic_dtype(state)
+    if h2 is not None and h1 is None or h3 is not None and h2 is None:
+        raise ValueError("history terms fill up from h1: h2 needs h1, h3 needs h2")
+    shape, device = base.shape, base.device
+    for name, tensor, dtype in (
+        ("base", base, state),
+        ("out", out, state),
+        ("v", v, v.dtype),
+        ("u", u, v.dtype),
+        ("h1", h1, arithmetic),
+        ("h2", h2, arithmetic),
+        ("h3", h3, arithmetic),
+        ("history", history, arithmetic),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have base's shape {list(shape)}, got {list(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on base's device {device}, got {tensor.device}")
+        if name not in ("v", "u") and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {list(tensor.stride())}")
+    if coefficients.dtype != arithmetic:
+        raise TypeError(f"coefficients must be {arithmetic}, got {coefficients.dtype}")
+    if coefficients.dim() != 2 or coefficients.shape[1] != len(COLUMNS) or not coefficients.is_contiguous():
+        raise ValueError(
+            f"coefficients must be contiguous, [rows, {len(COLUMNS)}], got {list(coefficients.shape)}"
+        )
+    if coefficients.device != device:
+        raise ValueError(f"coefficients must be on base's device {device}, got {coefficients.device}")
+    if not 0 <= row < coefficients.shape[0]:
+        raise ValueError(f"row must be in [0, {coefficients.shape[0]}), got {row}")
+    if trajectory is not None:
+        if trajectory.dtype != state:
+            raise TypeError(f"trajectory must be {state}, got {trajectory.dtype}")
+        if (
+            base.dim() == 0
+            or trajectory.dim() != base.dim() + 1
+            or trajectory.shape[:1] + trajectory.shape[2:] != shape
+            or not trajectory.is_contiguous()
+        ):
+            raise ValueError(
+                f"trajectory must be contiguous, [B, slots, *x_dims] for a state {list(shape)}, "
+                f"got {list(trajectory.shape)}"
+            )
+        if trajectory.device != device:
+            raise ValueError(f"trajectory must be on base's device {device}, got {trajectory.device}")
+        if not 0 <= slot < trajectory.shape[1]:
+            raise ValueError(f"slot must be in [0, {trajectory.shape[1]}), got {slot}")
+
+
+# ---- registration: schemas, fakes, autograd. dispatch.py adds the kernels. ----
+
+library = torch.library.Library(NAMESPACE, "DEF")
+library.define(FUSED_STEP, tags=(torch.Tag.pt2_compliant_tag,))
+library.define(FUSED_STEP_, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::fused_step", lib=library)
+def _fused_step_fake(base: Tensor, *operands: Any) -> Tensor:
+    check_operands(base, base, *operands)
+    return torch.empty_like(base)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::fused_step_", lib=library)
+def _fused_step_inplace_fake(*operands: Any) -> None:
+    check_operands(*operands)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    base, v, u, h1, h2, h3, coefficients, row, _ = inputs
+    if coefficients.requires_grad:
+        raise NotImplementedError("fused_step has no gradient for its coefficients: detach them")
+    ctx.save_for_backward(coefficients)
+    ctx.row = row
+    ctx.dtypes = base.dtype, v.dtype
+    ctx.present = u is not None, h1 is not None, h2 is not None, h3 is not None
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient of the exact expression: each rounding counts as the identity."""
+    (coefficients,) = ctx.saved_tensors
+    state, velocity = ctx.dtypes
+    guided, *history = ctx.present
+    a, b0, b1, b2, b3, w0, w1, _ = coefficients[ctx.row].unbind()
+    gradient = gradient.to(coefficients.dtype)
+    to_h0 = b0 * gradient
+    to_history = [b * gradient if present else None for b, present in zip((b1, b2, b3), history, strict=True)]
+    return (
+        (a * gradient).to(state),
+        (w1 * to_h0 if guided else to_h0).to(velocity),
+        (w0 * to_h0).to(velocity) if guided else None,
+        *to_history,
+        None,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd(
+    f"{NAMESPACE}::fused_step", _backward, setup_context=_setup_context, lib=library
+)
+
+
+def _fused_step_inplace_autograd(*operands: Any) -> None:
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in operands):
+        raise RuntimeError(
+            "fused_step_ writes in place and has no gradient, and an operand requires grad: "
+            "detach it, or call torch.ops.flowmatch_kernels.fused_step"
+        )
+    with torch._C._AutoDispatchBelowAutograd():
+        torch.ops.flowmatch_kernels.fused_step_(*operands)
+
+
+library.impl("fused_step_", _fused_step_inplace_autograd, "Autograd")

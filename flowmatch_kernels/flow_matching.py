@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import solvers
 from .base import BaseDiffusion, StepFn
-from .ops import dispatch
+from .ops import dispatch, reference
 from .ops.fused_step import VELOCITY_DTYPES, arithmetic_dtype
 from .sampling import integrate
 from .solvers import Evaluation, Table
@@ -172,7 +172,7 @@ class FlowMatching(BaseDiffusion):
         trajectory = None
         if return_all_steps:
             trajectory = state.new_empty((batch_size, table.steps + 1, *self.x_dims))
-            trajectory[:, 0] = state
+            reference.copy_(trajectory.select(1, 0), state)
         clock = table.times.clone()  # step_fn may write to t, and the caller to what is returned
         ones = [1] * len(self.x_dims)
         times = clock.view(-1, 1, *ones).expand(-1, batch_size, *ones).unbind()
@@ -187,7 +187,7 @@ class FlowMatching(BaseDiffusion):
             1.0 if weight is None else weight,
             over,
         )
-        return state if trajectory is None else (trajectory, clock[: table.steps + 1])
+        return state if trajectory is None else (trajectory, clock.narrow(0, 0, table.steps + 1))
 
     def construct_training_data(self, x: Tensor) -> dict[str, Any]:
         """The training pair of conditional flow matching: noisy_x = t*x + (1 - t)*noise.
@@ -287,7 +287,7 @@ class FlowMatching(BaseDiffusion):
                     f"inference_step is {steps}, and time_steps has {grid.numel()} entries, "
                     f"{grid.numel() - 1} steps: pass one of them"
                 )
-        dt = grid[1:] - grid[:-1] if step_sizes is None else _step_sizes(step_sizes, grid.numel() - 1)
+        dt = torch.diff(grid) if step_sizes is None else _step_sizes(step_sizes, grid.numel() - 1)
         return solvers.build(int_method, grid, dt, arithmetic, device, weight)
 
     def _noise(
@@ -304,8 +304,7 @@ class FlowMatching(BaseDiffusion):
             where = device if generator is None else generator.device
             state = torch.randn(batch_size, *self.x_dims, dtype=dtype, device=where, generator=generator).to(device)
         else:
-            state = torch.empty_like(noise, dtype=dtype, memory_format=torch.contiguous_format).copy_(noise)
-            state = state.detach()
+            state = noise.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
         return state if temperature == 1.0 else state * temperature
 
 
@@ -335,7 +334,7 @@ def _grid(time_steps: Tensor | Sequence[float]) -> Tensor:
         raise TypeError(f"time_steps must be floating point, got {grid.dtype}")
     if grid.dim() != 1 or grid.numel() < 2:
         raise ValueError(f"time_steps must be 1-D with two or more entries, got shape {list(grid.shape)}")
-    differences = grid[1:] - grid[:-1]
+    differences = torch.diff(grid)
     if not ((differences > 0).all() or (differences < 0).all()):
         raise ValueError(f"time_steps must be strictly monotonic, up or down, without NaN, got {grid.tolist()}")
     return grid

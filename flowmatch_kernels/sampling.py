@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .base import StepFn
 from .ops import reference
+from .ops.dispatch import is_eager
 from .ops.fused_step import VELOCITY_DTYPES, arithmetic_dtype
 from .solvers import Evaluation, Table
 
@@ -105,12 +106,12 @@ def _step_through_op(
 ) -> Tensor:
     """One step by the functional op, for a velocity that is a tensor subclass: so is the result."""
     if history is not None:
-        history.copy_(reference.remember(base, v, u, coefficients, row))
+        reference.copy_(history, reference.remember(base, v, u, coefficients, row))
     result = torch.ops.flowmatch_kernels.fused_step(
         base, v, u, h1, h2, h3, coefficients, row, velocity_rounding
     )
     if trajectory is not None:
-        trajectory[:, slot].copy_(result)
+        reference.copy_(trajectory.select(1, slot), result)
     return result
 
 
@@ -156,7 +157,6 @@ class Velocity:
             and v.dtype in self.dtypes
             and v.device == self.device
             and v.layout is torch.strided
-            and not v.is_neg()
         )
 
     def _check(self, v: object, name: str) -> None:
@@ -187,7 +187,7 @@ class Velocity:
             v = v.to(self.dtype)
         if not is_traceable_wrapper_subclass(v):
             v = v.as_subclass(Tensor)
-        return v.detach().resolve_neg().expand(self.shape)
+        return v.detach().expand(self.shape)
 
 
 def _described(value: object) -> str:
@@ -197,6 +197,8 @@ def _described(value: object) -> str:
 def _same_storage(x: object, y: object) -> bool:
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         return False
+    if not is_eager():  # a traced tensor has no memory yet, and a wrapper's is not its own
+        return True
     return x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
@@ -209,7 +211,9 @@ class StateBuffers:
     """
 
     def __init__(self, state: Tensor) -> None:
-        self._reuse = type(state) is Tensor and state.device.type == "cpu" and _UNHELD is not None
+        self._reuse = (
+            is_eager() and type(state) is Tensor and state.device.type == "cpu" and _UNHELD is not None
+        )
         self._spare: Tensor | None = None
 
     def next(self, state: Tensor, keep: Tensor | None) -> Tensor:

@@ -92,13 +92,19 @@ def build(
         weight: The guidance weight w; w0 = 1 - w is taken in double, as eager Python does.
     """
     rows = solver(int_method)(grid, dt)
-    columns = dict.fromkeys(COLUMNS, 0.0) | {"a": rows.a, "c": rows.c}
+    columns: dict[str, Tensor | float] = dict.fromkeys(COLUMNS, 0.0) | {"a": rows.a, "c": rows.c}
     columns |= {f"b{k}": column for k, column in enumerate(rows.b)}
     if weight is not None:
         columns |= {"w0": 1 - weight, "w1": weight}
-    coefficients = torch.empty(len(rows.evaluations), len(COLUMNS), dtype=dtype, device=device)
-    for k, name in enumerate(COLUMNS):
-        coefficients[:, k] = columns[name]
+    coefficients = torch.stack(
+        [
+            column.to(device, dtype)
+            if isinstance(column, Tensor)
+            else torch.full((len(rows.evaluations),), column, dtype=dtype, device=device)
+            for column in columns.values()
+        ],
+        dim=1,
+    )
     buffers = {e.write for e in rows.evaluations if e.write is not None}
     return Table(
         evaluations=tuple(rows.evaluations),
@@ -156,7 +162,7 @@ def uniform(
 
     def make() -> Table:
         grid = torch.linspace(0.0, 1.0, steps + 1, dtype=grid_dtype, device=device)
-        return build(int_method, grid, grid[1:] - grid[:-1], dtype, device, weight)
+        return build(int_method, grid, torch.diff(grid), dtype, device, weight)
 
     if not cached:
         return make()

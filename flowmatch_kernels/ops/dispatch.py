@@ -137,19 +137,22 @@ def choose(name: str, device_type: str) -> Backend:
         ValueError: the name is unknown.
         RuntimeError: the backend was asked for by name and cannot serve; says why.
     """
+    return BACKENDS[_choice(name, device_type)]
+
+
+@torch.compiler.assume_constant_result  # a compiled graph keeps the choice it was traced with
+def _choice(name: str, device_type: str) -> str:
     if check_name(name) == "auto":
         name = _chosen.get() or check_name(os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
     if name != "auto":
-        backend = BACKENDS[name]
-        reason = _cannot_serve(backend, device_type)
+        reason = _cannot_serve(BACKENDS[name], device_type)
         if reason is not None:
             raise RuntimeError(f"backend {name!r} was asked for and cannot be used: {reason}")
-        return backend
+        return name
     for candidate in PREFERENCE.get(device_type, ("reference",)):
-        backend = BACKENDS[candidate]
-        reason = _cannot_serve(backend, device_type)
+        reason = _cannot_serve(BACKENDS[candidate], device_type)
         if reason is None:
-            return backend
+            return candidate
         if (candidate, reason) not in _told:
             _told.add((candidate, reason))
             logger.warning("backend %r is passed over on %s: %s", candidate, device_type, reason)
@@ -165,9 +168,9 @@ def _cannot_serve(backend: Backend, device_type: str) -> str | None:
 def is_eager() -> bool:
     """Plain eager mode: no dispatch or function mode, no transform, no compiler or exporter, no capture."""
     return (
-        torch._C._len_torch_dispatch_stack() == 0
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
-        and not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None
         and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )

@@ -164,7 +164,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     (coefficients,) = ctx.saved_tensors
     state, velocity = ctx.dtypes
     guided, *history = ctx.present
-    a, b0, b1, b2, b3, w0, w1, _ = coefficients[ctx.row].unbind()
+    a, b0, b1, b2, b3, w0, w1, _ = coefficients.select(0, ctx.row).unbind()
     gradient = gradient.to(coefficients.dtype)
     to_h0 = b0 * gradient
     to_history = [b * gradient if present else None for b, present in zip((b1, b2, b3), history, strict=True)]

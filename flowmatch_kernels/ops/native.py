@@ -52,10 +52,10 @@ def cpu_fused_step_(
     slot: int = 0,
     history: Tensor | None = None,
 ) -> None:
-    """`ops.fused_step` in C++ on the CPU. Only v and u may be non-contiguous: each costs one copy."""
-    v = v.contiguous()
+    """`ops.fused_step` in C++ on the CPU. Only v and u may be non-contiguous, or negated: each costs one copy."""
+    v = v.resolve_neg().contiguous()
     if u is not None:
-        u = u.contiguous()
+        u = u.resolve_neg().contiguous()
     numel = base.numel()
     if numel == 0:
         return

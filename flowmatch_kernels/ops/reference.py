@@ -7,6 +7,9 @@ from torch import Tensor
 
 from .fused_step import arithmetic_dtype
 
+#: Tensor.copy_, which asks for the device even of a FakeTensor, without that question.
+copy_ = torch.ops.aten.copy_.default
+
 
 def unavailable() -> str | None:
     """Why this backend cannot run: it always can."""
@@ -31,7 +34,7 @@ def fused_step(
     state, velocity = base.dtype, v.dtype
     arithmetic = arithmetic_dtype(state)
     # [1, ..., 1] and not 0-dim, so that no coefficient is rounded to a tensor's dtype unasked.
-    a, *b = coefficients[row, :5].view(5, *[1] * max(base.dim(), 1)).unbind()
+    a, *b = coefficients.select(0, row).narrow(0, 0, 5).view(5, *[1] * max(base.dim(), 1)).unbind()
     if velocity_rounding:
         b = [coefficient.to(velocity).to(arithmetic) for coefficient in b]
     product_dtype = velocity if velocity_rounding else state
@@ -63,16 +66,16 @@ def fused_step_(
     """`fused_step` into `out`, which may be `base`; writes the trajectory's slot and the history too."""
     result = fused_step(base, v, u, h1, h2, h3, coefficients, row, velocity_rounding)
     if history is not None:
-        history.copy_(remember(base, v, u, coefficients, row))
-    out.copy_(result)
+        copy_(history, remember(base, v, u, coefficients, row))
+    copy_(out, result)
     if trajectory is not None:
-        trajectory[:, slot].copy_(result)
+        copy_(trajectory.select(1, slot), result)
 
 
 def remember(base: Tensor, v: Tensor, u: Tensor | None, coefficients: Tensor, row: int) -> Tensor:
     """h0 + c*base, or h0 alone where c is 0, in the arithmetic dtype: what a history buffer takes."""
     h0 = _velocity(v, u, coefficients, row).to(coefficients.dtype)
-    c = coefficients[row, 7:].view([1] * max(base.dim(), 1))
+    c = coefficients.select(0, row).narrow(0, 7, 1).view([1] * max(base.dim(), 1))
     return torch.where(c != 0, h0 + c * base.to(coefficients.dtype), h0).reshape(base.shape)
 
 
@@ -81,6 +84,6 @@ def _velocity(v: Tensor, u: Tensor | None, coefficients: Tensor, row: int) -> Te
     if u is None:
         return v
     arithmetic = arithmetic_dtype(v.dtype)
-    w0, w1 = coefficients[row, 5:7].to(arithmetic).view(2, *[1] * max(v.dim(), 1)).unbind()
+    w0, w1 = coefficients.select(0, row).narrow(0, 5, 2).to(arithmetic).view(2, *[1] * max(v.dim(), 1)).unbind()
     unguided, guided = (w0 * u).to(v.dtype), (w1 * v).to(v.dtype)
     return (unguided + guided).reshape(v.shape)

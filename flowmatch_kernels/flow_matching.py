@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import solvers
 from .base import BaseDiffusion, StepFn
-from .ops import dispatch, reference
+from .ops import dispatch
 from .ops.fused_step import VELOCITY_DTYPES, arithmetic_dtype
 from .sampling import integrate
 from .solvers import Evaluation, Table
@@ -73,7 +73,11 @@ class FlowMatching(BaseDiffusion):
         self.use_classifier_free_guidance = use_classifier_free_guidance
         self.backend = dispatch.check_name(backend)
         if train_timestep_sampler == "beta":
-            self.beta_dist = torch.distributions.Beta(torch.tensor(1.5), torch.tensor(1.0))
+            # On the CPU, in float32, whatever the defaults are while a model is being built.
+            self.beta_dist = torch.distributions.Beta(
+                torch.tensor(1.5, dtype=torch.float32, device="cpu"),
+                torch.tensor(1.0, dtype=torch.float32, device="cpu"),
+            )
             self.beta_scale_constant = 0.999
 
     @torch.no_grad()
@@ -158,9 +162,10 @@ class FlowMatching(BaseDiffusion):
             if not callable(unguided_step_fn):
                 raise TypeError(f"unguided_step_fn must be callable, got {unguided_step_fn!r:.60}")
             weight = self.inference_guidance_weight if inference_guidance_weight is None else inference_guidance_weight
-            weight = float(weight)
+            weight = _number(weight, "inference_guidance_weight")
         else:
             unguided_step_fn = None
+        temperature = _number(temperature, "temperature")
         over = _progress_bar() if progress else iter
         dtype = self._state_dtype(dtype, noise, batch_size, device)
         chosen = dispatch.choose(backend or self.backend, device.type)
@@ -169,20 +174,16 @@ class FlowMatching(BaseDiffusion):
         )
 
         state = self._noise(batch_size, device, dtype, noise, generator, temperature)
-        trajectory = None
-        if return_all_steps:
-            trajectory = state.new_empty((batch_size, table.steps + 1, *self.x_dims))
-            reference.copy_(trajectory.select(1, 0), state)
         clock = table.times.clone()  # step_fn may write to t, and the caller to what is returned
         ones = [1] * len(self.x_dims)
         times = clock.view(-1, 1, *ones).expand(-1, batch_size, *ones).unbind()
-        state = integrate(
+        state, trajectory = integrate(
             table,
             state,
             times,
             step_fn,
             dispatch.entry(chosen, state),
-            trajectory,
+            return_all_steps,
             unguided_step_fn,
             1.0 if weight is None else weight,
             over,
@@ -328,6 +329,15 @@ def _count(value: Any, name: str) -> int:
     return count
 
 
+def _number(value: Any, name: str) -> float:
+    try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number, got {value!r:.60}") from None
+
+
 def _grid(time_steps: Tensor | Sequence[float]) -> Tensor:
     grid = torch.as_tensor(time_steps).detach()
     if not grid.is_floating_point():
@@ -336,7 +346,9 @@ def _grid(time_steps: Tensor | Sequence[float]) -> Tensor:
         raise ValueError(f"time_steps must be 1-D with two or more entries, got shape {list(grid.shape)}")
     differences = torch.diff(grid)
     if not ((differences > 0).all() or (differences < 0).all()):
-        raise ValueError(f"time_steps must be strictly monotonic, up or down, without NaN, got {grid.tolist()}")
+        raise ValueError(
+            f"time_steps must be strictly monotonic, up or down, without NaN, got {str(grid.tolist()):.200}"
+        )
     return grid
 
 

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .base import StepFn
 from .ops import reference
-from .ops.dispatch import is_eager
+from .ops.dispatch import Entry, is_eager
 from .ops.fused_step import VELOCITY_DTYPES, arithmetic_dtype
 from .solvers import Evaluation, Table
+
+NO_TERMS = (None, None, None)
 
 
 def integrate(
@@ -21,36 +22,52 @@ def integrate(
     state: Tensor,
     times: Sequence[Tensor],
     step_fn: StepFn,
-    fused_step_: Callable[..., None],
-    trajectory: Tensor | None = None,
+    entry: Entry,
+    return_all_steps: bool = False,
     unguided_step_fn: StepFn | None = None,
     weight: float = 1.0,
     over: Callable[[Sequence[Evaluation]], Iterable[Evaluation]] = iter,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """Integrates dx/dt = v(x, t) along a table.
 
     Args:
         table: The solver's rows on the time grid.
-        state: The noise, [B, *x_dims], contiguous; written, and the loop's own from here on.
+        state: The noise, [B, *x_dims], contiguous; may be written from here on.
         times: For each entry of `table.times` the time as step_fn sees it, [B, 1, ..., 1].
         step_fn: The velocity; with guidance the guided one, which is called first.
-        fused_step_: A backend's, or the registered op.
-        trajectory: [B, N + 1, *x_dims], contiguous, or None; slots 1 to N are written.
+        entry: How to take a step: see `ops.dispatch.entry`.
+        return_all_steps: Keep the states.
         unguided_step_fn: The unguided velocity, or None: no guidance.
         weight: The guidance weight, as in the table.
         over: Wraps the evaluations (a progress bar).
 
     Returns:
-        The last state, [B, *x_dims].
+        The last state, [B, *x_dims]; and with `return_all_steps` the trajectory, [B, N + 1, *x_dims].
     """
+    fused_step_, fused_step = entry
+    state = state.detach()  # an object of our own: whoever saw the draw keeps what it saw
     velocity = Velocity(state)
     buffers = StateBuffers(state)
-    arithmetic = arithmetic_dtype(state.dtype)
-    history = [torch.empty_like(state, dtype=arithmetic) for _ in range(table.buffers)]
-    base, slot, row = state, 0, 0
     coefficients, fits = table.coefficients, velocity.fits
-    shared = True  # until step_fn and unguided_step_fn are seen to return two buffers
+    history: list[Tensor] = []
+    if fused_step_ is not None:
+        dtype = arithmetic_dtype(state.dtype)
+        history = [torch.empty_like(state, dtype=dtype) for _ in range(table.buffers)]
+    else:
+        history = [state] * table.buffers  # places, filled before they are read
+
+    trajectory: Tensor | None = None  # one tensor, written slot by slot
+    states: list[Tensor] | None = None  # where steps are functional: the states, stacked at the end
+    if return_all_steps and fused_step_ is not None:
+        trajectory = state.new_empty((state.shape[0], table.steps + 1, *state.shape[1:]))
+        trajectory.select(1, 0).copy_(state)
+    elif return_all_steps:
+        states = [state]
+
+    base, slot, row = state, 0, 0
+    shared = unguided_step_fn is not None  # until the two velocities are seen in two buffers
     for evaluation in over(table.evaluations):
+        version = state._version if trajectory is not None else 0
         t = times[evaluation.time]
         v = step_fn(x=state.detach(), t=t)
         u = None
@@ -62,56 +79,58 @@ def integrate(
             if shared and isinstance(v, Tensor):  # one replayed graph may write both to one buffer
                 v = v.clone()
             u = unguided_step_fn(x=state.detach(), t=t)
-            shared = shared and _same_storage(first, u)
-            del first
             if not (fits(v) and fits(u) and v.dtype is u.dtype):
                 v, u = velocity.shaped_pair(v, u, weight)
+            shared = _shared(first, u, known=shared)
+            del first
+        if trajectory is not None and state._version != version and state is base:
+            trajectory.select(1, slot).copy_(state)  # step_fn wrote to x, which is a state of the trajectory
 
-        commit, terms, into = evaluation.commit, NO_TERMS, None
+        commit, terms = evaluation.commit, NO_TERMS
         if evaluation.read:
             terms = (*(history[k] for k in evaluation.read), *NO_TERMS)[:3]
-        if evaluation.write is not None:
-            into = history[evaluation.write]
         slot += commit
-        slots = trajectory if commit else None
-        step = fused_step_ if type(v) is Tensor else _step_through_op
-        out = buffers.next(state, None if commit else base)
-        result = step(out, base, v, u, *terms, coefficients, row, False, slots, slot, into)
+        if fused_step_ is not None and type(v) is Tensor and (u is None or type(u) is Tensor):
+            into = None if evaluation.write is None else history[evaluation.write]
+            out = buffers.next(state, None if commit else base)
+            slots = trajectory if commit else None
+            fused_step_(out, base, v, u, *terms, coefficients, row, False, slots, slot, into)
+        else:  # a tensor subclass, a mode, a transform or a compiler: nothing is written
+            fused_step_ = None
+            if trajectory is not None:
+                states, trajectory = list(trajectory.unbind(1)[: slot + 1 - commit]), None
+            out = fused_step(base, v, u, *terms, coefficients, row, False)
+            if evaluation.write is not None:
+                history[evaluation.write] = reference.remember(base, v, u, coefficients, row)
+            if states is not None and commit:
+                states.append(out)
         del v, u
         row += 1
-        state = out if result is None else result
+        state = out
         if commit:
-            base = state
-    return state
+            base = out
+    if states is not None:
+        trajectory = torch.stack(states, dim=1)
+    return state, trajectory
 
 
-NO_TERMS = (None, None, None)
+def _shared(v: object, u: object, known: bool) -> bool:
+    """Whether the two velocities of guidance came in one buffer; `known`: so far they may have.
 
-
-def _step_through_op(
-    out: Tensor,
-    base: Tensor,
-    v: Tensor,
-    u: Tensor | None,
-    h1: Tensor | None,
-    h2: Tensor | None,
-    h3: Tensor | None,
-    coefficients: Tensor,
-    row: int,
-    velocity_rounding: bool,
-    trajectory: Tensor | None,
-    slot: int,
-    history: Tensor | None,
-) -> Tensor:
-    """One step by the functional op, for a velocity that is a tensor subclass: so is the result."""
-    if history is not None:
-        reference.copy_(history, reference.remember(base, v, u, coefficients, row))
-    result = torch.ops.flowmatch_kernels.fused_step(
-        base, v, u, h1, h2, h3, coefficients, row, velocity_rounding
-    )
-    if trajectory is not None:
-        reference.copy_(trajectory.select(1, slot), result)
-    return result
+    Raises:
+        RuntimeError: they come in one buffer only now, when v was not copied: v is overwritten.
+    """
+    if not isinstance(v, Tensor) or not isinstance(u, Tensor):
+        return False
+    if not is_eager() or type(v) is not Tensor or type(u) is not Tensor:
+        return known  # a traced tensor has no memory yet, and a wrapper's is not its own
+    shared = v.data_ptr() == u.data_ptr() and v.numel() > 0
+    if shared and not known:
+        raise RuntimeError(
+            "unguided_step_fn returned the very buffer that step_fn had returned, after returning another "
+            "one before: the guided velocity is overwritten. Return a clone from one of them"
+        )
+    return shared
 
 
 class Velocity:
@@ -163,6 +182,8 @@ class Velocity:
             raise TypeError(f"{name} returned a tensor of {v.dtype}; wanted {wanted}")
         if v.layout is not torch.strided:
             raise TypeError(f"{name} returned a tensor of layout {v.layout}; wanted {wanted}")
+        if v.dtype not in VELOCITY_DTYPES:
+            raise TypeError(f"{name} returned {v.dtype}: cast it; wanted {wanted}")
         if v.dtype not in self.dtypes and v.dim():  # a 0-dim tensor does not widen, in eager PyTorch
             raise TypeError(
                 f"{name} returned {v.dtype}, which would widen the state of {self.dtype}: "
@@ -181,21 +202,13 @@ class Velocity:
     def _expanded(self, v: Tensor) -> Tensor:
         if v.dtype not in self.dtypes:
             v = v.to(self.dtype)
-        if not is_traceable_wrapper_subclass(v):
+        if type(v).__torch_dispatch__ is Tensor.__torch_dispatch__:  # a Parameter, a tensor with a name tag
             v = v.as_subclass(Tensor)
         return v.detach().expand(self.shape)
 
 
 def _described(value: object) -> str:
     return "None" if value is None else f"{value!r:.60} ({type(value).__name__})"
-
-
-def _same_storage(x: object, y: object) -> bool:
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-        return False
-    if not is_eager():  # a traced tensor has no memory yet, and a wrapper's is not its own
-        return True
-    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 class StateBuffers:
@@ -210,18 +223,20 @@ class StateBuffers:
         self._reuse = (
             is_eager() and type(state) is Tensor and state.device.type == "cpu" and _UNHELD is not None
         )
-        self._spare: Tensor | None = None
+        self._address = state.data_ptr() if self._reuse else 0
 
     def next(self, state: Tensor, keep: Tensor | None) -> Tensor:
         """A tensor like `state`, perhaps `state` itself, that is not `keep` and that nobody else holds."""
-        if self._reuse:
-            if state is not keep:
-                if _holders(state) == _UNHELD:
-                    return state
-            elif self._spare is not None:
-                spare, self._spare = self._spare, None
-                return spare
-        return torch.empty_like(state)
+        if not self._reuse:
+            return torch.empty_like(state)
+        # Another address: step_fn has moved the memory to where other processes can see it.
+        if state is not keep and _holders(state) == _UNHELD and state.data_ptr() == self._address:
+            return state
+        # An ordinary tensor even under inference mode: it counts the writes of a step_fn.
+        with torch.inference_mode(False):
+            out = torch.empty_like(state)
+        self._address = out.data_ptr()
+        return out
 
 
 def _holders(tensor: Tensor) -> tuple[int, int]:

@@ -10,6 +10,7 @@ and a state of the trajectory; else it is only the next state to evaluate at.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -100,7 +101,7 @@ def build(
         [
             column.to(device, dtype)
             if isinstance(column, Tensor)
-            else torch.full((len(rows.evaluations),), column, dtype=dtype, device=device)
+            else torch.full((len(rows.evaluations),), column, dtype=torch.float64, device=device).to(dtype)
             for column in columns.values()
         ],
         dim=1,
@@ -166,4 +167,5 @@ def uniform(
 
     if not cached:
         return make()
-    return cache.get((int_method, steps, grid_dtype, dtype, device, weight), make)
+    sign = None if weight is None else math.copysign(1.0, weight)  # -0.0 == 0.0, and weighs another way
+    return cache.get((int_method, steps, grid_dtype, dtype, device, weight, sign), make)

@@ -162,35 +162,52 @@ def _choice(name: str, device_type: str) -> str:
 def _cannot_serve(backend: Backend, device_type: str) -> str | None:
     if backend.devices and device_type not in backend.devices:
         return f"it serves {' and '.join(backend.devices)} tensors, got {device_type}"
+    if backend.name != "reference" and _transforming():
+        return "under torch.func transforms and torch.jit.trace only the reference runs"
     return backend.unavailable(device_type)
 
 
 def is_eager() -> bool:
-    """Plain eager mode: no dispatch or function mode, no transform, no compiler or exporter, no capture."""
+    """Plain eager mode: no dispatch or function mode, no transform, no compiler, tracer or capture."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not _transforming()
         and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )
 
 
-def entry(backend: Backend, state: Tensor) -> Callable[..., None]:
-    """The fused_step_ to call for this state: the backend's own, or in other than eager mode the op."""
-    if is_eager() and type(state) is Tensor:
-        return backend.load()
-    if backend.name == "reference":  # plain PyTorch, which every mode sees through
-        return reference.fused_step_
-    op = torch.ops.flowmatch_kernels.fused_step_
-    if backend.name == choose("auto", state.device.type).name:
-        return op
+def _transforming() -> bool:
+    """Within a torch.func transform (vmap, grad) or torch.jit.trace, which see PyTorch's own ops only."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
+    )
 
-    def chosen_op(*operands: Any) -> None:
+
+class Entry(NamedTuple):
+    """How a step is taken: in place by the backend itself, or functionally."""
+
+    fused_step_: Callable[..., None] | None
+    """The backend's own, for plain tensors in eager mode; None in any other mode."""
+    fused_step: Callable[..., Tensor]
+    """The registered op, or the reference, which every mode and transform sees through."""
+
+
+def entry(backend: Backend, state: Tensor) -> Entry:
+    """How to take steps from this state with this backend."""
+    direct = backend.load() if is_eager() and type(state) is Tensor else None
+    if backend.name == "reference":
+        return Entry(direct, reference.fused_step)
+    op = torch.ops.flowmatch_kernels.fused_step
+    if direct is not None or backend.name == choose("auto", state.device.type).name:
+        return Entry(direct, op)
+
+    def chosen_op(*operands: Any) -> Tensor:
         with use_backend(backend.name):
-            op(*operands)
+            return op(*operands)
 
-    return chosen_op
+    return Entry(direct, chosen_op)
 
 
 # ---- the kernels of the registered ops ----

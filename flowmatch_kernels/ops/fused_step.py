@@ -192,6 +192,8 @@ def _fused_step_inplace_autograd(*operands: Any) -> None:
         )
     with torch._C._AutoDispatchBelowAutograd():
         torch.ops.flowmatch_kernels.fused_step_(*operands)
+    written = (operands[0], *operands[10:11], *operands[12:13])  # out, trajectory, history
+    torch.autograd.graph.increment_version([x for x in written if x is not None and not x.is_inference()])
 
 
 library.impl("fused_step_", _fused_step_inplace_autograd, "Autograd")

@@ -1,0 +1,34 @@
+"""`python -m flowmatch_kernels info | demo`: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import diagnostics
+from .demo import command as demo
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m flowmatch_kernels")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for name, run, add_arguments, summary in (
+        (
+            "info",
+            diagnostics.run,
+            diagnostics.add_arguments,
+            "versions, devices, backends and their self-test",
+        ),
+        ("demo", demo.run, demo.add_arguments, "train on real flights, sample, compare, draw"),
+    ):
+        command = commands.add_parser(name, help=summary, description=summary)
+        add_arguments(command)
+        command.set_defaults(run=run)
+    parsed = parser.parse_args(arguments)
+    return int(parsed.run(parsed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""`python -m flowmatch_kernels info`: what is installed, which backends run here, and their self-test."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.metadata
+import itertools
+import platform
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import __version__
+from .ops import native, reference
+from .ops.dispatch import BACKENDS, available_backends
+from .ops.fused_step import COLUMNS, VELOCITY_DTYPES, arithmetic_dtype
+
+#: The integer dtype that shows a floating-point dtype's bits.
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`info` has none."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints what `info` prints.
+
+    Returns:
+        0, or 1 where a backend's self-test failed.
+    """
+    for name, value in _environment().items():
+        print(f"{name:<18}{value}")
+    print("\nbackends")
+    failed = False
+    for name, reason in available_backends().items():
+        if reason is not None:
+            print(f"  {name:<11}unavailable: {reason}")
+        elif name == "reference":
+            print(f"  {name:<11}available; the definition that the others are tested against")
+        else:
+            result = self_test(name)
+            failed |= result.failure is not None
+            print(f"  {name:<11}available on {result.device}; self-test: {result}")
+    return int(failed)
+
+
+def _environment() -> dict[str, str]:
+    if torch.version.cuda is not None:
+        build = f"built for CUDA {torch.version.cuda}"
+    elif torch.version.hip is not None:
+        build = f"built for ROCm {torch.version.hip}"
+    else:
+        build = "built for the CPU"
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "not installed"
+    environment = {
+        "flowmatch_kernels": __version__,
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__}, {build}",
+        "triton": triton,
+        "CPU": f"{_cpu_name()}, {torch.get_num_threads()} threads",
+        "instruction set": native.instruction_set() or "none: the cpu backend is unavailable",
+    }
+    if not torch.cuda.is_available():
+        environment["GPU"] = "none"
+    for k in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(k)
+        environment[f"GPU {k}"] = f"{torch.cuda.get_device_name(k)}, compute capability {major}.{minor}"
+    return environment
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+class SelfTest(NamedTuple):
+    """What a self-test found."""
+
+    device: torch.device
+    cases: int
+    failure: str | None
+    """The first case that went wrong, and how."""
+
+    def __str__(self) -> str:
+        return f"{self.cases} cases, exact" if self.failure is None else f"FAILED: {self.failure}"
+
+
+def self_test(name: str) -> SelfTest:
+    """Compares a backend with `ops.reference`, bit for bit, on random operands of every dtype.
+
+    Args:
+        name: A backend that `available_backends()` says can run.
+    """
+    gpu = "cuda" in BACKENDS[name].devices and torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    cases = 0
+    try:
+        fused_step_ = BACKENDS[name].load()
+        for description, operands in _cases(device):
+            difference = _difference(fused_step_, operands)
+            if difference is not None:
+                return SelfTest(device, cases, f"{difference}, for {description}")
+            cases += 1
+    except Exception as error:  # a broken compiler or driver may raise anything
+        return SelfTest(device, cases, f"{type(error).__name__}: {error}")
+    return SelfTest(device, cases, None)
+
+
+class _Operands(NamedTuple):
+    """The operands of one fused_step_, in its order."""
+
+    out: Tensor
+    base: Tensor
+    v: Tensor
+    u: Tensor | None
+    h1: Tensor | None
+    h2: Tensor | None
+    h3: Tensor | None
+    coefficients: Tensor
+    row: int
+    velocity_rounding: bool
+    trajectory: Tensor | None
+    slot: int
+    history: Tensor | None
+
+
+def _cases(device: torch.device) -> Iterator[tuple[str, _Operands]]:
+    generator = torch.Generator().manual_seed(0)
+    for state, velocities in VELOCITY_DTYPES.items():
+        for velocity, velocity_rounding, guided in itertools.product(
+            velocities, (False, True), (False, True)
+        ):
+            for terms, writes in itertools.product(range(4), (False, True)):
+                # An odd sample, so that slots are not aligned; more than a strip or a block in all.
+                operands = _operands(
+                    (5, 257), state, velocity, velocity_rounding, guided, terms, writes, device, generator
+                )
+                yield (
+                    f"state {state}, velocity {velocity}, velocity_rounding={velocity_rounding}, "
+                    f"guided={guided}, {terms} history terms, trajectory and history written={writes}",
+                    operands,
+                )
+
+
+def _operands(
+    shape: tuple[int, int],
+    state: torch.dtype,
+    velocity: torch.dtype,
+    velocity_rounding: bool,
+    guided: bool,
+    terms: int,
+    writes: bool,
+    device: torch.device,
+    generator: torch.Generator,
+) -> _Operands:
+    arithmetic = arithmetic_dtype(state)
+
+    def random(dtype: torch.dtype, *size: int) -> Tensor:
+        """Finite, over many powers of two; one in eight is a denormal or a zero of either sign."""
+        scale = torch.exp2(torch.randint(-8, 4, size, generator=generator).double())
+        scale = torch.where(torch.rand(size, generator=generator) < 0.125, torch.finfo(dtype).tiny / 4, scale)
+        return (torch.randn(size, generator=generator, dtype=torch.float64) * scale).to(dtype).to(device)
+
+    def unwritten(dtype: torch.dtype, *size: int) -> Tensor:
+        return torch.full(size, torch.nan, dtype=dtype, device=device)
+
+    history = [random(arithmetic, *shape) if k < terms else None for k in range(3)]
+    coefficients = (
+        torch.randn(2, len(COLUMNS), generator=generator, dtype=torch.float64).to(arithmetic).to(device)
+    )
+    return _Operands(
+        unwritten(state, *shape),
+        random(state, *shape),
+        random(velocity, *shape),
+        random(velocity, *shape) if guided else None,
+        history[0],
+        history[1],
+        history[2],
+        coefficients,
+        1,
+        velocity_rounding,
+        unwritten(state, shape[0], 3, shape[1]) if writes else None,
+        1,
+        unwritten(arithmetic, *shape) if writes else None,
+    )
+
+
+def _difference(fused_step_: Callable[..., None], operands: _Operands) -> str | None:
+    """How fused_step_ differs from the reference, in any operand, or None."""
+    wanted, got = copy.deepcopy(operands), copy.deepcopy(operands)
+    reference.fused_step_(*wanted)
+    fused_step_(*got)
+    for name, want, have in zip(_Operands._fields, wanted, got, strict=True):
+        if (
+            isinstance(want, Tensor)
+            and isinstance(have, Tensor)
+            and not torch.equal(_bits(want), _bits(have))
+        ):
+            differing = _bits(want) != _bits(have)
+            where = tuple(differing.nonzero()[0].tolist())
+            return (
+                f"{int(differing.sum())} of {want.numel()} values of {name} differ, "
+                f"the first at {where}: {have[where].item()!r} instead of {want[where].item()!r}"
+            )
+    return None
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(_BITS[tensor.dtype])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -173,7 +174,10 @@ class FlowMatching(BaseDiffusion):
             int_method or self.int_method, inference_step, time_steps, step_sizes, dtype, device, weight
         )
 
-        state = self._noise(batch_size, device, dtype, noise, generator, temperature)
+        # An ordinary tensor even under inference mode: it counts the writes of a step_fn.
+        inferring = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+        with torch.inference_mode(False) if inferring else contextlib.nullcontext():
+            state = self._noise(batch_size, device, dtype, noise, generator, temperature)
         clock = table.times.clone()  # step_fn may write to t, and the caller to what is returned
         ones = [1] * len(self.x_dims)
         times = clock.view(-1, 1, *ones).expand(-1, batch_size, *ones).unbind()

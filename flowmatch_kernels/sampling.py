@@ -75,14 +75,14 @@ def integrate(
             if not fits(v):
                 v = velocity.shaped(v)
         else:
-            first = v
+            pair = SharedBuffer(v)
             if shared and isinstance(v, Tensor):  # one replayed graph may write both to one buffer
                 v = v.clone()
             u = unguided_step_fn(x=state.detach(), t=t)
+            shared = pair.holds(u, copied=shared)
+            del pair
             if not (fits(v) and fits(u) and v.dtype is u.dtype):
                 v, u = velocity.shaped_pair(v, u, weight)
-            shared = _shared(first, u, known=shared)
-            del first
         if trajectory is not None and state._version != version and state is base:
             trajectory.select(1, slot).copy_(state)  # step_fn wrote to x, which is a state of the trajectory
 
@@ -114,23 +114,38 @@ def integrate(
     return state, trajectory
 
 
-def _shared(v: object, u: object, known: bool) -> bool:
-    """Whether the two velocities of guidance came in one buffer; `known`: so far they may have.
+class SharedBuffer:
+    """Tells whether the two velocities of guidance come in one buffer, as from one replayed graph."""
 
-    Raises:
-        RuntimeError: they come in one buffer only now, when v was not copied: v is overwritten.
-    """
-    if not isinstance(v, Tensor) or not isinstance(u, Tensor):
-        return False
-    if not is_eager() or type(v) is not Tensor or type(u) is not Tensor:
-        return known  # a traced tensor has no memory yet, and a wrapper's is not its own
-    shared = v.data_ptr() == u.data_ptr() and v.numel() > 0
-    if shared and not known:
-        raise RuntimeError(
-            "unguided_step_fn returned the very buffer that step_fn had returned, after returning another "
-            "one before: the guided velocity is overwritten. Return a clone from one of them"
-        )
-    return shared
+    def __init__(self, v: object) -> None:
+        self._v = v if is_eager() and type(v) is Tensor and v.layout is torch.strided else None
+        self._version = _version(self._v)
+
+    def holds(self, u: object, copied: bool) -> bool:
+        """Whether u is in v's buffer; what cannot be told stays as it was.
+
+        Args:
+            u: What unguided_step_fn returned.
+            copied: v was copied before.
+
+        Raises:
+            RuntimeError: u is in v's buffer and v was not copied, being in a buffer of its own so far.
+        """
+        v = self._v
+        if v is None or type(u) is not Tensor or u.layout is not torch.strided:
+            return copied
+        shared = v.data_ptr() == u.data_ptr() and v.numel() > 0
+        # The same tensor twice is no harm; a write in between is, and on a GPU a replay's leaves no trace.
+        if shared and not copied and (v.device.type != "cpu" or _version(v) != self._version or v.is_inference()):
+            raise RuntimeError(
+                "unguided_step_fn returned the very buffer that step_fn had returned, after returning another "
+                "one before: the guided velocity is overwritten. Return a clone from one of them"
+            )
+        return shared
+
+
+def _version(x: Tensor | None) -> int:
+    return 0 if x is None or x.is_inference() else x._version
 
 
 class Velocity:

@@ -1,0 +1,234 @@
+"""The demo: its distance, its data, and a run of the whole command on a few training steps."""
+
+import argparse
+import math
+import subprocess
+import sys
+
+import pytest
+
+np = pytest.importorskip("numpy")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+import torch  # noqa: E402
+
+from flowmatch_kernels import FlowMatching  # noqa: E402
+from flowmatch_kernels.demo import command, published_loop, timing  # noqa: E402
+from flowmatch_kernels.demo.comparison import same_bits  # noqa: E402
+from flowmatch_kernels.demo.distance import sliced_wasserstein  # noqa: E402
+from flowmatch_kernels.demo.flights import Flights, IncrementScaling, total_turn  # noqa: E402
+from flowmatch_kernels.demo.network import VelocityNetwork, train  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def flights():
+    return Flights.load()
+
+
+def points(count, *dims, seed=0):
+    return torch.randn(count, *dims, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# ---- the distance ----
+
+
+def test_distance_of_a_set_to_itself_is_zero_in_any_order():
+    x = points(50, 4, 2)
+    assert sliced_wasserstein(x, x) == 0
+    assert sliced_wasserstein(x, x.flip(0)) < 1e-12  # a product's sum may round another way in another row
+
+
+@pytest.mark.parametrize("shift", [0.5, -3.0])
+def test_distance_in_one_dimension_is_the_shift(shift):
+    x = points(31, 1)
+    assert sliced_wasserstein(x, x + shift) == pytest.approx(abs(shift), rel=1e-12)
+
+
+def test_distance_in_one_dimension_is_w2_and_not_w1():
+    # 0, 0 onto 1, 3: W1 = 2, W2 = sqrt((1 + 9) / 2).
+    assert sliced_wasserstein(torch.zeros(2, 1), torch.tensor([[3.0], [1.0]])) == pytest.approx(math.sqrt(5))
+
+
+def test_distance_of_a_shift_is_its_length_over_root_d():
+    x = points(40, 64, 2)
+    shift = torch.tensor([3.0, 4.0])  # 5 km at each waypoint reads 5 / sqrt(2)
+    # A mean of 20,000 squared normals: its root's relative error is sqrt(2 / 20000) / 2 = 0.5%; five sigma.
+    assert sliced_wasserstein(x, x + shift, projections=20_000) == pytest.approx(5 / math.sqrt(2), rel=0.025)
+
+
+def test_distance_of_two_gaussians():
+    # N(0, 1) and N(0, 9): W2 = |1 - 3|. The quantiles of 40,000 draws are known to about 1%.
+    x, y = points(40_000, 1), 3 * points(40_000, 1, seed=1)
+    assert sliced_wasserstein(x, y, projections=1) == pytest.approx(2, rel=0.03)
+
+
+def test_distance_of_unequal_sizes_is_that_of_the_quantile_functions():
+    x = points(20, 6)
+    y = points(20, 6, seed=1)
+    assert sliced_wasserstein(x, y.repeat(3, 1)) == pytest.approx(sliced_wasserstein(x, y), rel=1e-12)
+    assert sliced_wasserstein(torch.zeros(7, 2), torch.zeros(3, 2)) == 0
+
+
+def test_distance_is_symmetric_and_repeatable():
+    x, y = points(20, 6), 1 + points(33, 6, seed=1)
+    assert sliced_wasserstein(x, y) == sliced_wasserstein(y, x) == sliced_wasserstein(x, y)
+    assert sliced_wasserstein(x, y, seed=1) != sliced_wasserstein(x, y, seed=2)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (5, 3)])
+def test_distance_of_sets_that_do_not_compare_raises(shape):
+    with pytest.raises(ValueError, match="as many entries"):
+        sliced_wasserstein(torch.zeros(5, 4), torch.zeros(shape))
+
+
+# ---- the data ----
+
+
+def test_data_is_as_its_readme_says(flights):
+    assert flights.train.shape == (2089, 64, 2) and flights.test.shape == (494, 64, 2)
+    assert flights.train.dtype == flights.test.dtype == torch.float32
+    assert flights.dt_seconds == 8
+    for positions in (flights.train, flights.test):
+        assert positions.isfinite().all()
+        steps = torch.diff(positions, dim=1, prepend=torch.zeros(len(positions), 1, 2))  # from the origin
+        speed = steps.norm(dim=-1) / 8 * 3600
+        assert 100 < speed.min() and speed.max() < 1300  # km/h
+        heading = torch.atan2(steps[..., 1], steps[..., 0])
+        assert heading[:, 0].abs().median() < math.radians(1)
+        turn = torch.remainder(torch.diff(heading, dim=1) + math.pi, 2 * math.pi) - math.pi
+        assert turn.abs().max() < 0.6
+
+
+def test_states_are_normalised_and_go_back_to_positions(flights):
+    scaling = IncrementScaling(flights.train)
+    states = scaling.states(flights.train)
+    assert states.mean(0).abs().max() < 1e-4
+    torch.testing.assert_close(states.std(0), torch.full((64, 2), scaling.STATE_STD), rtol=1e-3, atol=0)
+    # 64 float32 sums of terms of a few km: 64 * 2^-24 * 130 km.
+    torch.testing.assert_close(scaling.positions(states), flights.train, rtol=0, atol=5e-4)
+
+
+@pytest.mark.parametrize("turn", [-400.0, -90.0, 0.0, 30.0, 720.0])
+def test_total_turn(turn):
+    heading = torch.linspace(0, math.radians(turn), 63)
+    positions = torch.stack([heading.cos(), heading.sin()], dim=-1).cumsum(0)
+    positions = torch.cat([torch.zeros(1, 2), positions])[None]
+    assert total_turn(positions).item() == pytest.approx(turn, abs=0.01)
+
+
+# ---- the parts ----
+
+
+def test_published_loop_gives_the_bits_of_sample():
+    network = VelocityNetwork((4, 2), width=8, blocks=1).requires_grad_(False)
+    torch.manual_seed(5)
+    theirs = published_loop.sample([4, 2], 3, network, torch.device("cpu"), 5)
+    torch.manual_seed(5)
+    ours = FlowMatching((4, 2)).sample(3, network, inference_step=5)
+    assert same_bits(theirs, ours)
+    assert not same_bits(theirs, torch.nextafter(ours, ours + 1))
+    assert not same_bits(torch.zeros(1), -torch.zeros(1))
+
+
+def test_training_lowers_the_loss_and_stops_with_the_clock():
+    torch.manual_seed(0)
+    flow_matching = FlowMatching((4, 2))
+    network = VelocityNetwork((4, 2), width=32, blocks=1)
+    states = torch.full((10, 4, 2), 3.0)
+    pair = flow_matching.construct_training_data(states.repeat(100, 1, 1))
+
+    def loss(net):
+        return flow_matching.compute_loss_from_pred(pair, net(pair["noisy_x"], pair["timesteps"])).item()
+
+    before = loss(network)
+    average, taken = train(flow_matching, network, states, 300, seconds=60.0)
+    assert taken == 300
+    assert loss(average) < 0.2 * before
+    assert not average.training and not any(p.requires_grad for p in average.parameters())
+    assert train(flow_matching, network, states, 5000, seconds=0.2)[1] < 5000
+
+
+# ---- the command ----
+
+
+@pytest.fixture
+def few_rounds(monkeypatch):
+    monkeypatch.setattr(timing, "LEAST_ROUNDS", 1)
+    monkeypatch.setattr(timing, "MOST_SECONDS", 0.0)
+
+
+def arguments(*args):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args([str(arg) for arg in args])
+
+
+def test_demo_prints_the_table_and_writes_the_picture(tmp_path, capsys, few_rounds):
+    out = tmp_path / "picture.png"
+    assert command.run(arguments("--train-steps", 2, "--steps", 3, 1, "--out", out, "--device", "cpu")) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = [row for row in rows if row and row[0] in ("1", "3")]
+    assert [row[0] for row in rows] == ["1", "3"]
+    for _, theirs, _, ours, _, same, distance, unit in rows:
+        assert float(theirs) > 0 and float(ours) > 0 and same == "yes"
+        assert 1 < float(distance) < 50 and unit == "km"
+    header = out.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = int.from_bytes(header[16:20]), int.from_bytes(header[20:24])
+    assert width > 1200 and height > 900 and out.stat().st_size > 100_000
+
+
+def test_demo_returns_1_where_the_bits_differ(tmp_path, capsys, monkeypatch, few_rounds):
+    honest = published_loop.sample
+    monkeypatch.setattr(
+        published_loop, "sample", lambda *args: torch.nextafter(honest(*args), torch.tensor(9.0))
+    )
+    assert (
+        command.run(
+            arguments("--train-steps", 1, "--steps", 1, "--out", tmp_path / "p.png", "--device", "cpu")
+        )
+        == 1
+    )
+    captured = capsys.readouterr()
+    assert "NO" in captured.out and "same bits" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--backend", "nonsense"], "nonsense"),
+        (["--device", "nonsense"], "nonsense"),
+        (["--device", "cpu", "--backend", "cuda"], "cuda"),
+        (["--out", "no/such/folder/p.png"], "folder"),
+    ],
+)
+def test_demo_refuses_before_it_trains(options, reason, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command.run(arguments(*options)) == 2
+    captured = capsys.readouterr()
+    assert reason in captured.err and not captured.out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("steps", ["0", "-1", "x"])
+def test_demo_refuses_step_counts_that_are_none(steps, capsys):
+    with pytest.raises(SystemExit):
+        arguments("--steps", steps)
+    assert "--steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", command.PACKAGES)
+def test_demo_without_a_package_says_what_to_install(package, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert command.run(arguments()) == 2
+    error = capsys.readouterr().err
+    assert package in error and "pip install flowmatch_kernels[demo]" in error
+
+
+def test_importing_the_command_does_not_import_matplotlib():
+    code = (
+        "import sys, flowmatch_kernels.demo.command; print('matplotlib' in sys.modules)"  # torch imports tqdm
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"

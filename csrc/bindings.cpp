@@ -1,8 +1,15 @@
 // The extension module flowmatch_kernels._C.
 //
-// Two doors to the same kernels: the registered ops, on LibTorch's stable ABI (one build for every torch >= 2.10), which
-// check their operands; and, through pybind11, a direct call with raw pointers for the loop, which has checked them.
+// Two doors to the same kernels: the registered ops, on LibTorch's stable ABI (one build for every torch >= 2.10),
+// which check their operands; and, through pybind11, a direct call with raw pointers for the loop, which has checked
+// them.
+#if defined(FLOWMATCH_KERNELS_CUDA) && !defined(USE_CUDA)
+#define USE_CUDA  // shim.h then declares the current stream; a CPU build of torch has the same header
+#endif
 #include <pybind11/pybind11.h>
+#ifdef FLOWMATCH_KERNELS_CUDA
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -36,6 +43,14 @@ void run_cpu(const Operands& o, Dtype state, Dtype velocity, bool velocity_round
   }
   STD_TORCH_CHECK(known, "the velocity's dtype is wider than the state's");
 }
+
+#ifdef FLOWMATCH_KERNELS_CUDA
+void launch_on_current_stream(const Operands& o, Dtype state, Dtype velocity, bool velocity_rounding, int device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  fused_step_cuda(o, state, velocity, velocity_rounding, device, stream);
+}
+#endif
 
 // ---- the registered ops ----
 
@@ -85,7 +100,8 @@ void fused_step_(Tensor out, Tensor base, Tensor v, OptionalTensor u, OptionalTe
   check(out, "out", base, state);
   check_contiguous(out, "out");
   check(v, "v", base, velocity);
-  STD_TORCH_CHECK(dispatch(state, velocity, false, [](auto) {}), "v is wider than the state: cast v, or choose a wider state");
+  STD_TORCH_CHECK(dispatch(state, velocity, false, [](auto) {}),
+                  "v is wider than the state: cast v, or choose a wider state");
   v = torch::stable::contiguous(v);
   if (u) {
     check(*u, "u", base, velocity);
@@ -144,25 +160,36 @@ Tensor fused_step(Tensor base, Tensor v, OptionalTensor u, OptionalTensor h1, Op
 
 // ---- the direct call ----
 
-// Integers are addresses; 0 stands for an operand that is absent.
-Operands operands(std::uintptr_t out, std::uintptr_t base, std::uintptr_t v, std::uintptr_t u, std::uintptr_t h1,
-                  std::uintptr_t h2, std::uintptr_t h3, std::uintptr_t coefficients, std::int64_t row, Dtype state,
-                  std::uintptr_t trajectory, std::int64_t slots, std::int64_t slot, std::uintptr_t history,
-                  std::int64_t numel, std::int64_t sample) {
-  const auto pointer = [](std::uintptr_t address) { return reinterpret_cast<void*>(address); };
-  const std::int64_t row_bytes = kColumns * (state == Dtype::kFloat64 ? 8 : 4);
-  return {.out = pointer(out),
-          .base = pointer(base),
-          .v = pointer(v),
-          .u = pointer(u),
-          .h = {pointer(h1), pointer(h2), pointer(h3)},
-          .row = pointer(coefficients + row * row_bytes),
-          .trajectory = pointer(trajectory),
-          .history = pointer(history),
-          .numel = numel,
-          .sample = sample,
-          .slots = slots,
-          .slot = slot};
+void run_cpu_without_lock(const Operands& o, Dtype state, Dtype velocity, bool velocity_rounding, int) {
+  std::optional<pybind11::gil_scoped_release> released;  // worth its cost only for a large state
+  if (o.numel > kGrain) released.emplace();
+  run_cpu(o, state, velocity, velocity_rounding);
+}
+
+// The function that Python calls. Integers are addresses; 0 stands for an operand that is absent.
+template <void (*kRun)(const Operands&, Dtype, Dtype, bool, int)>
+auto direct() {
+  return [](std::uintptr_t out, std::uintptr_t base, std::uintptr_t v, std::uintptr_t u, std::uintptr_t h1,
+            std::uintptr_t h2, std::uintptr_t h3, std::uintptr_t coefficients, std::int64_t row, int state,
+            int velocity, bool velocity_rounding, std::uintptr_t trajectory, std::int64_t slots, std::int64_t slot,
+            std::uintptr_t history, std::int64_t numel, std::int64_t sample, int device) {
+    const auto pointer = [](std::uintptr_t address) { return reinterpret_cast<void*>(address); };
+    const Dtype state_dtype = static_cast<Dtype>(state);
+    const std::int64_t row_bytes = kColumns * (state_dtype == Dtype::kFloat64 ? 8 : 4);
+    kRun(Operands{.out = pointer(out),
+                  .base = pointer(base),
+                  .v = pointer(v),
+                  .u = pointer(u),
+                  .h = {pointer(h1), pointer(h2), pointer(h3)},
+                  .row = pointer(coefficients + row * row_bytes),
+                  .trajectory = pointer(trajectory),
+                  .history = pointer(history),
+                  .numel = numel,
+                  .sample = sample,
+                  .slots = slots,
+                  .slot = slot},
+         state_dtype, static_cast<Dtype>(velocity), velocity_rounding, device);
+  };
 }
 
 }  // namespace
@@ -176,34 +203,12 @@ STABLE_TORCH_LIBRARY_IMPL(flowmatch_kernels, CPU, m) {
 PYBIND11_MODULE(_C, m) {
   using namespace flowmatch_kernels;
   m.def("instruction_set", &instruction_set, "Name of the instruction set that the cpu backend uses here.");
-  m.def(
-      "fused_step_cpu",
-      [](std::uintptr_t out, std::uintptr_t base, std::uintptr_t v, std::uintptr_t u, std::uintptr_t h1,
-         std::uintptr_t h2, std::uintptr_t h3, std::uintptr_t coefficients, std::int64_t row, int state, int velocity,
-         bool velocity_rounding, std::uintptr_t trajectory, std::int64_t slots, std::int64_t slot,
-         std::uintptr_t history, std::int64_t numel, std::int64_t sample) {
-        const Dtype state_dtype = static_cast<Dtype>(state);
-        const Operands o = operands(out, base, v, u, h1, h2, h3, coefficients, row, state_dtype, trajectory, slots,
-                                    slot, history, numel, sample);
-        std::optional<pybind11::gil_scoped_release> released;  // worth its cost only for a large state
-        if (numel > kGrain) released.emplace();
-        run_cpu(o, state_dtype, static_cast<Dtype>(velocity), velocity_rounding);
-      },
-      "fused_step on the CPU; addresses of contiguous tensors, 0 where absent. Nothing is checked.");
+  m.def("fused_step_cpu", direct<run_cpu_without_lock>(),
+        "fused_step on the CPU; addresses of contiguous tensors, 0 where absent; device is -1. Nothing is checked.");
 #ifdef FLOWMATCH_KERNELS_CUDA
   m.attr("cuda_archs") = FLOWMATCH_KERNELS_CUDA;
-  m.def(
-      "fused_step_cuda",
-      [](std::uintptr_t out, std::uintptr_t base, std::uintptr_t v, std::uintptr_t u, std::uintptr_t h1,
-         std::uintptr_t h2, std::uintptr_t h3, std::uintptr_t coefficients, std::int64_t row, int state, int velocity,
-         bool velocity_rounding, std::uintptr_t trajectory, std::int64_t slots, std::int64_t slot,
-         std::uintptr_t history, std::int64_t numel, std::int64_t sample, int device) {
-        const Dtype state_dtype = static_cast<Dtype>(state);
-        const Operands o = operands(out, base, v, u, h1, h2, h3, coefficients, row, state_dtype, trajectory, slots,
-                                    slot, history, numel, sample);
-        launch_on_current_stream(o, state_dtype, static_cast<Dtype>(velocity), velocity_rounding, device);
-      },
-      "fused_step on a CUDA device's current stream; addresses of contiguous tensors, 0 where absent. Nothing is "
-      "checked.");
+  m.def("fused_step_cuda", direct<launch_on_current_stream>(),
+        "fused_step on a CUDA device's current stream; addresses of contiguous tensors, 0 where absent. Nothing is "
+        "checked.");
 #endif
 }

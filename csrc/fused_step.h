@@ -51,9 +51,12 @@ struct Operands {
   std::int64_t slot;
 };
 
-// Where element i of the state stands in trajectory[:, slot].
+// Where element i of the state, an element of sample number b = i / o.sample, stands in trajectory[:, slot].
+FLOWMATCH_INLINE std::int64_t trajectory_index(const Operands& o, std::int64_t i, std::int64_t b) {
+  return i + (b * (o.slots - 1) + o.slot) * o.sample;
+}
 FLOWMATCH_INLINE std::int64_t trajectory_index(const Operands& o, std::int64_t i) {
-  return i + (i / o.sample * (o.slots - 1) + o.slot) * o.sample;
+  return trajectory_index(o, i, i / o.sample);
 }
 
 // ---- single operations, rounded once ----

@@ -281,7 +281,7 @@ class FlowMatching(BaseDiffusion):
         arithmetic = arithmetic_dtype(dtype)
         if time_steps is None and step_sizes is None:
             return solvers.uniform(
-                int_method, steps, torch.get_default_dtype(), arithmetic, device, weight, dispatch.is_eager()
+                int_method, steps, torch.get_default_dtype(), arithmetic, device, weight, dispatch.may_cache()
             )
         if time_steps is None:
             grid = torch.linspace(0.0, 1.0, steps + 1, device=device)

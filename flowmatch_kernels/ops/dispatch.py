@@ -87,8 +87,8 @@ def available_backends() -> dict[str, str | None]:
                 reason = backend.unavailable("cpu")
             elif name == "triton" and importlib.util.find_spec("triton") is None:
                 reason += ", and Triton is not installed"
-            elif name == "cuda" and (built := native.cuda_unavailable()) is not None:
-                reason = built
+            elif name == "cuda":
+                reason = native.cuda_unavailable() or f"it is built for {native.cuda_architectures()}, and {reason}"
         else:
             reason = backend.unavailable(backend.devices[0] if backend.devices else "cpu")
         reasons[name] = reason
@@ -140,7 +140,6 @@ def choose(name: str, device_type: str) -> Backend:
     return BACKENDS[_choice(name, device_type)]
 
 
-@torch.compiler.assume_constant_result  # a compiled graph keeps the choice it was traced with
 def _choice(name: str, device_type: str) -> str:
     if check_name(name) == "auto":
         name = _chosen.get() or check_name(os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
@@ -159,6 +158,11 @@ def _choice(name: str, device_type: str) -> str:
     raise AssertionError("the reference backend serves every device")
 
 
+# A compiled graph keeps the choice it was traced with. This is torch.compiler.assume_constant_result, which imports
+# the whole compiler, and Triton, only to set the attribute.
+_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _cannot_serve(backend: Backend, device_type: str) -> str | None:
     if backend.devices and device_type not in backend.devices:
         return f"it serves {' and '.join(backend.devices)} tensors, got {device_type}"
@@ -168,14 +172,18 @@ def _cannot_serve(backend: Backend, device_type: str) -> str | None:
 
 
 def is_eager() -> bool:
-    """Plain eager mode: no dispatch or function mode, no transform, no compiler, tracer or capture."""
+    """Plain eager mode: no dispatch or function mode, no transform, no compiler, no tracer."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and not _transforming()
-        and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )
+
+
+def may_cache() -> bool:
+    """Whether a tensor made now may serve later calls: not in other modes, nor from or for a CUDA graph."""
+    return is_eager() and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 def _transforming() -> bool:

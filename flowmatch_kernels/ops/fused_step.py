@@ -52,6 +52,17 @@ def arithmetic_dtype(state_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if state_dtype == torch.float64 else torch.float32
 
 
+def dense(v: Tensor) -> Tensor:
+    """v as contiguous memory that holds its values: v itself, most often, else one copy.
+
+    For kernels that read raw memory. A tensor may be strided; its negative bit may be set; or it may be
+    one of autograd's zero tensors, which have no memory.
+    """
+    if v._is_zerotensor():
+        v = v.clone()
+    return v.resolve_neg().contiguous()
+
+
 def check_operands(
     out: Tensor,
     base: Tensor,

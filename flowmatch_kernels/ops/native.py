@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/fused_step.h, Dtype
+from .fused_step import dense
+
+_DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+}  # csrc/fused_step.h, Dtype
 
 _C: ModuleType | None = None
 _import_error: str | None = None
@@ -32,51 +40,66 @@ def cuda_unavailable() -> str | None:
     return None
 
 
+def cuda_architectures() -> str | None:
+    """The GPU architectures that the `cuda` backend is built for, as in TORCH_CUDA_ARCH_LIST; None: not built."""
+    return None if _C is None or cuda_unavailable() is not None else str(_C.cuda_archs)
+
+
 def instruction_set() -> str | None:
     """The instruction set the `cpu` backend uses on this machine."""
     return None if _C is None else _C.instruction_set()
 
 
-def cpu_fused_step_(
-    out: Tensor,
-    base: Tensor,
-    v: Tensor,
-    u: Tensor | None,
-    h1: Tensor | None,
-    h2: Tensor | None,
-    h3: Tensor | None,
-    coefficients: Tensor,
-    row: int,
-    velocity_rounding: bool = False,
-    trajectory: Tensor | None = None,
-    slot: int = 0,
-    history: Tensor | None = None,
-) -> None:
-    """`ops.fused_step` in C++ on the CPU. Only v and u may be non-contiguous, or negated: each costs one copy."""
-    v = v.resolve_neg().contiguous()
-    if u is not None:
-        u = u.resolve_neg().contiguous()
-    numel = base.numel()
-    if numel == 0:
-        return
-    assert _C is not None
-    _C.fused_step_cpu(
-        out.data_ptr(),
-        base.data_ptr(),
-        v.data_ptr(),
-        0 if u is None else u.data_ptr(),
-        0 if h1 is None else h1.data_ptr(),
-        0 if h2 is None else h2.data_ptr(),
-        0 if h3 is None else h3.data_ptr(),
-        coefficients.data_ptr(),
-        row,
-        _DTYPES[base.dtype],
-        _DTYPES[v.dtype],
-        velocity_rounding,
-        0 if trajectory is None else trajectory.data_ptr(),
-        1 if trajectory is None else trajectory.shape[1],
-        slot,
-        0 if history is None else history.data_ptr(),
-        numel,
-        numel if trajectory is None else numel // base.shape[0],
-    )
+def _direct(entry: str) -> Callable[..., None]:
+    """The `fused_step_` that calls this function of the extension."""
+    on_cuda = entry == "fused_step_cuda"
+
+    def fused_step_(
+        out: Tensor,
+        base: Tensor,
+        v: Tensor,
+        u: Tensor | None,
+        h1: Tensor | None,
+        h2: Tensor | None,
+        h3: Tensor | None,
+        coefficients: Tensor,
+        row: int,
+        velocity_rounding: bool = False,
+        trajectory: Tensor | None = None,
+        slot: int = 0,
+        history: Tensor | None = None,
+    ) -> None:
+        """`ops.fused_step` in C++. Only v and u may be non-contiguous: each costs one copy."""
+        v = dense(v)
+        if u is not None:
+            u = dense(u)
+        numel = base.numel()
+        if numel == 0:
+            return
+        getattr(_C, entry)(
+            out.data_ptr(),
+            base.data_ptr(),
+            v.data_ptr(),
+            0 if u is None else u.data_ptr(),
+            0 if h1 is None else h1.data_ptr(),
+            0 if h2 is None else h2.data_ptr(),
+            0 if h3 is None else h3.data_ptr(),
+            coefficients.data_ptr(),
+            row,
+            _DTYPES[base.dtype],
+            _DTYPES[v.dtype],
+            velocity_rounding,
+            0 if trajectory is None else trajectory.data_ptr(),
+            1 if trajectory is None else trajectory.shape[1],
+            slot,
+            0 if history is None else history.data_ptr(),
+            numel,
+            numel if trajectory is None else numel // base.shape[0],
+            base.get_device() if on_cuda else -1,
+        )
+
+    return fused_step_
+
+
+cpu_fused_step_ = _direct("fused_step_cpu")
+cuda_fused_step_ = _direct("fused_step_cuda")

@@ -1,0 +1,322 @@
+"""The `triton` backend: one Triton kernel for CUDA and ROCm, and for the CPU under TRITON_INTERPRET=1.
+
+Names and rounding are those of `ops.fused_step`, the contract, and of `ops.reference`, the definition of right.
+
+One compilation serves every size, row and slot: a variant is the dtypes, the operands present, the rounding
+and the alignment class (16-byte accesses, or single elements). Nothing else specialises.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .fused_step import dense
+
+#: Elements of a block without 16-byte accesses, and threads of every block.
+_SCALAR_BLOCK = 512
+_THREADS = 128
+
+
+def launch_options(warp_size: int) -> dict[str, object]:
+    """How to compile for a device with warps of 32 threads (NVIDIA) or 64 (AMD's CDNA).
+
+    128 threads either way, each of which makes one 16-byte access an operand. Rounding stays as written only
+    without contraction: said here, since Triton's default for it has changed before.
+    """
+    return {"num_warps": _THREADS // warp_size, "enable_fp_fusion": False}
+
+
+_LAUNCH_OPTIONS = launch_options(64 if torch.version.hip else 32)
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+# Not one argument may specialise: by value (1, multiples of 16) or by address a launch would compile again.
+_RUNTIME_ARGUMENTS = (
+    "out",
+    "base",
+    "v",
+    "u",
+    "h1",
+    "h2",
+    "h3",
+    "coefficients",
+    "trajectory",
+    "history",
+    "row",
+    "numel",
+    "sample",
+    "slots",
+    "slot",
+)
+
+
+@triton.jit
+def _to_bfloat16(x):
+    """float32 to bfloat16, to nearest even; one `cvt.rn` where compiled.
+
+    Triton's interpreter truncates (507 of 1,000 random values differ), so there it is rounded by integers.
+    """
+    if _INTERPRETED:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        y = tl.where(x != x, 0x7FC0, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        y = x.to(tl.bfloat16)
+    return y
+
+
+@triton.jit
+def _from_bfloat16(x):
+    """bfloat16 to float32, exactly; one `cvt` where compiled. Triton's interpreter gets 254 denormals wrong."""
+    if _INTERPRETED:
+        y = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        y = x.to(tl.float32)
+    return y
+
+
+@triton.jit
+def _rounded(x, DTYPE: tl.constexpr):
+    """float32 or float64 x, rounded to DTYPE; a float64 goes to 16 bits by way of float32, as in PyTorch."""
+    if DTYPE == tl.bfloat16:
+        y = _to_bfloat16(x.to(tl.float32))
+    elif DTYPE == tl.float16:
+        y = x.to(tl.float32).to(tl.float16)
+    else:
+        y = x.to(DTYPE)
+    return y
+
+
+@triton.jit
+def _widened(x, DTYPE: tl.constexpr):
+    """x in the wider float32 or float64, exactly; 16 bits go by way of float32."""
+    if x.dtype == tl.bfloat16:
+        y = _from_bfloat16(x).to(DTYPE)
+    elif x.dtype == tl.float16:
+        y = x.to(tl.float32).to(DTYPE)
+    else:
+        y = x.to(DTYPE)
+    return y
+
+
+@triton.jit
+def _product(b, h, A: tl.constexpr, DTYPE: tl.constexpr):
+    """b*h, multiplied in A, rounded to DTYPE, in A."""
+    return _widened(_rounded(b * _widened(h, A), DTYPE), A)
+
+
+@triton.jit
+def _sum(x, product, A: tl.constexpr, DTYPE: tl.constexpr):
+    """x + product, added in A, rounded to DTYPE. 16-bit operands may be added as such: the bits agree."""
+    return _rounded(_widened(x, A) + product, DTYPE)
+
+
+@triton.jit
+def _as_entered(b, V: tl.constexpr, A: tl.constexpr, velocity_rounding: tl.constexpr):
+    """b_k as it enters the product: rounded to the velocity's dtype first with `velocity_rounding`."""
+    if velocity_rounding:
+        b = _widened(_rounded(b, V), A)
+    return b
+
+
+@triton.jit
+def _elements(pointer, offset, VECTOR: tl.constexpr):
+    """Addresses of the elements at `offset`; the hint says that VECTOR of them make one aligned access.
+
+    16 bytes over the widest dtype, for every operand: then each thread holds the same elements of all of
+    them, and none goes through shared memory to meet another.
+    """
+    pointers = pointer + offset
+    if VECTOR > 1:
+        width: tl.constexpr = VECTOR * pointer.dtype.element_ty.primitive_bitwidth // 8
+        pointers = tl.multiple_of(tl.max_contiguous(pointers, VECTOR), width)
+    return pointers
+
+
+@triton.jit
+def _trajectory_offset(start, sample, slots, slot, BLOCK: tl.constexpr):
+    """Where this block's elements stand in trajectory[:, slot]: i + (i // sample * (slots-1) + slot) * sample.
+
+    One 64-bit division a block and none an element: with k elements of the first sample before `start`,
+    element j is q = (j + k) // sample samples further. For j + k < 2^11 and a divisor D <= 2^10 that is
+    ((j + k) * ceil(2^21 / D)) >> 21 in 32 bits: the quotient is too large by less than 2^-10 <= 1/D.
+    """
+    tl.static_assert(BLOCK <= 1024)
+    sample = sample.to(tl.int64)  # the interpreter passes a small integer as int32, whatever the annotation
+    first = start // sample
+    left = sample - (start - first * sample)  # of the first sample, from `start` on
+    # A sample longer than a block ends in it at most once: as if it were as long as the block.
+    divisor = tl.minimum(sample, BLOCK).to(tl.uint32)
+    before = divisor - tl.minimum(left, BLOCK).to(tl.uint32)
+    inverse = ((1 << 21) + divisor - 1) // divisor
+    j = tl.arange(0, BLOCK)
+    q = ((j.to(tl.uint32) + before) * inverse) >> 21
+    stride = (slots - 1) * sample
+    return (start + slot * sample + first * stride) + (q.to(tl.int64) * stride + j)
+
+
+@triton.jit(do_not_specialize=_RUNTIME_ARGUMENTS)
+def fused_step_kernel(
+    out,
+    base,
+    v,
+    u,
+    h1,
+    h2,
+    h3,
+    coefficients,
+    trajectory,
+    history,
+    row: tl.int64,
+    numel: tl.int64,
+    sample: tl.int64,
+    slots: tl.int64,
+    slot: tl.int64,
+    velocity_rounding: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block of `ops.fused_step`; names agree.
+
+    Bytes moved per element are the least possible: |S| for base and |V| for v read, |S| for out written;
+    |V| more read for u, |A| for each of h1..h3; |S| more written for trajectory, |A| for history. Float32
+    with a bfloat16 velocity: 10, guided 12, guided with a trajectory 16. Once a block, the coefficients used.
+
+    Args:
+        out, base: S[numel], S the state's dtype; may be one buffer.
+        v, u: V[numel]; u may be None.
+        h1, h2, h3: A[numel], or None; A is the coefficients' dtype.
+        coefficients: A[rows, 8].
+        trajectory: S[numel / sample, slots, sample], or None.
+        history: A[numel], or None; may be one of h1..h3.
+        row, slot: Which row of coefficients, which slot of the trajectory.
+        numel, sample, slots: Elements of the state, elements of one sample, slots of the trajectory.
+        velocity_rounding: Products b_k*h_k are rounded to V, else to S.
+        VECTOR: The alignment class: elements of one access, or 1. With more than 1, numel and sample are
+            multiples of VECTOR, and each pointer of VECTOR elements.
+        BLOCK: Elements of a block, a power of two up to 1024.
+    """
+    S: tl.constexpr = out.dtype.element_ty
+    V: tl.constexpr = v.dtype.element_ty
+    A: tl.constexpr = coefficients.dtype.element_ty
+    P: tl.constexpr = V if velocity_rounding else S
+
+    start = tl.program_id(0).to(tl.int64) * BLOCK  # int64: a state may hold over 2^31 elements
+    offset = start + tl.arange(0, BLOCK)
+    mask = offset < numel
+    if VECTOR > 1:
+        mask = tl.max_constancy(mask, VECTOR)
+
+    # Every load is issued before the first result is waited for. v, u and the history are dead after their
+    # read: out of the cache first. The state stays, the model reads it next.
+    x = tl.load(_elements(base, offset, VECTOR), mask)
+    h0 = tl.load(_elements(v, offset, VECTOR), mask, eviction_policy="evict_first")
+    row_of = coefficients + row.to(tl.int64) * 8  # a, b0..b3, w0, w1, c
+    a = tl.load(row_of)
+    b0 = tl.load(row_of + 1)
+    if u is not None:
+        h0_unguided = tl.load(_elements(u, offset, VECTOR), mask, eviction_policy="evict_first")
+        w0 = tl.load(row_of + 5)
+        w1 = tl.load(row_of + 6)
+    if h1 is not None:
+        h1_ = tl.load(_elements(h1, offset, VECTOR), mask, eviction_policy="evict_first")
+        b1 = tl.load(row_of + 2)
+    if h2 is not None:
+        h2_ = tl.load(_elements(h2, offset, VECTOR), mask, eviction_policy="evict_first")
+        b2 = tl.load(row_of + 3)
+    if h3 is not None:
+        h3_ = tl.load(_elements(h3, offset, VECTOR), mask, eviction_policy="evict_first")
+        b3 = tl.load(row_of + 4)
+    if history is not None:
+        c = tl.load(row_of + 7)
+    if trajectory is not None:  # its two divisions pass while the loads are on their way
+        place = _trajectory_offset(start, sample, slots, slot, BLOCK)
+
+    if u is not None:
+        # Weights in the velocity's own arithmetic dtype: float32 for a float32 velocity of a float64 state.
+        W: tl.constexpr = tl.float64 if V == tl.float64 else tl.float32
+        h0 = _sum(_product(w0.to(W), h0_unguided, W, V), _product(w1.to(W), h0, W, V), W, V)
+
+    result = _rounded(a * _widened(x, A), S)
+    result = _sum(result, _product(_as_entered(b0, V, A, velocity_rounding), h0, A, P), A, S)
+    if h1 is not None:
+        result = _sum(result, _product(_as_entered(b1, V, A, velocity_rounding), h1_, A, P), A, S)
+    if h2 is not None:
+        result = _sum(result, _product(_as_entered(b2, V, A, velocity_rounding), h2_, A, P), A, S)
+    if h3 is not None:
+        result = _sum(result, _product(_as_entered(b3, V, A, velocity_rounding), h3_, A, P), A, S)
+
+    tl.store(_elements(out, offset, VECTOR), result, mask)
+    if trajectory is not None:
+        tl.store(_elements(trajectory, place, VECTOR), result, mask, eviction_policy="evict_first")
+    if history is not None:
+        # h0 alone where c is 0: 0*base is NaN where base is infinite, and h0 + 0 loses -0.0.
+        h0_ = _widened(h0, A)
+        remembered = tl.where(c != 0, h0_ + c * _widened(x, A), h0_)
+        tl.store(_elements(history, offset, VECTOR), remembered, mask)
+
+
+def elements_per_access(tensors: list[Tensor], numel: int, sample: int) -> int:
+    """The alignment class of a launch: 16 bytes over the widest dtype, or 1 where that cannot be.
+
+    Args:
+        tensors: The operands present, without the coefficients.
+        numel, sample: Elements of the state, and of one sample of the trajectory (numel without one).
+    """
+    addresses = widest = 0
+    for tensor in tensors:
+        addresses |= tensor.data_ptr()
+        widest = max(widest, tensor.element_size())
+    vector = 16 // widest
+    return 1 if addresses % 16 or numel % vector or sample % vector else vector
+
+
+def block(vector: int) -> int:
+    """Elements of a block: one 16-byte access of the widest operand for each of 128 threads."""
+    return _THREADS * vector if vector > 1 else _SCALAR_BLOCK
+
+
+def fused_step_(
+    out: Tensor,
+    base: Tensor,
+    v: Tensor,
+    u: Tensor | None,
+    h1: Tensor | None,
+    h2: Tensor | None,
+    h3: Tensor | None,
+    coefficients: Tensor,
+    row: int,
+    velocity_rounding: bool = False,
+    trajectory: Tensor | None = None,
+    slot: int = 0,
+    history: Tensor | None = None,
+) -> None:
+    """`ops.fused_step` in Triton, one launch on the current stream of out's device.
+
+    Arguments as in `ops.fused_step`, unchecked. Only v and u may be non-contiguous: each costs one copy.
+    """
+    numel = base.numel()
+    if numel == 0:
+        return
+    v = dense(v)
+    if u is not None:
+        u = dense(u)
+    sample, slots = numel, 1
+    if trajectory is not None:
+        sample, slots = numel // base.shape[0], trajectory.shape[1]
+    operands = (out, base, v, u, h1, h2, h3, trajectory, history)
+    vector = elements_per_access([tensor for tensor in operands if tensor is not None], numel, sample)
+    block_size = block(vector)
+    launch = fused_step_kernel[(-(-numel // block_size),)]
+    arguments = (
+        *(out, base, v, u, h1, h2, h3, coefficients, trajectory, history),
+        *(row, numel, sample, slots, slot, velocity_rounding, vector, block_size),
+    )
+    if out.is_cuda and out.device.index != torch.cuda.current_device():
+        with torch.cuda.device(out.device):
+            launch(*arguments, **_LAUNCH_OPTIONS)
+    else:
+        launch(*arguments, **_LAUNCH_OPTIONS)

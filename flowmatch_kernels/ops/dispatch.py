@@ -38,9 +38,11 @@ def _triton_unavailable(device_type: str) -> str | None:
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
         return "it runs on the CPU only under TRITON_INTERPRET=1"
     try:
-        importlib.import_module(".triton", __package__)
+        module = importlib.import_module(".triton", __package__)
     except Exception as error:  # a broken Triton may raise anything, and is only worth its reason
         return f"Triton cannot be imported: {error}"
+    if device_type == "cpu" and not module._INTERPRETED.value:
+        return "TRITON_INTERPRET=1 was set after the kernel was made: set it before the first use"
     return None
 
 

@@ -1,0 +1,155 @@
+"""What the Triton kernel becomes, held to its bounds: python -m bench.static, read by tests."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: its kernel is not tested")
+
+from bench import static
+from bench.static import Row, Specialisation, compile_triton, instructions, measure, picked_by_sample
+from flowmatch_kernels.ops.fused_step import arithmetic_dtype
+
+ARCHS = static.KERNELS["triton"].archs
+NVIDIA = [arch for arch in ARCHS if arch.startswith("sm_")]
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+#: What may take more than 40 registers, and why: single elements are four a thread, each with its own addresses
+#: and, of a float64 state, two registers; sm_80 keeps them all at once. 54 registers still leave 9 blocks of 128
+#: threads to a multiprocessor, and no state that a 16-byte access fits takes this path.
+MORE_REGISTERS = {("sm_80", "float64", "u trajectory", False): 54}
+
+#: Every operand there is: no row of a table asks for it today. 46 registers, 10 blocks of 128 threads.
+EVERYTHING = {"guided": True, "terms": 3, "trajectory": True, "history": True}
+
+ALPAMAYO = [
+    Specialisation(F32, velocity, guided=guided, trajectory=trajectory)
+    for velocity in (F32, BF16)
+    for guided in (False, True)
+    for trajectory in (False, True)
+]
+
+
+def by_width(widths: list[int]) -> str:
+    return " ".join(f"{count}x{width}" for width, count in sorted(Counter(widths).items(), reverse=True))
+
+
+def check(row: Row, specialisation: Specialisation) -> None:
+    """The bounds that hold for every specialisation."""
+    assert (row.local_bytes, row.shared_bytes, row.barriers) == (0, 0, 0), row
+    allowed = MORE_REGISTERS.get((row.arch, row.state, row.operands, row.aligned), 40)
+    assert row.registers <= allowed, row
+    assert row.bytes_per_element == row.least_bytes_per_element, row
+    # 16 bytes of the widest operand, and of a narrower one in proportion; or single elements, four a thread.
+    widest = max(specialisation.reads + specialisation.writes)
+    vector, accesses = (16 // widest, 1) if specialisation.aligned else (1, 4)
+    assert row.loads == by_width([size * vector for size in specialisation.reads] * accesses), row
+    assert row.stores == by_width([size * vector for size in specialisation.writes] * accesses), row
+    if row.coefficient_loads is not None:
+        assert row.coefficient_loads == specialisation.coefficients, row
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("specialisation", ALPAMAYO, ids=lambda s: f"{s.velocity} {s.operands}")
+def test_alpamayo(specialisation: Specialisation, arch: str) -> None:
+    check(measure("triton", arch, specialisation), specialisation)
+
+
+@pytest.mark.parametrize(("arch", "aligned"), [("sm_90", True), ("sm_90", False), ("sm_100", True)])
+def test_every_pair_of_dtypes(arch: str, aligned: bool) -> None:
+    """The plain step, and the one with guidance and trajectory, for each pair of dtypes."""
+    checked = 0
+    for specialisation in picked_by_sample():
+        if specialisation.aligned is aligned and specialisation.guided is specialisation.trajectory:
+            check(measure("triton", arch, specialisation), specialisation)
+            checked += 1
+    assert checked >= 18
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("state", "velocity"), [(F32, BF16), (BF16, BF16), (F64, F32)], ids=str)
+def test_every_operand_at_once(state: torch.dtype, velocity: torch.dtype, arch: str) -> None:
+    specialisation = Specialisation(state, velocity, **EVERYTHING)
+    row = measure("triton", arch, specialisation)
+    assert row.registers <= 48
+    check(row._replace(registers=0), specialisation)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("arch", ARCHS)
+def test_all_that_sample_can_pick(arch: str) -> None:
+    for specialisation in picked_by_sample():
+        check(measure("triton", arch, specialisation), specialisation)
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
+@pytest.mark.parametrize(("state", "velocity"), [(F32, F32), (F32, BF16), (BF16, BF16), (F64, F32)], ids=str)
+def test_loads_are_issued_before_one_is_waited_for(state: torch.dtype, velocity: torch.dtype, arch: str) -> None:
+    """Coefficients and operands: the last load stands before the first product."""
+    code = compile_triton(Specialisation(state, velocity, **EVERYTHING), arch)
+    names = [instruction.name.split(".")[0] for instruction in instructions(code.machine)]
+    loads = [k for k, name in enumerate(names) if name == "LDG"]
+    products = [k for k, name in enumerate(names) if name in ("FMUL", "FMUL2", "DMUL")]
+    assert len(loads) == 6 + 8
+    assert max(loads) < min(products)
+
+
+def test_wider_accesses_of_sm_100() -> None:
+    """Triton 3.9 gives none of 32 bytes: eight float32 become two accesses of 16. If this fails, take them."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from flowmatch_kernels.ops import triton as backend
+
+    constants = dict.fromkeys(("u", "h1", "h2", "h3", "trajectory", "history"))
+    constants |= {"velocity_rounding": False, "VECTOR": 8, "BLOCK": 1024}
+    signature = {
+        name: "constexpr" if name in constants else "*fp32" if name in ("out", "base", "v", "coefficients") else "i64"
+        for name in backend.fused_step_kernel.arg_names
+    }
+    source = ASTSource(backend.fused_step_kernel, signature, constants)
+    ptx = compile(source, GPUTarget("cuda", 100, 32), backend.launch_options(32)).asm["ptx"]
+    assert ptx.count(".v4.b32") == 6
+    assert ".v8.b32" not in ptx
+
+
+def test_specialisation_counts_bytes() -> None:
+    """The least bytes by hand: float32 state, bfloat16 velocity, guided, with a trajectory and one history term."""
+    specialisation = Specialisation(F32, BF16, guided=True, terms=1, trajectory=True, history=True)
+    assert specialisation.reads == [4, 2, 2, 4]
+    assert specialisation.writes == [4, 4, 4]
+    assert specialisation.coefficients == 6
+    assert arithmetic_dtype(BF16) == F32
+
+
+def test_command(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command writes one row a specialisation, in both formats."""
+    some = [Specialisation(F32, F32), Specialisation(F32, BF16, trajectory=True)]
+    monkeypatch.setattr(static, "picked_by_sample", lambda: some)
+    monkeypatch.setattr("sys.argv", ["static", "--directory", str(tmp_path), "--arch", "sm_90", "--jobs", "1"])
+    monkeypatch.setattr(static, "ProcessPoolExecutor", Serial)
+    monkeypatch.setattr(static, "KERNELS", {"triton": static.KERNELS["triton"]})
+    static.main()
+    table = json.loads((tmp_path / "static.json").read_text())
+    assert [(row["velocity"], row["operands"]) for row in table] == [("float32", "-"), ("bfloat16", "trajectory")]
+    lines = (tmp_path / "static.md").read_text().splitlines()
+    assert len(lines) == 4
+    assert "| triton | sm_90 | float32 | bfloat16 | trajectory | yes |" in lines[3]
+
+
+class Serial:
+    """A pool of no processes."""
+
+    def __init__(self, jobs: int | None) -> None: ...
+
+    def __enter__(self) -> Serial:
+        return self
+
+    def __exit__(self, *raised: object) -> None: ...
+
+    def map(self, function, *columns, chunksize: int):
+        return [function(*work) for work in zip(*columns, strict=True)]

@@ -1,0 +1,197 @@
+"""Operands for the Triton kernel's exactness tests: guarded buffers, hostile values, and the comparison.
+
+No test here: tests/triton_interpreter_cases.py runs them, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowmatch_kernels.ops import reference
+from flowmatch_kernels.ops.fused_step import COLUMNS, VELOCITY_DTYPES, arithmetic_dtype
+
+PAIRS = [(state, velocity) for state, velocities in VELOCITY_DTYPES.items() for velocity in velocities]
+PRIME = 100_003
+_CANARY = 0xA5
+_MARGIN = 8192  # bytes of canary on each side: more than a block, so that a lost mask is no crash
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Case(NamedTuple):
+    """One point of the exactness matrix."""
+
+    state: torch.dtype
+    velocity: torch.dtype
+    guided: bool
+    terms: int
+    """History terms read: h1..h3."""
+    trajectory: bool
+    history: bool
+    """Is the history written?"""
+    velocity_rounding: bool
+    numel: int
+    aligned: bool
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}".replace("torch.", "") for name, value in self._asdict().items())
+
+
+def combinations(state: torch.dtype, velocity: torch.dtype, numel: int, aligned: bool) -> Iterator[Case]:
+    """All 64 sets of operands for these dtypes and this size."""
+    for switches in product((False, True), range(4), (False, True), (False, True), (False, True)):
+        yield Case(state, velocity, *switches, numel, aligned)
+
+
+class Guarded:
+    """A tensor with canaries on both sides, on a 16-byte boundary or one element after it.
+
+    Args:
+        shape, dtype: The tensor's.
+        aligned: Whether it begins on a multiple of 16 bytes.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, aligned: bool) -> None:
+        size = torch.Size(shape).numel() * dtype.itemsize
+        self.bytes = torch.full((size + 2 * _MARGIN + 16,), _CANARY, dtype=torch.uint8)
+        start = _MARGIN + -(self.bytes.data_ptr() + _MARGIN) % 16
+        start += 0 if aligned else dtype.itemsize
+        self._inside = slice(start, start + size)
+        self.tensor = self.bytes[self._inside].view(dtype).view(shape)
+        assert size == 0 or (self.tensor.data_ptr() % 16 == 0) == aligned
+
+    def touched(self) -> bool:
+        """Whether a byte outside the tensor has changed."""
+        outside = self.bytes.clone()
+        outside[self._inside] = _CANARY
+        return bool((outside != _CANARY).any())
+
+
+class Operands(NamedTuple):
+    """The operands of one case, in the order of fused_step_."""
+
+    out: Tensor
+    base: Tensor
+    v: Tensor
+    u: Tensor | None
+    h1: Tensor | None
+    h2: Tensor | None
+    h3: Tensor | None
+    coefficients: Tensor
+    row: int
+    velocity_rounding: bool
+    trajectory: Tensor | None
+    slot: int
+    history: Tensor | None
+
+
+def values(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Normal values, one in sixteen replaced by -0.0, 0, infinities, NaN, denormals, the largest, any bits."""
+    x = torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+    finite = torch.finfo(dtype)
+    special = torch.tensor(
+        [-0.0, 0.0, torch.inf, -torch.inf, torch.nan, finite.tiny / 2, -finite.tiny / 4, finite.max, finite.tiny],
+        dtype=torch.float64,
+    ).to(dtype)
+    chosen = special[torch.randint(len(special), shape, generator=generator)]
+    bits = _BITS[dtype.itemsize]
+    anything = torch.randint(-(2**63), 2**63 - 1, shape, generator=generator).to(bits).view(dtype)
+    which = torch.rand(shape, generator=generator)
+    return torch.where(which < 1 / 32, chosen, torch.where(which < 1 / 16, anything, x))
+
+
+def operands(case: Case) -> tuple[Operands, dict[str, Guarded]]:
+    """Operands for a case, always the same, and the guarded buffers they lie in, by name."""
+    seed = zlib.crc32(str(case).encode())
+    choose = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    arithmetic = arithmetic_dtype(case.state)
+    batch = choose.choice([d for d in range(1, min(case.numel, 2000) + 1) if case.numel % d == 0] or [0, 3])
+    if case.aligned and case.numel == 1024:  # samples of a multiple of 16 bytes, some shorter than a block
+        batch = choose.choice([1, 2, 4, 8, 16, 64, 128])
+    shape = (batch, case.numel // batch if case.numel else 4 - batch)
+    buffers: dict[str, Guarded] = {}
+    names = ["out", "base", "v", "u", "h1", "h2", "h3", "trajectory", "history"]
+    shifted = {name for name in names if not case.aligned and choose.random() < 0.5}
+    if not case.aligned and not shifted & {"out", "base", "v"}:
+        shifted.add(choose.choice(["out", "base", "v"]))
+
+    def buffer(name: str, dtype: torch.dtype, shape: tuple[int, ...] = shape) -> Tensor:
+        buffers[name] = Guarded(shape, dtype, name not in shifted)
+        return buffers[name].tensor
+
+    def read(name: str, dtype: torch.dtype) -> Tensor:
+        return buffer(name, dtype).copy_(values(shape, dtype, generator))
+
+    h = [read(f"h{k}", arithmetic) if k <= case.terms else None for k in (1, 2, 3)]
+    rows, slots = choose.randint(1, 5), choose.randint(1, 5)
+    row = choose.randrange(rows)
+    # A wrong row shows: the others are NaN.
+    coefficients = torch.full((rows, len(COLUMNS)), torch.nan, dtype=arithmetic)
+    coefficients[row] = torch.randn(len(COLUMNS), dtype=arithmetic, generator=generator)
+    if choose.random() < 0.5:
+        coefficients[row, COLUMNS.index("a")] = 1.0
+    if choose.random() < 0.5:
+        coefficients[row, COLUMNS.index("c")] = 0.0
+    result = Operands(
+        out=buffer("out", case.state).fill_(torch.nan),
+        base=read("base", case.state),
+        v=read("v", case.velocity),
+        u=read("u", case.velocity) if case.guided else None,
+        h1=h[0],
+        h2=h[1],
+        h3=h[2],
+        coefficients=coefficients,
+        row=row,
+        velocity_rounding=case.velocity_rounding,
+        trajectory=(
+            buffer("trajectory", case.state, (shape[0], slots, shape[1])).fill_(-7.0) if case.trajectory else None
+        ),
+        slot=choose.randrange(slots) if case.trajectory else 0,
+        history=buffer("history", arithmetic).fill_(torch.nan) if case.history else None,
+    )
+    if case.terms and case.history and choose.random() < 0.5:  # the oldest velocity gives way to the newest
+        buffers.pop("history")
+        result = result._replace(history=h[case.terms - 1])
+    if choose.random() < 0.25:
+        buffers.pop("out")
+        result = result._replace(out=result.base)
+    return result, buffers
+
+
+def copied(x: Operands) -> Operands:
+    """A copy of all operands; those that are one tensor stay one."""
+    copies: dict[int, Tensor] = {}
+
+    def copy(value: Tensor) -> Tensor:
+        return copies.setdefault(id(value), value.clone())
+
+    return Operands(*[copy(value) if isinstance(value, Tensor) else value for value in x])
+
+
+def differing(got: Tensor, expected: Tensor) -> int:
+    """How many elements differ in bits; any NaN equals any NaN."""
+    bits = _BITS[got.dtype.itemsize]
+    same = (got.contiguous().view(bits) == expected.contiguous().view(bits)) | (got.isnan() & expected.isnan())
+    return int((~same).sum())
+
+
+def failures(fused_step_: Callable[..., None], case: Case) -> list[str]:
+    """What `fused_step_` does other than `reference.fused_step_` on this case; empty where right."""
+    given, buffers = operands(case)
+    expected = copied(given)
+    reference.fused_step_(*expected)
+    fused_step_(*given)
+    found = []
+    for name in Operands._fields:
+        got, want = getattr(given, name), getattr(expected, name)
+        if isinstance(got, Tensor) and (count := differing(got, want)):
+            found.append(f"{name}: {count} of {got.numel()} elements differ [{case}]")
+    found += [f"{name}: written outside [{case}]" for name, buffer in buffers.items() if buffer.touched()]
+    return found

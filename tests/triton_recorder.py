@@ -1,0 +1,71 @@
+"""A Triton driver without a device: it compiles for real, and records each launch instead of making it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+
+class Launch(NamedTuple):
+    """What would have gone to the device."""
+
+    device: int
+    stream: int
+    grid: tuple[int, int, int]
+    arguments: dict[str, Any]
+    """By the kernel's own names, compile-time constants too."""
+    options: dict[str, Any]
+
+
+class RecordingDriver:
+    """Stands where Triton's CUDA driver would; only what a launch asks for."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+        self.device = 0
+        self.stream = 7
+        self.launches: list[Launch] = []
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 1 << 16},
+            load_binary=lambda name, binary, shared, device: (1, 1, 0, 0, 1024),
+            unload_module=lambda module: None,
+        )
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return self.stream
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        def launch(x: int, y: int, z: int, stream: int, function: Any, *rest: Any) -> None:
+            names = source.fn.arg_names
+            arguments = dict(zip(names, rest[-len(names) :], strict=True))
+            options = {"enable_fp_fusion": metadata.enable_fp_fusion, "num_warps": metadata.num_warps}
+            self.launches.append(Launch(self.device, stream, (x, y, z), arguments, options))
+
+        return launch
+
+
+@contextmanager
+def recording(kernel: Any, arch: int = 90) -> Iterator[RecordingDriver]:
+    """Within this context Triton launches go to the driver returned; `kernel`'s compilations start from none."""
+    config = triton.runtime.driver
+    before, caches = config._active, dict(kernel.device_caches)
+    driver = RecordingDriver(arch)
+    kernel.device_caches.clear()
+    config._active = driver
+    try:
+        yield driver
+    finally:
+        kernel.device_caches.clear()
+        kernel.device_caches.update(caches)
+        config._active = before

@@ -92,7 +92,7 @@ def integrate(
         slot += commit
         if fused_step_ is not None and type(v) is Tensor and (u is None or type(u) is Tensor):
             into = None if evaluation.write is None else history[evaluation.write]
-            out = buffers.next(state, None if commit else base)
+            out = buffers.next(state, base, commit)
             slots = trajectory if commit else None
             fused_step_(out, base, v, u, *terms, coefficients, row, False, slots, slot, into)
         else:  # a tensor subclass, a mode, a transform or a compiler: nothing is written
@@ -238,26 +238,27 @@ class StateBuffers:
         self._reuse = (
             is_eager() and type(state) is Tensor and state.device.type == "cpu" and _UNHELD is not None
         )
-        self._address = state.data_ptr() if self._reuse else 0
+        self._spare: Tensor | None = None
 
-    def next(self, state: Tensor, keep: Tensor | None) -> Tensor:
-        """A tensor like `state`, perhaps `state` itself, that is not `keep` and that nobody else holds."""
+    def next(self, state: Tensor, base: Tensor, commit: bool) -> Tensor:
+        """A tensor like `state`, perhaps `state` itself; not `base` while the step goes on."""
         if not self._reuse:
             return torch.empty_like(state)
-        # Another address: step_fn has moved the memory to where other processes can see it.
-        if state is not keep and _holders(state) == _UNHELD and state.data_ptr() == self._address:
-            return state
-        # An ordinary tensor even under inference mode: it counts the writes of a step_fn.
-        with torch.inference_mode(False):
-            out = torch.empty_like(state)
-        self._address = out.data_ptr()
+        if (commit or state is not base) and _holders(state) == _UNHELD:
+            out = state
+        elif self._spare is not None and _holders(self._spare) == _UNHELD:
+            out = self._spare
+        else:  # an ordinary tensor even under inference mode: it counts the writes of a step_fn
+            with torch.inference_mode(False):
+                out = torch.empty_like(state)
+        self._spare = base if commit and out is not base else None
         return out
 
 
-def _holders(tensor: Tensor) -> tuple[int, int]:
-    """Who holds a tensor's memory: the uses of its storage, and of the storage's Python object."""
+def _holders(tensor: Tensor) -> tuple[int, int, bool]:
+    """Who holds a tensor's memory: uses of its storage, of the storage's Python object, other processes."""
     storage = tensor.untyped_storage()
-    return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)
+    return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage), storage.is_shared()
 
 
 # What _holders says of a tensor that nobody else holds; None where it cannot be asked.

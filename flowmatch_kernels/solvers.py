@@ -4,8 +4,11 @@ A row says: call `step_fn(x=state, t=t)`, then combine, with `base` the state at
 
     out = a*base + b0*h0 + b1*h1 + b2*h2 + b3*h3
 
-where h0 is the newest velocity and h1..h3 are earlier ones. If the row commits, `out` is the next base,
-and a state of the trajectory; else it is only the next state to evaluate at.
+where h0 is the newest velocity and h1..h3 are earlier ones. The last row of a step commits: `out` is the
+next base, and a state of the trajectory; before that it is only the next state to evaluate at.
+
+A solver is a function that returns the stages of its steps, with the columns of all steps at once. To add
+one, write such a function and enter it in `SOLVERS`: no kernel changes, and not the loop.
 """
 
 from __future__ import annotations
@@ -20,6 +23,264 @@ import torch
 from torch import Tensor
 
 from .ops.fused_step import COLUMNS
+
+# ---- what a solver takes and returns ----
+
+
+class Steps(NamedTuple):
+    """Consecutive steps of a time grid; every tensor is [n]."""
+
+    first: int
+    """The number of the first of them."""
+    start: Tensor
+    """t at each step's start, in the grid's dtype."""
+    end: Tensor
+    """t at each step's end, in the grid's dtype."""
+    dt: Tensor
+    """The step sizes: end - start in the grid's dtype, or what the caller gave instead."""
+    noise_at: int = 0
+    """The end of time at which the noise is: 0, or 1."""
+
+    @property
+    def n(self) -> int:
+        """How many steps."""
+        return self.dt.numel()
+
+    @property
+    def h(self) -> Tensor:
+        """The step sizes in float64, to compute coefficients with."""
+        return self.dt.double()
+
+    def at(self, fraction: float) -> Tensor:
+        """t at a fraction of each step, in the grid's dtype."""
+        return self.start + (self.dt * fraction).to(self.start.dtype)
+
+    def part(self, first: int, last: int) -> Steps:
+        """Steps `first` up to `last` of these, as many as there are."""
+        last = min(last, self.n)
+        first = min(first, last)
+        tensors = [_part(tensor, first, last) for tensor in (self.start, self.end, self.dt)]
+        return Steps(self.first + first, *tensors, self.noise_at)
+
+
+def _part(x: Tensor, first: int, last: int) -> Tensor:
+    # Not x[first:last], which asks for the device even of a FakeTensor.
+    return x.narrow(0, first, max(last - first, 0))
+
+
+class Earlier(NamedTuple):
+    """What an earlier evaluation remembered: of a stage of this step, or of the first stage, steps ago."""
+
+    b: Tensor
+    """Its coefficient, [n]."""
+    stage: int = 0
+    ago: int = 0
+
+
+class Stage(NamedTuple):
+    """One evaluation of each step. Columns are float64, [n]."""
+
+    time: Tensor
+    """Where to evaluate: [n], in the grid's dtype."""
+    b0: Tensor
+    """The coefficient of the velocity evaluated here."""
+    earlier: tuple[Earlier, ...] = ()
+    a: Tensor | float = 1.0
+    """The coefficient of base."""
+    c: Tensor | float = 0.0
+    """What this evaluation remembers is its velocity + c*base."""
+
+
+class Segment(NamedTuple):
+    """Steps with the same stages. A solver is one segment, or a few where its start or end differs."""
+
+    steps: Steps
+    stages: tuple[Stage, ...]
+
+
+Solver = Callable[[Steps], list[Segment]]
+
+# ---- the solvers ----
+
+
+def euler(steps: Steps) -> list[Segment]:
+    """x' = x + dt*v(x, t). Order 1, one evaluation a step."""
+    return [Segment(steps, (Stage(steps.start, steps.h),))]
+
+
+def midpoint(steps: Steps) -> list[Segment]:
+    """The velocity half-way, reached by Euler. Order 2, two evaluations a step."""
+    return [Segment(steps, (Stage(steps.start, steps.h / 2), Stage(steps.at(1 / 2), steps.h)))]
+
+
+def heun(steps: Steps) -> list[Segment]:
+    """The mean of the velocities at both ends. Order 2, two evaluations a step."""
+    h = steps.h
+    return [Segment(steps, (Stage(steps.start, h), Stage(steps.end, h / 2, (Earlier(h / 2),))))]
+
+
+def rk4(steps: Steps) -> list[Segment]:
+    """Kutta's 3/8 rule, which torchdiffeq calls rk4. Order 4, four evaluations a step."""
+    h = steps.h
+    stages = (
+        Stage(steps.start, h / 3),
+        Stage(steps.at(1 / 3), h, (Earlier(-h / 3),)),
+        Stage(steps.at(2 / 3), h, (Earlier(h), Earlier(-h, stage=1))),
+        Stage(steps.end, h / 8, (Earlier(h / 8), Earlier(3 * h / 8, stage=1), Earlier(3 * h / 8, stage=2))),
+    )
+    return [Segment(steps, stages)]
+
+
+def rk4_classic(steps: Steps) -> list[Segment]:
+    """The classic method of Runge and Kutta. Order 4, four evaluations a step."""
+    h = steps.h
+    stages = (
+        Stage(steps.start, h / 2),
+        Stage(steps.at(1 / 2), h / 2),
+        Stage(steps.at(1 / 2), h),
+        Stage(steps.end, h / 6, (Earlier(h / 6), Earlier(h / 3, stage=1), Earlier(h / 3, stage=2))),
+    )
+    return [Segment(steps, stages)]
+
+
+def ab2(steps: Steps) -> list[Segment]:
+    """Adams-Bashforth with two velocities; starts with euler. Order 2, one evaluation a step.
+
+    The weights follow uneven grids: the integral over the step of the line through both velocities.
+    """
+    now = steps.part(1, steps.n)
+    h, h1 = now.h, steps.part(0, steps.n - 1).h
+    r = h / h1
+    later = Stage(now.start, h * (1 + r / 2), (Earlier(-h * r / 2, ago=1),))
+    return [*euler(steps.part(0, 1)), Segment(now, (later,))]
+
+
+def ab3(steps: Steps) -> list[Segment]:
+    """Adams-Bashforth with three velocities; starts with heun, then ab2. Order 3, one evaluation a step.
+
+    The weights follow uneven grids: the integral over the step of the parabola through the velocities.
+    """
+    now = steps.part(2, steps.n)
+    h, h1, h2 = now.h, steps.part(1, steps.n - 1).h, steps.part(0, steps.n - 2).h
+    # v_n + s*[v_n, v_n-1] + s*(s + h1)*[v_n, v_n-1, v_n-2], integrated over s from 0 to h.
+    slope = h**2 / 2 / h1
+    bend = (h**3 / 3 + h1 * h**2 / 2) / (h1 + h2)
+    later = Stage(
+        now.start,
+        h + slope + bend / h1,
+        (Earlier(-slope - bend / h1 - bend / h2, ago=1), Earlier(bend / h2, ago=2)),
+    )
+    second = ab2(steps.part(0, 2))[1]
+    return [*heun(steps.part(0, 1)), second, Segment(now, (later,))]
+
+
+def dpmpp_2m(steps: Steps) -> list[Segment]:
+    """DPM-Solver++(2M) for flow: alpha = t, sigma = 1 - t. One evaluation a step.
+
+    x' = A*x + B*((1 + g)*D - g*D_before), with D = x + (1 - t)*v the predicted data. Order 2 between a first
+    and a last step of first order: log(alpha / sigma), its exponential variable, has no end at 0 and 1.
+    What it remembers is D / (1 - t).
+
+    Source: DPM-Solver++, arXiv 2211.01095, algorithm 2.
+    """
+    data = 1 - steps.noise_at
+    t, t_next = steps.start.double(), steps.end.double()
+    left = data - t  # signed time to the data
+    log_snr = torch.log((t - steps.noise_at).abs() / left.abs())
+    first, now, last = steps.part(0, 1), steps.part(1, steps.n - 1), steps.part(max(steps.n - 1, 1), steps.n)
+    i, j = now.first, now.first + now.n
+    log_next = torch.log((t_next - steps.noise_at).abs() / (data - t_next).abs())
+    h = log_next - log_snr
+    g = _part(h, i, j) / _part(h, i - 1, j - 1) / 2
+    b = now.h / _part(left, i, j)
+    later = Stage(
+        now.start,
+        now.h * (1 + g),
+        (Earlier(-b * g * _part(left, i - 1, j - 1), ago=1),),
+        a=1 + b * g,
+        c=1 / _part(left, i, j),
+    )
+    start = Stage(first.start, first.h, c=1 / _part(left, 0, first.n))
+    return [Segment(first, (start,)), Segment(now, (later,)), *euler(last)]
+
+
+SOLVERS: dict[str, Solver] = {
+    solver.__name__: solver for solver in (euler, midpoint, heun, rk4, rk4_classic, ab2, ab3, dpmpp_2m)
+}
+
+
+def solver(name: str) -> Solver:
+    """The solver of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not isinstance(name, str) or name not in SOLVERS:
+        raise ValueError(f"Invalid integration method: {name} (known: {', '.join(SOLVERS)})")
+    return SOLVERS[name]
+
+
+# ---- predictions other than the velocity ----
+
+
+def predicting(segments: list[Segment], end: int) -> list[Segment]:
+    """The same solver for a step_fn that predicts the state p at one end of time, instead of the velocity.
+
+    v = (p - x) / (end - t) is linear in p and x, and so is each x a solver evaluates at; so only columns
+    change. An evaluation then remembers p + c*base, with a c that takes up as much of x as it can.
+
+    Raises:
+        ValueError: an evaluation is at `end`, where p says nothing of the velocity.
+    """
+    for segment in segments:
+        for stage in segment.stages:
+            if bool((stage.time == end).any()):
+                what = "the data" if end == 1 else "the noise"
+                raise ValueError(
+                    f"a prediction of {what} has no velocity at t = {end}, where this solver evaluates: use one that "
+                    "does not (euler, midpoint, ab2, dpmpp_2m), or a time grid that keeps away from it"
+                )
+    # 1 / (end - t) at each step's first stage, for what earlier steps have remembered.
+    firsts = torch.cat([1 / (end - segment.stages[0].time.double()) for segment in segments])
+    return [_predicting(segment, end, firsts) for segment in segments]
+
+
+_Combination = dict[tuple[int, int], Tensor]  # (stage, steps ago) -> coefficient of what is remembered there
+
+
+def _predicting(segment: Segment, end: int, firsts: Tensor) -> Segment:
+    steps = segment.steps
+    one = torch.ones_like(steps.h)
+    x_base, x = one, _Combination()  # the state to evaluate at, in base and what is remembered
+    velocities: dict[tuple[int, int], _Combination] = {}
+    stages = []
+    for k, stage in enumerate(segment.stages):
+        alpha = 1 / (end - stage.time.double())  # v = alpha*p - alpha*x
+        base = stage.a * one - stage.b0 * alpha * x_base
+        terms = {key: -stage.b0 * alpha * coefficient for key, coefficient in x.items()}
+        for earlier in stage.earlier:
+            key = earlier.stage, earlier.ago
+            if earlier.ago:
+                before = steps.first - earlier.ago
+                velocities[key] = {key: _part(firsts, before, before + steps.n)}
+            for other, coefficient in velocities[key].items():
+                terms[other] = terms.get(other, 0) + earlier.b * coefficient
+        c = (stage.c - alpha * x_base) / alpha
+        stages.append(
+            Stage(
+                stage.time,
+                stage.b0 * alpha,
+                tuple(Earlier(b, *key) for key, b in terms.items()),
+                a=base,
+                c=c,
+            )
+        )
+        velocities[k, 0] = {(k, 0): alpha} | {key: -alpha * coefficient for key, coefficient in x.items()}
+        x_base, x = base - stage.b0 * alpha * c, terms | {(k, 0): stage.b0 * alpha}
+    return Segment(steps, tuple(stages))
+
+
+# ---- the table ----
 
 
 class Evaluation(NamedTuple):
@@ -41,79 +302,109 @@ class Table(NamedTuple):
     evaluations: tuple[Evaluation, ...]
     """E of them, in order."""
     times: Tensor
-    """[T + stages]: the time grid, then the times of the stages between its entries."""
+    """[T + stages]: the time grid, then the times of the stages inside its steps."""
     coefficients: Tensor
     """[E, 8], the device's half of the rows: a, b0..b3, w0, w1, c."""
     steps: int
-    """N, the number of evaluations that commit."""
+    """N."""
     buffers: int
     """How many history buffers the evaluations name."""
 
 
-class Rows(NamedTuple):
-    """What a solver returns. A column is a tensor [E], in the grid's dtype, or one float for all rows."""
-
-    evaluations: list[Evaluation]
-    times: Tensor
-    b: tuple[Tensor, ...]
-    a: Tensor | float = 1.0
-    c: Tensor | float = 0.0
-
-
-def euler(grid: Tensor, dt: Tensor) -> Rows:
-    """x' = x + dt*v(x, t). Order 1, one evaluation a step."""
-    return Rows([Evaluation(time=i, commit=True) for i in range(dt.numel())], grid, b=(dt,))
-
-
-SOLVERS: dict[str, Callable[[Tensor, Tensor], Rows]] = {"euler": euler}
-
-
-def solver(name: str) -> Callable[[Tensor, Tensor], Rows]:
-    """The solver of that name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if not isinstance(name, str) or name not in SOLVERS:
-        raise ValueError(f"Invalid integration method: {name} (known: {', '.join(SOLVERS)})")
-    return SOLVERS[name]
-
-
 def build(
-    int_method: str, grid: Tensor, dt: Tensor, dtype: torch.dtype, device: torch.device, weight: float | None
+    int_method: str,
+    grid: Tensor,
+    dt: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    weight: float | None = None,
+    noise_at: int = 0,
+    predicts: int | None = None,
 ) -> Table:
     """The table of a solver on a grid.
 
     Args:
         int_method: The solver's name.
         grid: [T], the time grid.
-        dt: [N], its step sizes; rounded to `dtype` last.
+        dt: [N], its step sizes; what is computed from them is float64, and rounded to `dtype` last.
         dtype: Of the coefficients: the arithmetic dtype of the state.
         device: Of the coefficients and times.
         weight: The guidance weight w; w0 = 1 - w is taken in double, as eager Python does.
+        noise_at: The end of time at which the noise is.
+        predicts: The end of time whose state step_fn predicts; None: it predicts the velocity.
     """
-    rows = solver(int_method)(grid, dt)
-    columns: dict[str, Tensor | float] = dict.fromkeys(COLUMNS, 0.0) | {"a": rows.a, "c": rows.c}
-    columns |= {f"b{k}": column for k, column in enumerate(rows.b)}
-    if weight is not None:
-        columns |= {"w0": 1 - weight, "w1": weight}
-    coefficients = torch.stack(
-        [
-            column.to(device, dtype)
-            if isinstance(column, Tensor)
-            else torch.full((len(rows.evaluations),), column, dtype=torch.float64, device=device).to(dtype)
-            for column in columns.values()
-        ],
-        dim=1,
-    )
-    buffers = {e.write for e in rows.evaluations if e.write is not None}
+    n = dt.numel()
+    steps = Steps(0, _part(grid, 0, n), _part(grid, 1, n + 1), dt, noise_at)
+    segments = [segment for segment in solver(int_method)(steps) if segment.steps.n]
+    if predicts is not None:
+        segments = predicting(segments, predicts)
+
+    read = {(step, s) for step, s, _ in _reads(segments)}
+    ring = max([1, *[ago for _, s, ago in _reads(segments) if s == 0]])
+
+    def buffer(step: int, stage: int) -> int:
+        return step % ring if stage == 0 else ring + stage - 1
+
+    evaluations, times, length = [], [grid], n + 1
+    for segment in segments:
+        places = []  # of the first step's times
+        for stage in segment.stages:
+            if stage.time is segment.steps.start:
+                places.append(segment.steps.first)
+            elif stage.time is segment.steps.end:
+                places.append(segment.steps.first + 1)
+            else:
+                places.append(length)
+                times.append(stage.time)
+                length += segment.steps.n
+        for k in range(segment.steps.n):
+            step = segment.steps.first + k
+            for s, stage in enumerate(segment.stages):
+                evaluations.append(
+                    Evaluation(
+                        time=places[s] + k,
+                        commit=s == len(segment.stages) - 1,
+                        read=tuple(buffer(step - e.ago, e.stage) for e in stage.earlier),
+                        write=buffer(step, s) if (step, s) in read else None,
+                    )
+                )
+    rows = [_coefficients(segment, weight) for segment in segments]
+    empty = torch.empty(0, len(COLUMNS), dtype=torch.float64, device=dt.device)
     return Table(
-        evaluations=tuple(rows.evaluations),
-        times=rows.times.to(device),
-        coefficients=coefficients,
-        steps=sum(e.commit for e in rows.evaluations),
-        buffers=len(buffers),
+        evaluations=tuple(evaluations),
+        times=torch.cat(times).to(device),
+        coefficients=torch.cat([empty, *rows]).to(device, dtype),
+        steps=n,
+        buffers=max([0, *[e.write + 1 for e in evaluations if e.write is not None]]),
     )
+
+
+def _reads(segments: list[Segment]) -> list[tuple[int, int, int]]:
+    """What is read, and so must be remembered: (step, stage, how many steps later)."""
+    return [
+        (step - earlier.ago, earlier.stage, earlier.ago)
+        for segment in segments
+        for stage in segment.stages
+        for earlier in stage.earlier
+        for step in range(segment.steps.first, segment.steps.first + segment.steps.n)
+    ]
+
+
+def _coefficients(segment: Segment, weight: float | None) -> Tensor:
+    """Rows of a segment in float64: [n * stages, 8]."""
+    rows = []
+    for stage in segment.stages:
+        columns: dict[str, Tensor | float] = dict.fromkeys(COLUMNS, 0.0)
+        columns |= {"a": stage.a, "b0": stage.b0, "c": stage.c}
+        columns |= {f"b{k}": earlier.b for k, earlier in enumerate(stage.earlier, start=1)}
+        if weight is not None:
+            columns |= {"w0": 1 - weight, "w1": weight}
+        filled = [
+            column if isinstance(column, Tensor) else torch.full_like(stage.b0, column)
+            for column in columns.values()
+        ]
+        rows.append(torch.stack(filled, dim=1))
+    return torch.stack(rows, dim=1).flatten(0, 1)
 
 
 class _Cache:

@@ -59,9 +59,7 @@ def cuda_architectures() -> str | None:
     elif CUDA_HOME is None or not compiler.exists():
         reason = "nvcc is not found: put it on PATH, or set CUDA_HOME"
     elif (found := re.search(r"release (\d+)", nvcc("--version"))[1]) != torch.version.cuda.split(".")[0]:
-        reason = (
-            f"{compiler} is of CUDA {found}, and torch of CUDA {torch.version.cuda}: the major must agree"
-        )
+        reason = f"{compiler} is of CUDA {found}, and torch of CUDA {torch.version.cuda}: the major must agree"
     else:
         known = nvcc("--list-gpu-arch").split()
         default = [a for a in ARCHITECTURES if f"compute_{a.split('+')[0].replace('.', '')}" in known]
@@ -96,9 +94,7 @@ def extension() -> dict:
                 reason = f"it was not built: {error}; FLOWMATCH_KERNELS_REQUIRE_EXT=1 shows all of it"
                 explanation.parent.mkdir(parents=True, exist_ok=True)
                 explanation.write_text(f"raise ImportError({reason!r})\n")
-                warnings.warn(
-                    f"flowmatch_kernels is installed without its C++ extension: {reason}", stacklevel=1
-                )
+                warnings.warn(f"flowmatch_kernels is installed without its C++ extension: {reason}", stacklevel=1)
 
     sources = ["csrc/bindings.cpp", "csrc/fused_step_cpu.cpp"]
     macros = [("TORCH_TARGET_VERSION", "0x020a000000000000")]  # the stable ABI of torch 2.10

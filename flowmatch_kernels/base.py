@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -63,16 +63,13 @@ class BaseDiffusion(ABC, nn.Module):
 def _dims(x_dims: int | Sequence[int]) -> list[int]:
     if isinstance(x_dims, (str, bytes)):
         raise TypeError(f"x_dims must be an int or a sequence of ints, got {x_dims!r}")
-    try:
-        entries = list(x_dims)  # type: ignore[arg-type]
-    except TypeError:
-        entries = [x_dims]
+    entries: list[Any] = list(x_dims) if isinstance(x_dims, Iterable) else [x_dims]
     dims = []
     for entry in entries:
         try:
             if isinstance(entry, bool):
                 raise TypeError
-            dims.append(operator.index(entry))  # type: ignore[arg-type]
+            dims.append(operator.index(entry))
         except TypeError:
             raise TypeError(f"x_dims must be an int or a sequence of ints, got {x_dims!r}") from None
     if not dims or min(dims) <= 0:

@@ -142,9 +142,7 @@ class _Operands(NamedTuple):
 def _cases(device: torch.device) -> Iterator[tuple[str, _Operands]]:
     generator = torch.Generator().manual_seed(0)
     for state, velocities in VELOCITY_DTYPES.items():
-        for velocity, velocity_rounding, guided in itertools.product(
-            velocities, (False, True), (False, True)
-        ):
+        for velocity, velocity_rounding, guided in itertools.product(velocities, (False, True), (False, True)):
             for terms, writes in itertools.product(range(4), (False, True)):
                 # An odd sample, so that slots are not aligned; more than a strip or a block in all.
                 operands = _operands(
@@ -180,9 +178,7 @@ def _operands(
         return torch.full(size, torch.nan, dtype=dtype, device=device)
 
     history = [random(arithmetic, *shape) if k < terms else None for k in range(3)]
-    coefficients = (
-        torch.randn(2, len(COLUMNS), generator=generator, dtype=torch.float64).to(arithmetic).to(device)
-    )
+    coefficients = torch.randn(2, len(COLUMNS), generator=generator, dtype=torch.float64).to(arithmetic).to(device)
     return _Operands(
         unwritten(state, *shape),
         random(state, *shape),
@@ -206,11 +202,7 @@ def _difference(fused_step_: Callable[..., None], operands: _Operands) -> str | 
     reference.fused_step_(*wanted)
     fused_step_(*got)
     for name, want, have in zip(_Operands._fields, wanted, got, strict=True):
-        if (
-            isinstance(want, Tensor)
-            and isinstance(have, Tensor)
-            and not torch.equal(_bits(want), _bits(have))
-        ):
+        if isinstance(want, Tensor) and isinstance(have, Tensor) and not torch.equal(_bits(want), _bits(have)):
             differing = _bits(want) != _bits(have)
             where = tuple(differing.nonzero()[0].tolist())
             return (

@@ -32,6 +32,9 @@ class FlowMatching(BaseDiffusion):
         train_ignore_guidance_rate: How often training drops the condition, with guidance on.
         inference_guidance_weight: w in v = (1 - w) * v_unguided + w * v_guided.
         use_classifier_free_guidance: Sample with guidance by default.
+        prediction_type: What step_fn returns: the "velocity", the "data" x1, or the "noise" x0. Of the straight
+            path x = (1 - t)*x0 + t*x1, v = (x1 - x) / (1 - t) = (x - x0) / t; folded into the table.
+        noise_at: The end of time at which the noise is: 0, or 1, where the uniform grid runs from 1 to 0.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
 
     Raises:
@@ -60,9 +63,17 @@ class FlowMatching(BaseDiffusion):
         train_ignore_guidance_rate: float = 0.1,
         inference_guidance_weight: float = 1.0,
         use_classifier_free_guidance: bool = False,
+        prediction_type: str = "velocity",
+        noise_at: int = 0,
         backend: str = "auto",
     ) -> None:
         super().__init__(x_dims)
+        if prediction_type not in ("velocity", "data", "noise"):
+            raise ValueError(f"prediction_type must be 'velocity', 'data' or 'noise', got {prediction_type!r}")
+        if noise_at not in (0, 1):
+            raise ValueError(f"noise_at must be 0 or 1, got {noise_at!r}")
+        self.prediction_type = prediction_type
+        self.noise_at = int(noise_at)
         solvers.solver(int_method)
         self.int_method = int_method
         self.num_inference_steps = _count(num_inference_steps, "num_inference_steps")
@@ -82,7 +93,7 @@ class FlowMatching(BaseDiffusion):
             self.beta_scale_constant = 0.999
 
     @torch.no_grad()
-    def sample(  # type: ignore[override]
+    def sample(
         self,
         batch_size: int,
         step_fn: StepFn,
@@ -194,6 +205,19 @@ class FlowMatching(BaseDiffusion):
         )
         return state if trajectory is None else (trajectory, clock.narrow(0, 0, table.steps + 1))
 
+    def nfe(self, inference_step: int | None = None, int_method: str | None = None, guided: bool | None = None) -> int:
+        """The model calls that one sample() spends: evaluations, twice as many with guidance.
+
+        Args:
+            inference_step: Steps, as for sample(); of a time grid, one fewer than its entries.
+            int_method: The solver, as for sample().
+            guided: With guidance; None: use_classifier_free_guidance.
+        """
+        steps = _count(inference_step, "inference_step") if inference_step is not None else 0
+        steps = steps or _count(self.num_inference_steps, "num_inference_steps")
+        guided = self.use_classifier_free_guidance if guided is None else guided
+        return solvers.evaluations(int_method or self.int_method, steps) * (2 if guided else 1)
+
     def construct_training_data(self, x: Tensor) -> dict[str, Any]:
         """The training pair of conditional flow matching: noisy_x = t*x + (1 - t)*noise.
 
@@ -279,12 +303,21 @@ class FlowMatching(BaseDiffusion):
         steps = _count(inference_step, "inference_step") if inference_step is not None else 0
         steps = steps or _count(self.num_inference_steps, "num_inference_steps")
         arithmetic = arithmetic_dtype(dtype)
+        predicts = {"velocity": None, "data": 1 - self.noise_at, "noise": self.noise_at}[self.prediction_type]
         if time_steps is None and step_sizes is None:
             return solvers.uniform(
-                int_method, steps, torch.get_default_dtype(), arithmetic, device, weight, dispatch.may_cache()
+                int_method,
+                steps,
+                torch.get_default_dtype(),
+                arithmetic,
+                device,
+                weight,
+                self.noise_at,
+                predicts,
+                dispatch.may_cache(),
             )
         if time_steps is None:
-            grid = torch.linspace(0.0, 1.0, steps + 1, device=device)
+            grid = torch.linspace(float(self.noise_at), 1.0 - self.noise_at, steps + 1, device=device)
         else:
             grid = _grid(time_steps)
             if inference_step and steps != grid.numel() - 1:
@@ -293,7 +326,7 @@ class FlowMatching(BaseDiffusion):
                     f"{grid.numel() - 1} steps: pass one of them"
                 )
         dt = torch.diff(grid) if step_sizes is None else _step_sizes(step_sizes, grid.numel() - 1)
-        return solvers.build(int_method, grid, dt, arithmetic, device, weight)
+        return solvers.build(int_method, grid, dt, arithmetic, device, weight, self.noise_at, predicts)
 
     def _noise(
         self,
@@ -350,9 +383,7 @@ def _grid(time_steps: Tensor | Sequence[float]) -> Tensor:
         raise ValueError(f"time_steps must be 1-D with two or more entries, got shape {list(grid.shape)}")
     differences = torch.diff(grid)
     if not ((differences > 0).all() or (differences < 0).all()):
-        raise ValueError(
-            f"time_steps must be strictly monotonic, up or down, without NaN, got {str(grid.tolist()):.200}"
-        )
+        raise ValueError(f"time_steps must be strictly monotonic, up or down, without NaN, got {grid.tolist()!s:.200}")
     return grid
 
 

@@ -64,9 +64,9 @@ def integrate(
     elif return_all_steps:
         states = [state]
 
-    base, slot, row = state, 0, 0
+    base, slot = state, 0
     shared = unguided_step_fn is not None  # until the two velocities are seen in two buffers
-    for evaluation in over(table.evaluations):
+    for row, evaluation in enumerate(over(table.evaluations)):
         version = state._version if trajectory is not None else 0
         t = times[evaluation.time]
         v = step_fn(x=state.detach(), t=t)
@@ -86,7 +86,8 @@ def integrate(
         if trajectory is not None and state._version != version and state is base:
             trajectory.select(1, slot).copy_(state)  # step_fn wrote to x, which is a state of the trajectory
 
-        commit, terms = evaluation.commit, NO_TERMS
+        commit = evaluation.commit
+        terms: tuple[Tensor | None, ...] = NO_TERMS
         if evaluation.read:
             terms = (*(history[k] for k in evaluation.read), *NO_TERMS)[:3]
         slot += commit
@@ -105,7 +106,6 @@ def integrate(
             if states is not None and commit:
                 states.append(out)
         del v, u
-        row += 1
         state = out
         if commit:
             base = out
@@ -235,9 +235,7 @@ class StateBuffers:
     """
 
     def __init__(self, state: Tensor) -> None:
-        self._reuse = (
-            is_eager() and type(state) is Tensor and state.device.type == "cpu" and _UNHELD is not None
-        )
+        self._reuse = is_eager() and type(state) is Tensor and state.device.type == "cpu" and _UNHELD is not None
         self._spare: Tensor | None = None
 
     def next(self, state: Tensor, base: Tensor, commit: bool) -> Tensor:

@@ -57,15 +57,15 @@ class Steps(NamedTuple):
 
     def part(self, first: int, last: int) -> Steps:
         """Steps `first` up to `last` of these, as many as there are."""
-        last = min(last, self.n)
-        first = min(first, last)
-        tensors = [_part(tensor, first, last) for tensor in (self.start, self.end, self.dt)]
-        return Steps(self.first + first, *tensors, self.noise_at)
+        last = max(min(last, self.n), 0)
+        first = max(min(first, last), 0)
+        start, end, dt = (_part(tensor, first, last) for tensor in (self.start, self.end, self.dt))
+        return Steps(self.first + first, start, end, dt, self.noise_at)
 
 
 def _part(x: Tensor, first: int, last: int) -> Tensor:
     # Not x[first:last], which asks for the device even of a FakeTensor.
-    return x.narrow(0, first, max(last - first, 0))
+    return x.narrow(0, first, last - first)
 
 
 class Earlier(NamedTuple):
@@ -188,19 +188,23 @@ def dpmpp_2m(steps: Steps) -> list[Segment]:
     left = data - t  # signed time to the data
     log_snr = torch.log((t - steps.noise_at).abs() / left.abs())
     first, now, last = steps.part(0, 1), steps.part(1, steps.n - 1), steps.part(max(steps.n - 1, 1), steps.n)
-    i, j = now.first, now.first + now.n
     log_next = torch.log((t_next - steps.noise_at).abs() / (data - t_next).abs())
     h = log_next - log_snr
-    g = _part(h, i, j) / _part(h, i - 1, j - 1) / 2
-    b = now.h / _part(left, i, j)
+
+    def of(x: Tensor, part: Steps, ago: int = 0) -> Tensor:
+        begin = max(part.first - ago, 0)
+        return _part(x, begin, begin + part.n)
+
+    g = of(h, now) / of(h, now, ago=1) / 2
+    b = now.h / of(left, now)
     later = Stage(
         now.start,
         now.h * (1 + g),
-        (Earlier(-b * g * _part(left, i - 1, j - 1), ago=1),),
+        (Earlier(-b * g * of(left, now, ago=1), ago=1),),
         a=1 + b * g,
-        c=1 / _part(left, i, j),
+        c=1 / of(left, now),
     )
-    start = Stage(first.start, first.h, c=1 / _part(left, 0, first.n))
+    start = Stage(first.start, first.h, c=1 / of(left, first))
     return [Segment(first, (start,)), Segment(now, (later,)), *euler(last)]
 
 
@@ -220,6 +224,13 @@ def solver(name: str) -> Solver:
     return SOLVERS[name]
 
 
+def evaluations(int_method: str, steps: int) -> int:
+    """How often a solver evaluates the velocity in so many steps."""
+    grid = torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64, device="cpu")
+    segments = solver(int_method)(Steps(0, _part(grid, 0, steps), _part(grid, 1, steps + 1), torch.diff(grid)))
+    return sum(segment.steps.n * len(segment.stages) for segment in segments)
+
+
 # ---- predictions other than the velocity ----
 
 
@@ -235,10 +246,10 @@ def predicting(segments: list[Segment], end: int) -> list[Segment]:
     for segment in segments:
         for stage in segment.stages:
             if bool((stage.time == end).any()):
-                what = "the data" if end == 1 else "the noise"
                 raise ValueError(
-                    f"a prediction of {what} has no velocity at t = {end}, where this solver evaluates: use one that "
-                    "does not (euler, midpoint, ab2, dpmpp_2m), or a time grid that keeps away from it"
+                    f"what step_fn predicts stands at t = {end} and says nothing of the velocity there, where this "
+                    f"solver evaluates: use a time grid that keeps away from t = {end}, or a solver that does not "
+                    "evaluate at a step's end (euler, midpoint, ab2, dpmpp_2m)"
                 )
     # 1 / (end - t) at each step's first stage, for what earlier steps have remembered.
     firsts = torch.cat([1 / (end - segment.stages[0].time.double()) for segment in segments])
@@ -400,8 +411,7 @@ def _coefficients(segment: Segment, weight: float | None) -> Tensor:
         if weight is not None:
             columns |= {"w0": 1 - weight, "w1": weight}
         filled = [
-            column if isinstance(column, Tensor) else torch.full_like(stage.b0, column)
-            for column in columns.values()
+            column if isinstance(column, Tensor) else torch.full_like(stage.b0, column) for column in columns.values()
         ]
         rows.append(torch.stack(filled, dim=1))
     return torch.stack(rows, dim=1).flatten(0, 1)
@@ -448,15 +458,18 @@ def uniform(
     dtype: torch.dtype,
     device: torch.device,
     weight: float | None,
+    noise_at: int,
+    predicts: int | None,
     cached: bool,
 ) -> Table:
-    """The table on linspace(0, 1, steps + 1), taken and differenced on `device` in `grid_dtype`."""
+    """The table on linspace(0, 1, steps + 1), or (1, 0, ...), taken and differenced on `device` in `grid_dtype`."""
 
     def make() -> Table:
-        grid = torch.linspace(0.0, 1.0, steps + 1, dtype=grid_dtype, device=device)
-        return build(int_method, grid, torch.diff(grid), dtype, device, weight)
+        grid = torch.linspace(float(noise_at), 1.0 - noise_at, steps + 1, dtype=grid_dtype, device=device)
+        return build(int_method, grid, torch.diff(grid), dtype, device, weight, noise_at, predicts)
 
     if not cached:
         return make()
     sign = None if weight is None else math.copysign(1.0, weight)  # -0.0 == 0.0, and weighs another way
-    return cache.get((int_method, steps, grid_dtype, dtype, device, weight, sign), make)
+    key = (int_method, steps, grid_dtype, dtype, device, weight, sign, noise_at, predicts)
+    return cache.get(key, make)

@@ -23,9 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("demo.png"), help="the picture to write (default: %(default)s)"
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of training and of sampling (default: %(default)s)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of training and of sampling (default: %(default)s)")
     parser.add_argument(
         "--steps",
         type=_positive,
@@ -34,12 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="step counts to sample with; the picture shows the largest (default: 1 5 10 20)",
     )
-    parser.add_argument(
-        "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ..."
-    )
-    parser.add_argument(
-        "--backend", default="auto", help="auto, triton, cuda, cpu or reference (default: %(default)s)"
-    )
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    parser.add_argument("--backend", default="auto", help="auto, triton, cuda, cpu or reference (default: %(default)s)")
     parser.add_argument(
         "--train-steps",
         type=_positive,

@@ -55,9 +55,7 @@ class Comparison:
     def ours(self, steps: int, network: StepFn | None = None) -> Tensor:
         """States [N, 64, 2] from `FlowMatching.sample`."""
         torch.manual_seed(self.seed)
-        states = self.flow_matching.sample(
-            self.count, network or self.network, self.device, inference_step=steps
-        )
+        states = self.flow_matching.sample(self.count, network or self.network, self.device, inference_step=steps)
         assert isinstance(states, Tensor)
         return states
 

@@ -46,9 +46,7 @@ def sliced_wasserstein(first: Tensor, second: Tensor, projections: int = 1024, s
     """
     first, second = (points.detach().cpu().double().flatten(1) for points in (first, second))
     if 0 in (len(first), len(second)) or first.shape[1] != second.shape[1]:
-        raise ValueError(
-            f"wanted two sets of points with as many entries, got {[*first.shape]}, {[*second.shape]}"
-        )
+        raise ValueError(f"wanted two sets of points with as many entries, got {[*first.shape]}, {[*second.shape]}")
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(first.shape[1], projections, generator=generator, dtype=torch.float64)
     directions /= directions.norm(dim=0)

@@ -109,18 +109,13 @@ def train(
             progress = max(step / steps, (time.perf_counter() - started) / seconds)
             if progress >= 1:
                 break
-            rate = (
-                PEAK_LEARNING_RATE
-                * min(1, (step + 1) / WARM_UP_STEPS)
-                * (1 + math.cos(math.pi * progress))
-                / 2
-            )
+            rate = PEAK_LEARNING_RATE * min(1, (step + 1) / WARM_UP_STEPS) * (1 + math.cos(math.pi * progress)) / 2
             optimizer.param_groups[0]["lr"] = rate
             batch = states[torch.randint(len(states), (BATCH_SIZE,), device=states.device)]
             pair = flow_matching.construct_training_data(batch)
             loss = flow_matching.compute_loss_from_pred(pair, network(pair["noisy_x"], pair["timesteps"]))
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             decay = min(AVERAGE_DECAY, (step + 1) / (step + 10))  # early weights are forgotten fast
             with torch.no_grad():

@@ -190,9 +190,7 @@ def may_cache() -> bool:
 
 def _transforming() -> bool:
     """Within a torch.func transform (vmap, grad) or torch.jit.trace, which see PyTorch's own ops only."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
-    )
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
 
 
 class Entry(NamedTuple):

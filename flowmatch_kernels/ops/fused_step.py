@@ -42,8 +42,7 @@ _OPERANDS = (
 )
 FUSED_STEP = f"fused_step({_OPERANDS}) -> Tensor"
 FUSED_STEP_ = (
-    f"fused_step_(Tensor(a!) out, {_OPERANDS}, "
-    "Tensor(b!)? trajectory=None, int slot=0, Tensor(c!)? history=None) -> ()"
+    f"fused_step_(Tensor(a!) out, {_OPERANDS}, Tensor(b!)? trajectory=None, int slot=0, Tensor(c!)? history=None) -> ()"
 )
 
 
@@ -90,7 +89,7 @@ def check_operands(
     if v.dtype not in VELOCITY_DTYPES[state]:
         raise TypeError(f"v is {v.dtype}, wider than the state's {state}: cast v, or choose a wider state")
     arithmetic = arithmetic_dtype(state)
-    if h2 is not None and h1 is None or h3 is not None and h2 is None:
+    if (h2 is not None and h1 is None) or (h3 is not None and h2 is None):
         raise ValueError("history terms fill up from h1: h2 needs h1, h3 needs h2")
     shape, device = base.shape, base.device
     for name, tensor, dtype in (
@@ -116,9 +115,7 @@ def check_operands(
     if coefficients.dtype != arithmetic:
         raise TypeError(f"coefficients must be {arithmetic}, got {coefficients.dtype}")
     if coefficients.dim() != 2 or coefficients.shape[1] != len(COLUMNS) or not coefficients.is_contiguous():
-        raise ValueError(
-            f"coefficients must be contiguous, [rows, {len(COLUMNS)}], got {list(coefficients.shape)}"
-        )
+        raise ValueError(f"coefficients must be contiguous, [rows, {len(COLUMNS)}], got {list(coefficients.shape)}")
     if coefficients.device != device:
         raise ValueError(f"coefficients must be on base's device {device}, got {coefficients.device}")
     if not 0 <= row < coefficients.shape[0]:
@@ -190,9 +187,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-torch.library.register_autograd(
-    f"{NAMESPACE}::fused_step", _backward, setup_context=_setup_context, lib=library
-)
+torch.library.register_autograd(f"{NAMESPACE}::fused_step", _backward, setup_context=_setup_context, lib=library)
 
 
 def _fused_step_inplace_autograd(*operands: Any) -> None:

@@ -1,0 +1,263 @@
+"""Bad input raises the right exception before anything is drawn, and says what was got and what was wanted."""
+
+import re
+
+import pytest
+import torch
+from operands import same_bits
+
+from flowmatch_kernels import FlowMatching, available_backends
+
+SHAPE = (4, 3, 2)
+V = torch.zeros(SHAPE)
+
+
+def good(x, t):
+    return x * t
+
+
+def module():
+    return torch.nn.Identity()
+
+
+CONSTRUCTOR = {
+    "x_dims empty": ({"x_dims": []}, ValueError, ["x_dims", "positive", r"\[\]"]),
+    "x_dims empty tuple": ({"x_dims": ()}, ValueError, ["x_dims", "positive", r"\(\)"]),
+    "x_dims zero": ({"x_dims": 0}, ValueError, ["x_dims", "positive", "got 0"]),
+    "x_dims holds zero": ({"x_dims": (3, 0)}, ValueError, ["x_dims", "positive", r"\(3, 0\)"]),
+    "x_dims negative": ({"x_dims": (-1, 2)}, ValueError, ["x_dims", "positive", r"\(-1, 2\)"]),
+    "x_dims float": ({"x_dims": 2.0}, TypeError, ["x_dims", "int", r"2\.0"]),
+    "x_dims holds a float": ({"x_dims": (3, 2.5)}, TypeError, ["x_dims", "int", r"2\.5"]),
+    "x_dims string": ({"x_dims": "64"}, TypeError, ["x_dims", "int", "'64'"]),
+    "x_dims None": ({"x_dims": None}, TypeError, ["x_dims", "int", "None"]),
+    "x_dims bool": ({"x_dims": True}, TypeError, ["x_dims", "int", "True"]),
+    "x_dims holds None": ({"x_dims": (3, None)}, TypeError, ["x_dims", "int", "None"]),
+    "num_inference_steps negative": (
+        {"num_inference_steps": -1}, ValueError, ["num_inference_steps", "negative", "-1"]
+    ),
+    "num_inference_steps float": ({"num_inference_steps": 10.0}, TypeError, ["num_inference_steps", "int", "10"]),
+    "num_inference_steps string": ({"num_inference_steps": "10"}, TypeError, ["num_inference_steps", "int", "10"]),
+    "num_inference_steps bool": ({"num_inference_steps": True}, TypeError, ["num_inference_steps", "int", "True"]),
+    "int_method": ({"int_method": "eulr"}, ValueError, ["^Invalid integration method: eulr", "known.*euler"]),
+    "int_method None": ({"int_method": None}, ValueError, ["Invalid integration method: None", "euler"]),
+    "sampler": ({"train_timestep_sampler": "normal"}, ValueError, ["train_timestep_sampler", "uniform", "normal"]),
+    "backend": ({"backend": "cudda"}, ValueError, ["cudda", "known: auto, triton, cuda, cpu, reference"]),
+    "backend None": ({"backend": None}, ValueError, ["None", "known: auto"]),
+    "keyword": ({"num_steps": 3}, TypeError, ["num_steps"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONSTRUCTOR)
+def test_constructor(case):
+    keywords, error, words = CONSTRUCTOR[case]
+    with pytest.raises(error) as raised:
+        FlowMatching(**({"x_dims": (3, 2)} | keywords))
+    assert_says(raised, words)
+
+
+def assert_says(raised, words):
+    for word in words:
+        assert re.search(word, str(raised.value)), f"{raised.value} does not say {word}"
+
+
+GRID = torch.linspace(0, 1, 5)
+SAMPLE = {
+    "batch_size negative": ({"batch_size": -1}, ValueError, ["batch_size", "negative", "-1"]),
+    "batch_size float": ({"batch_size": 4.0}, TypeError, ["batch_size", "int", r"4\.0"]),
+    "batch_size string": ({"batch_size": "4"}, TypeError, ["batch_size", "int", "'4'"]),
+    "batch_size None": ({"batch_size": None}, TypeError, ["batch_size", "int", "None"]),
+    "batch_size bool": ({"batch_size": True}, TypeError, ["batch_size", "int", "True"]),
+    "inference_step negative": ({"inference_step": -1}, ValueError, ["inference_step", "negative", "-1"]),
+    "inference_step float": ({"inference_step": 5.0}, TypeError, ["inference_step", "int", r"5\.0"]),
+    "inference_step string": ({"inference_step": "5"}, TypeError, ["inference_step", "int", "'5'"]),
+    "inference_step bool": ({"inference_step": False}, TypeError, ["inference_step", "int", "False"]),
+    "int_method": ({"int_method": "NAME"}, ValueError, ["^Invalid integration method: NAME", "known.*euler"]),
+    "int_method number": ({"int_method": 3}, ValueError, ["Invalid integration method: 3", "euler"]),
+    "backend unknown": ({"backend": "vulkan"}, ValueError, ["vulkan", "known: auto, triton, cuda, cpu, ref"]),
+    "backend unusable": ({"backend": "cuda"}, RuntimeError, ["'cuda'", "cannot be used", "cpu"]),
+    "backend for another device": (
+        {"backend": "cpu", "device": "meta"}, RuntimeError, ["'cpu'", "cannot be used", "serves cpu", "meta"]
+    ),
+    "device is a function": ({"device": good}, TypeError, ["device", "function", "unguided_step_fn="]),
+    "device is a module": ({"device": module()}, TypeError, ["device", "unguided_step_fn="]),
+    "step_fn missing": ({"step_fn": None}, TypeError, ["step_fn", "callable", "None"]),
+    "step_fn a tensor": ({"step_fn": V}, TypeError, ["step_fn", "callable", "tensor"]),
+    "guidance without unguided_step_fn": (
+        {"use_classifier_free_guidance": True}, ValueError, ["unguided_step_fn", "required", "guidance"]
+    ),
+    "unguided_step_fn no function": (
+        {"use_classifier_free_guidance": True, "unguided_step_fn": 3}, TypeError, ["unguided_step_fn", "callable", "3"]
+    ),
+    "weight string": (
+        {"use_classifier_free_guidance": True, "unguided_step_fn": good, "inference_guidance_weight": "x"},
+        TypeError, ["inference_guidance_weight", "number", "'x'"],
+    ),
+    "noise shape": ({"noise": torch.zeros(4, 2, 3)}, ValueError, ["noise", r"\[4, 3, 2\]", r"\[4, 2, 3\]"]),
+    "noise batch": ({"noise": torch.zeros(1, 3, 2)}, ValueError, ["noise", r"\[4, 3, 2\]", r"\[1, 3, 2\]"]),
+    "noise rank": ({"noise": torch.zeros(24)}, ValueError, ["noise", r"\[4, 3, 2\]", r"\[24\]"]),
+    "noise integer": ({"noise": torch.zeros(SHAPE).long()}, TypeError, ["noise", "floating point", "int64"]),
+    "noise bool": ({"noise": torch.zeros(SHAPE).bool()}, TypeError, ["noise", "floating point", "bool"]),
+    "noise complex": ({"noise": torch.zeros(SHAPE) * 1j}, TypeError, ["noise", "floating point", "complex64"]),
+    "noise a list": ({"noise": [1.0]}, TypeError, ["noise", "tensor", r"\[1\.0\]"]),
+    "noise on another device": ({"noise": V.to("meta")}, ValueError, ["noise", "meta", "cpu"]),
+    "noise float8": ({"noise": V.to(torch.float8_e4m3fn)}, TypeError, ["float32, float64", "float8"]),
+    "dtype integer": ({"dtype": torch.int32}, TypeError, ["dtype", "float32, float64", "int32"]),
+    "dtype a string": ({"dtype": "float32"}, TypeError, ["dtype", "float32, float64", "got"]),
+    "temperature string": ({"temperature": "warm"}, TypeError, ["temperature", "number", "'warm'"]),
+    "temperature None": ({"temperature": None}, TypeError, ["temperature", "number", "None"]),
+    "temperature per sample": ({"temperature": torch.ones(4)}, TypeError, ["temperature", "number"]),
+    "time_steps 2-D": ({"time_steps": GRID[None]}, ValueError, ["time_steps", "1-D", r"\[1, 5\]"]),
+    "time_steps 0-dim": ({"time_steps": torch.tensor(0.5)}, ValueError, ["time_steps", "1-D", r"\[\]"]),
+    "time_steps too short": ({"time_steps": GRID[:1]}, ValueError, ["time_steps", "two or more", r"\[1\]"]),
+    "time_steps empty": ({"time_steps": []}, ValueError, ["time_steps", "two or more", r"\[0\]"]),
+    "time_steps not monotonic": (
+        {"time_steps": [0.0, 0.5, 0.4, 1.0]}, ValueError, ["time_steps", "strictly monotonic", r"0\.5"]
+    ),
+    "time_steps repeated": ({"time_steps": [0.0, 0.5, 0.5]}, ValueError, ["time_steps", "strictly monotonic"]),
+    "time_steps NaN": ({"time_steps": [0.0, float("nan"), 1.0]}, ValueError, ["time_steps", "NaN", "nan"]),
+    "time_steps ends in NaN": ({"time_steps": [0.0, 1.0, float("nan")]}, ValueError, ["time_steps", "NaN"]),
+    "time_steps integers": ({"time_steps": torch.arange(5)}, TypeError, ["time_steps", "floating", "int64"]),
+    "time_steps and inference_step": (
+        {"time_steps": GRID, "inference_step": 5}, ValueError, ["inference_step is 5", "5 entries", "4 steps"]
+    ),
+    "step_sizes long": ({"time_steps": GRID, "step_sizes": [0.1] * 5}, ValueError, ["step_sizes", "4", r"\[5\]"]),
+    "step_sizes short": ({"step_sizes": [0.1] * 9}, ValueError, ["step_sizes", "10", r"\[9\]"]),
+    "step_sizes 2-D": ({"step_sizes": torch.zeros(10, 1)}, ValueError, ["step_sizes", "10", r"\[10, 1\]"]),
+    "step_sizes integers": ({"step_sizes": torch.ones(10).int()}, TypeError, ["step_sizes", "floating", "int32"]),
+    "keyword": ({"steps": 3}, TypeError, ["steps"]),
+    "upstream's misspelt keyword": ({"return_all_step": True}, TypeError, ["return_all_step"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SAMPLE)
+def test_sample(case):
+    keywords, error, words = SAMPLE[case]
+    if case == "backend unusable" and available_backends()["cuda"] is None:
+        keywords = {"backend": "cuda", "device": "cpu"}
+    calls = []
+
+    def step_fn(x, t):
+        calls.append(x)
+        return x
+
+    fm = FlowMatching((3, 2))
+    generator = torch.Generator().manual_seed(5)
+    before = torch.get_rng_state(), generator.get_state()
+    arguments = {"batch_size": 4, "step_fn": step_fn} | keywords
+    for extra in ({}, {"generator": generator}, {"return_all_steps": True}):
+        with pytest.raises(error) as raised:
+            fm.sample(**(arguments | extra))
+        assert_says(raised, words)
+    assert torch.equal(before[0], torch.get_rng_state()), "noise was drawn before the arguments were checked"
+    assert torch.equal(before[1], generator.get_state()), "noise was drawn before the arguments were checked"
+    assert not calls, "step_fn was called before the arguments were checked"
+
+
+def test_guidance_from_the_constructor():
+    fm = FlowMatching((3, 2), use_classifier_free_guidance=True)
+    with pytest.raises(ValueError, match=r"unguided_step_fn is required"):
+        fm.sample(4, good)
+    assert fm.sample(4, good, use_classifier_free_guidance=False).shape == SHAPE
+
+
+def test_the_order_of_alpamayo_15():
+    """Alpamayo 1.5 takes unguided_step_fn third: said, not taken for a device."""
+    with pytest.raises(TypeError, match=r"unguided_step_fn= by name"):
+        FlowMatching((3, 2)).sample(4, good, good, "cpu")
+
+
+def test_a_default_changed_afterwards():
+    fm = FlowMatching((3, 2))
+    fm.num_inference_steps = -3
+    with pytest.raises(ValueError, match=r"num_inference_steps.*-3"):
+        fm.sample(4, good)
+
+
+def test_progress_without_tqdm(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
+    monkeypatch.setitem(__import__("sys").modules, "tqdm.auto", None)
+    before = torch.get_rng_state()
+    with pytest.raises(ImportError, match=r"progress=True needs tqdm: pip install tqdm"):
+        FlowMatching((3, 2)).sample(4, good, progress=True)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+STATE = r"\[4, 3, 2\]"
+RETURNED = {
+    "None": (lambda: None, TypeError, ["None", STATE]),
+    "a number": (lambda: 1.0, TypeError, ["1.0", "float", STATE]),
+    "a tuple": (lambda: (V, V), TypeError, ["tuple", STATE]),
+    "a list": (lambda: [1.0], TypeError, ["list", STATE]),
+    "a dict": (lambda: {"v": V}, TypeError, ["dict", STATE]),
+    "an array": (lambda: V.numpy(), TypeError, ["ndarray", STATE]),
+    "the batch missing": (lambda: torch.zeros(6, 3, 2), ValueError, [r"\[6, 3, 2\]", STATE]),
+    "transposed": (lambda: torch.zeros(4, 2, 3), ValueError, [r"\[4, 2, 3\]", STATE]),
+    "flat": (lambda: torch.zeros(24), ValueError, [r"\[24\]", STATE]),
+    "a rank more": (lambda: torch.zeros(1, 4, 3, 2), ValueError, [r"\[1, 4, 3, 2\]", STATE]),
+    "enlarging": (lambda: torch.zeros(5, 4, 3, 2), ValueError, [r"\[5, 4, 3, 2\]", STATE]),
+    "empty": (lambda: torch.zeros(0, 3, 2), ValueError, [r"\[0, 3, 2\]", STATE]),
+    "another device": (lambda: V.to("meta"), ValueError, ["meta", "cpu"]),
+    "int64": (lambda: V.long(), TypeError, ["int64", "float32"]),
+    "bool": (lambda: V.bool(), TypeError, ["bool", "float32"]),
+    "complex": (lambda: V * 1j, TypeError, ["complex64", "float32"]),
+    "float64": (lambda: V.double(), TypeError, ["float64", "float32", "dtype=torch.float64", "cast"]),
+    "float8": (lambda: V.to(torch.float8_e4m3fn), TypeError, ["float8", "cast"]),
+    "sparse": (lambda: V.to_sparse(), TypeError, ["sparse", STATE]),
+    "mkldnn": (lambda: V.to_mkldnn(), TypeError, ["mkldnn", STATE]),
+}
+
+
+@pytest.mark.parametrize("run", ["plain", "guided", "unguided", "trajectory"])
+@pytest.mark.parametrize("when", [1, 3])
+@pytest.mark.parametrize("returned", RETURNED)
+def test_step_fn_returns(returned, when, run):
+    """Named after the function that returned it; nothing is written, and the next sample() is right."""
+    make, error, words = RETURNED[returned]
+    states = []
+
+    def step_fn(x, t):
+        states.append((x, x.clone()))
+        return make() if len(states) == when else x * t
+
+    guided = run in ("guided", "unguided")
+    fm = FlowMatching((3, 2))
+    noise = torch.ones(SHAPE)
+    keywords = {"return_all_steps": run == "trajectory", "use_classifier_free_guidance": guided}
+    functions = (good, step_fn) if run == "unguided" else (step_fn, good)
+    with pytest.raises(error) as raised:
+        fm.sample(4, functions[0], noise=noise, unguided_step_fn=functions[1], **keywords)
+    assert_says(raised, [*words, "unguided_step_fn returned" if run == "unguided" else "^step_fn returned"])
+    assert len(states) == when
+    for state, clone in states:
+        assert same_bits(state, clone)
+    assert (noise == 1).all()
+    assert same_bits(fm.sample(4, good, noise=noise), FlowMatching((3, 2)).sample(4, good, noise=noise))
+
+
+@pytest.mark.parametrize("state", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("velocity", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_step_fn_widens_the_state(state, velocity):
+    def run():
+        return FlowMatching((3, 2)).sample(4, lambda x, t: x.to(velocity), dtype=state)
+
+    if state == velocity:
+        assert run().dtype == state
+        return
+    wider = str(torch.promote_types(state, velocity))
+    with pytest.raises(TypeError, match=rf"{velocity}.*widen.*{state}.*pass dtype={wider}.*cast"):
+        run()
+
+
+def test_fake_tensor_out_of_its_mode():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        fake = torch.empty(SHAPE)
+    for functions in ((lambda x, t: fake, good), (good, lambda x, t: fake)):
+        for guided in (False, True):
+            if functions[0] is good and not guided:
+                continue
+            with pytest.raises((TypeError, AssertionError, RuntimeError), match=r"(?i)fake"):
+                FlowMatching((3, 2)).sample(
+                    4, functions[0], unguided_step_fn=functions[1], use_classifier_free_guidance=guided
+                )

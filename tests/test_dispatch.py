@@ -1,0 +1,284 @@
+"""Which backend runs: by argument, by context, by environment, by itself; and what is said when it cannot."""
+
+import asyncio
+import logging
+import threading
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flowmatch_kernels import FlowMatching, available_backends, use_backend
+from flowmatch_kernels.ops import dispatch, native, reference
+
+NAMES = ["triton", "cuda", "cpu", "reference"]
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch):
+    monkeypatch.delenv("FLOWMATCH_KERNELS_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """The names of the backends that took a step, in order."""
+    used = []
+    for name, backend in dispatch.BACKENDS.items():
+        if name not in ("cpu", "reference"):
+            continue
+
+        def load(name=name, backend=backend):
+            function = backend.load()
+
+            def spy(*operands):
+                used.append(name)
+                return function(*operands)
+
+            return spy
+
+        monkeypatch.setitem(dispatch.BACKENDS, name, backend._replace(load=load))
+    return used
+
+
+@pytest.fixture
+def hidden(monkeypatch):
+    """The extension cannot be imported."""
+    monkeypatch.setattr(native, "_C", None)
+    monkeypatch.setattr(native, "_import_error", "flowmatch_kernels._C cannot be imported: no such file")
+
+
+def step(fm=None, **keywords):
+    return (fm or FlowMatching(2)).sample(3, lambda x, t: x, inference_step=1, **keywords)
+
+
+def test_available_backends():
+    available = available_backends()
+    assert list(available) == NAMES
+    assert available["cpu"] is None
+    assert available["reference"] is None
+    if not torch.cuda.is_available():
+        for name in ("triton", "cuda"):
+            assert isinstance(available[name], str)
+            assert len(available[name]) > 10
+    for name, reason in available.items():
+        if reason is None and name in ("cpu", "reference"):
+            step(backend=name)
+    available["cpu"] = "mine"
+    assert available_backends()["cpu"] is None
+
+
+def test_auto_takes_cpu(used):
+    step()
+    assert used == ["cpu"]
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_by_argument(used, name):
+    step(backend=name)
+    step(FlowMatching(2, backend=name))
+    step(FlowMatching(2, backend="reference" if name == "cpu" else "cpu"), backend=name)
+    assert used == [name] * 3
+
+
+def test_by_context(used):
+    with use_backend("reference"):
+        step()
+        with use_backend("cpu"):
+            step()
+        step()
+    step()
+    assert used == ["reference", "cpu", "reference", "cpu"]
+
+
+def test_context_ends_with_an_exception(used):
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    step()
+    assert used == ["cpu"]
+
+
+def test_a_name_is_stronger_than_the_context(used):
+    with use_backend("reference"):
+        step(backend="cpu")
+        step(FlowMatching(2, backend="cpu"))
+        step(backend="auto")
+    assert used == ["cpu", "cpu", "reference"]
+
+
+def test_context_is_of_one_thread(used):
+    inside, outside = threading.Event(), threading.Event()
+    names = []
+
+    def other():
+        inside.wait(10)
+        names.append(dispatch.choose("auto", "cpu").name)
+        outside.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with use_backend("reference"):
+        inside.set()
+        assert outside.wait(10)
+        names.append(dispatch.choose("auto", "cpu").name)
+    thread.join()
+    assert names == ["cpu", "reference"]
+
+
+def test_context_is_of_one_task():
+    async def task(name, others):
+        with use_backend(name):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                others.append((name, dispatch.choose("auto", "cpu").name))
+
+    async def main():
+        seen = []
+        await asyncio.gather(task("cpu", seen), task("reference", seen))
+        return seen
+
+    seen = asyncio.run(main())
+    assert len(seen) == 6
+    assert all(wanted == got for wanted, got in seen)
+
+
+def test_by_environment(used, monkeypatch):
+    monkeypatch.setenv("FLOWMATCH_KERNELS_BACKEND", "reference")
+    step()
+    step(backend="cpu")
+    with use_backend("cpu"):
+        step()
+    monkeypatch.setenv("FLOWMATCH_KERNELS_BACKEND", "auto")
+    step()
+    monkeypatch.setenv("FLOWMATCH_KERNELS_BACKEND", "")
+    step()
+    assert used == ["reference", "cpu", "cpu", "cpu", "cpu"]
+
+
+def test_unknown_in_the_environment(monkeypatch):
+    monkeypatch.setenv("FLOWMATCH_KERNELS_BACKEND", "gpu")
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"'gpu'.*known: auto, triton, cuda, cpu, reference"):
+        step()
+    assert torch.equal(before, torch.get_rng_state())
+    step(backend="cpu")
+
+
+@pytest.mark.parametrize("name", ["Cpu", "gpu", "", None, 3, ["cpu"]])
+def test_unknown_in_the_context(name):
+    with pytest.raises(ValueError, match=r"known: auto, triton, cuda, cpu, reference"), use_backend(name):
+        pass
+
+
+def test_unusable_in_the_context_and_the_environment(monkeypatch):
+    with use_backend("cuda"), pytest.raises(RuntimeError, match=r"'cuda'.*cannot be used.*serves cuda.*got cpu"):
+        step()
+    monkeypatch.setenv("FLOWMATCH_KERNELS_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match=r"'triton'.*cannot be used.*TRITON_INTERPRET=1"):
+        step()
+
+
+def test_hidden_extension(used, hidden, caplog):
+    """auto falls to the reference and says so once; a backend asked for by name says why it cannot."""
+    assert available_backends()["cpu"] == "flowmatch_kernels._C cannot be imported: no such file"
+    assert "cannot be imported" in available_backends()["cuda"]
+    assert native.instruction_set() is None
+    with caplog.at_level(logging.WARNING, logger="flowmatch_kernels"):
+        for _ in range(3):
+            step()
+    assert used == ["reference"] * 3
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1
+    for word in ("'cpu'", "passed over", "cannot be imported: no such file"):
+        assert word in told[0]
+    with pytest.raises(RuntimeError, match=r"'cpu' was asked for and cannot be used.*no such file"):
+        step(backend="cpu")
+    with use_backend("cpu"), pytest.raises(RuntimeError, match=r"no such file"):
+        step()
+
+
+def test_nothing_is_told_when_all_is_well(used, caplog):
+    with caplog.at_level(logging.DEBUG, logger="flowmatch_kernels"):
+        step()
+        step(backend="reference")
+    assert caplog.records == []
+
+
+def test_broken_triton(monkeypatch):
+    """A Triton that raises anything at import is a reason, not an exception."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def broken(name, package=None):
+        raise OSError("libcuda.so is a directory")
+
+    monkeypatch.setattr(dispatch.importlib, "import_module", broken)
+    assert "libcuda.so is a directory" in available_backends()["triton"]
+    with pytest.raises(RuntimeError, match=r"'triton'.*libcuda.so is a directory"):
+        step(backend="triton")
+
+
+def test_order_on_cuda(monkeypatch, caplog):
+    """triton, else cuda, else reference: each pass told once; shapes by FakeTensor."""
+    reasons = {"triton": None, "cuda": None}
+    for name in reasons:
+        backend = dispatch.BACKENDS[name]
+        unavailable = lambda device_type, name=name: reasons[name]  # noqa: E731
+        monkeypatch.setitem(dispatch.BACKENDS, name, backend._replace(unavailable=unavailable))
+    assert dispatch.choose("auto", "cuda").name == "triton"
+    reasons["triton"] = "broken"
+    with caplog.at_level(logging.WARNING, logger="flowmatch_kernels"):
+        assert dispatch.choose("auto", "cuda").name == "cuda"
+        assert dispatch.choose("auto", "cuda").name == "cuda"
+        reasons["cuda"] = "not built"
+        assert dispatch.choose("auto", "cuda").name == "reference"
+    assert [("triton" in r.getMessage(), "cuda" in r.getMessage()) for r in caplog.records].count((True, True)) == 1
+    assert len(caplog.records) == 2
+    with pytest.raises(RuntimeError, match=r"'triton'.*broken"):
+        dispatch.choose("triton", "cuda")
+    fm = FlowMatching(2)
+    with FakeTensorMode():
+        assert step(fm, device="cuda").device.type == "cuda"
+
+
+@pytest.mark.parametrize("device_type", ["mps", "xpu", "meta"])
+def test_other_devices_have_the_reference(device_type):
+    assert dispatch.choose("auto", device_type).name == "reference"
+    with pytest.raises(RuntimeError, match=rf"serves cpu tensors, got {device_type}"):
+        dispatch.choose("cpu", device_type)
+
+
+def test_eager_goes_straight_to_the_backend():
+    """Plain tensors skip the dispatcher; modes, transforms and compilers do not."""
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    assert dispatch.is_eager()
+    for mode in (TorchDispatchMode(), Functions(), FakeTensorMode(), torch.device("cpu")):
+        with mode:
+            assert not dispatch.is_eager()
+        assert dispatch.is_eager()
+    seen = []
+    torch.func.vmap(lambda x: seen.append(dispatch.is_eager()) or x)(torch.zeros(2))
+    torch.func.grad(lambda x: seen.append(dispatch.is_eager()) or x)(torch.zeros(()))
+    torch.jit.trace(lambda x: seen.append(dispatch.is_eager()) or x + 1, (torch.zeros(2),), check_trace=False)
+    assert seen[0] is False
+    assert seen[1] is False
+    assert False in seen[2:]
+
+
+def test_backends_have_one_signature():
+    import inspect
+
+    wanted = list(inspect.signature(reference.fused_step_).parameters)
+    assert list(inspect.signature(native.cpu_fused_step_).parameters) == wanted
+    schema = torch.ops.flowmatch_kernels.fused_step_.default._schema
+    assert [argument.name for argument in schema.arguments] == wanted
+    assert [argument.name for argument in torch.ops.flowmatch_kernels.fused_step.default._schema.arguments] == [
+        name for name in wanted if name not in ("out", "trajectory", "slot", "history")
+    ]
+    mutated = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    assert mutated == ["out", "trajectory", "history"]

@@ -1,0 +1,471 @@
+"""`cpu` equals `reference`, and `reference` equals eager PyTorch as users write it, to the last bit."""
+
+import ctypes
+import itertools
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy
+import pytest
+import torch
+from operands import (
+    LAYOUTS,
+    Guarded,
+    assert_same_bits,
+    bits,
+    coefficients,
+    combinations,
+    laid_out,
+    special_values,
+    values,
+)
+
+from flowmatch_kernels.ops import native, reference
+from flowmatch_kernels.ops.fused_step import VELOCITY_DTYPES, arithmetic_dtype
+
+PAIRS = [(state, velocity) for state, narrower in VELOCITY_DTYPES.items() for velocity in narrower]
+SHAPES = [(0,), (1,), (31,), (1023,), (1024,), (1025,), (0, 3), (6, 0), (1, 7), (6, 64, 2), (3, 5, 7, 11)]
+SHAPES += [(3, 700), (2, 1025), (2, 1, 3, 1, 5), (5, 3, 2, 2, 2, 3)]
+PRIME = 1_000_003
+
+
+def name(parameter):
+    return re.sub(r"torch\.", "", str(parameter)).replace(" ", "") if parameter is not None else "none"
+
+
+def run(step, shape, state, velocity, rounding, combination, row=1, slot=None, layouts=("contiguous",) * 2,
+        in_place=False, seed=0):  # fmt: skip
+    """Everything a backend writes for one set of operands: out, trajectory, history; all guarded."""
+    guided, terms, slots, history, c = combination
+    generator = torch.Generator().manual_seed(seed)
+    arithmetic = arithmetic_dtype(state)
+    base = Guarded(shape, state, values(shape, state, generator))
+    v = laid_out(values(shape, velocity, generator), layouts[0])
+    u = laid_out(values(shape, velocity, generator), layouts[1]) if guided else None
+    h = [Guarded(shape, arithmetic, values(shape, arithmetic, generator)) for _ in range(terms)]
+    table = coefficients(arithmetic, generator, c=c)
+    before = [bits(x) for x in (base.tensor, v, *([u] if guided else []), *[x.tensor for x in h], table)]
+
+    out = base if in_place else Guarded(shape, state)
+    trajectory = None if slots is None else Guarded([shape[0], slots, *shape[1:]], state)
+    kept = None
+    if history is not None:
+        kept = Guarded(shape, arithmetic) if history == "new" else h[history]
+    slot = 0 if slots is None else slots - 1 if slot is None else slot
+    step(
+        out.tensor,
+        base.tensor,
+        v,
+        u,
+        *[x.tensor for x in h],
+        *[None] * (3 - terms),
+        table,
+        row,
+        rounding,
+        None if trajectory is None else trajectory.tensor,
+        slot,
+        None if kept is None else kept.tensor,
+    )
+    for buffer in (base, out, *h, *[x for x in (trajectory, kept) if x is not None]):
+        assert buffer.intact(), "written outside a buffer"
+    after = [bits(x) for x in (base.tensor, v, *([u] if guided else []), *[x.tensor for x in h], table)]
+    written = {0} if in_place else set()
+    if isinstance(history, int):
+        written.add(2 + guided + history)
+    for k, (x, y) in enumerate(zip(before, after, strict=True)):
+        assert k in written or torch.equal(x, y), f"operand {k} is only read, and changed"
+    results = {"out": out.tensor}
+    if trajectory is not None:
+        results["trajectory"] = trajectory.tensor
+        assert_same_bits(trajectory.tensor[:, slot], out.tensor, "slot")
+        for other in range(slots):
+            assert other == slot or trajectory.tensor[:, other].isnan().all(), f"slot {other} is not ours"
+    if kept is not None:
+        results["history"] = kept.tensor
+    return results
+
+
+def compare(*arguments, **keywords):
+    got = run(native.cpu_fused_step_, *arguments, **keywords)
+    wanted = run(reference.fused_step_, *arguments, **keywords)
+    for key in wanted:
+        assert_same_bits(got[key], wanted[key], f"{key} of {arguments} {keywords}")
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["out", "out_is_base"])
+@pytest.mark.parametrize("rounding", [False, True], ids=["state_rounding", "velocity_rounding"])
+@pytest.mark.parametrize("state, velocity", PAIRS, ids=name)
+def test_every_combination(state, velocity, rounding, in_place):
+    for seed, combination in enumerate(combinations()):
+        compare((3, 43), state, velocity, rounding, combination, row=seed % 3, in_place=in_place, seed=seed)
+
+
+@pytest.mark.parametrize("state, velocity", PAIRS, ids=name)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sizes_and_ranks(shape, state, velocity):
+    """Every 13th combination, each shape and dtype beginning with another."""
+    first = (SHAPES.index(shape) + 4 * PAIRS.index((state, velocity))) % 13
+    for seed, combination in itertools.islice(enumerate(combinations()), first, None, 13):
+        compare(shape, state, velocity, seed % 3 == 0, combination, in_place=bool(seed % 2), seed=seed)
+
+
+@pytest.mark.parametrize("state, velocity", PAIRS, ids=name)
+@pytest.mark.parametrize("shape", [(), (7,), (6, 64), (3, 5, 7), (2, 3, 5, 7), (2, 1, 3, 2, 5)], ids=str)
+def test_layouts_of_the_velocity(shape, state, velocity):
+    tried = 0
+    for layouts in itertools.product(LAYOUTS, LAYOUTS):
+        if any(laid_out(torch.zeros(shape), layout) is None for layout in layouts):
+            continue
+        slots = 3 if shape else None
+        compare(shape, state, velocity, False, (True, 1, slots, "new", True), layouts=layouts)
+        tried += 1
+    assert tried >= 4
+
+
+def test_layouts_are_what_they_say():
+    x = torch.arange(2.0 * 3 * 5 * 7).view(2, 3, 5, 7)
+    for layout in LAYOUTS:
+        y = laid_out(x, layout)
+        assert y.is_contiguous() == (layout in ("contiguous", "misaligned"))
+        assert torch.equal(x, y) or layout == "expanded"
+    assert laid_out(x, "misaligned").data_ptr() % 16
+    assert laid_out(x, "channels_last").is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("slots, slot", [(1, 0), (2, 0), (2, 1), (11, 0), (11, 4), (11, 10)])
+@pytest.mark.parametrize("shape", [(1, 5), (6, 64, 2), (3, 1025), (1025, 1), (40, 1000)], ids=str)
+def test_slots(shape, slots, slot):
+    compare(shape, torch.float32, torch.bfloat16, False, (False, 0, slots, None, True), slot=slot)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("state, velocity", PAIRS, ids=name)
+def test_large_and_threaded(state, velocity, threads):
+    torch.set_num_threads(threads)
+    rounding = velocity == torch.bfloat16
+    compare((PRIME,), state, velocity, rounding, (True, 1, None, "new", True))
+    compare((17, 58_823), state, velocity, False, (False, 0, 2, None, True), in_place=True)
+
+
+def test_threads_give_one_result():
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(run(native.cpu_fused_step_, (PRIME,), torch.float32, torch.float16, False,
+                           (True, 3, 1, 2, True)))  # fmt: skip
+    for key in results[0]:
+        assert_same_bits(results[1][key], results[0][key], key)
+
+
+# ---- the definition itself: reference against what users write ----
+
+
+def plain_row(dtype=torch.float32, **columns):
+    table = torch.zeros(1, 8, dtype=dtype)
+    table[0, 0] = 1.0
+    for column, value in columns.items():
+        table[0, ("a", "b0", "b1", "b2", "b3", "w0", "w1", "c").index(column)] = value
+    return table
+
+
+def reference_step(base, v, table, u=None, h=(), **keywords):
+    return reference.fused_step(base, v, u, *h, *[None] * (3 - len(h)), table, 0, **keywords)
+
+
+def drawn(*shape, dtype=torch.float32, seed=1):
+    return values(shape, dtype, torch.Generator().manual_seed(seed))
+
+
+DTS = [0.1, 1 / 3, -0.1, 0.0, 1e-30, 0.30000001192092896, float("inf")]
+WEIGHTS = [0.0, 1.0, 1.5, 2.0, 7.5, -0.3, 1 / 3, 1e-3]
+
+
+@pytest.mark.parametrize("dt", DTS)
+@pytest.mark.parametrize(
+    "state, velocity", [pair for pair in PAIRS if pair[0] in (torch.float32, torch.float64)], ids=name
+)
+def test_definition_plain(state, velocity, dt):
+    x, v = drawn(97, 31, dtype=state), drawn(97, 31, dtype=velocity, seed=2)
+    step = torch.tensor([[dt]], dtype=state)
+    assert_same_bits(reference_step(x, v, plain_row(state, b0=dt)), x + step * v)
+
+
+@pytest.mark.parametrize("dt", DTS)
+@pytest.mark.parametrize("dtype", VELOCITY_DTYPES, ids=name)
+def test_definition_python_float(dtype, dt):
+    """A Python float dt, as GR00T has: for a 16-bit state each product and each sum is rounded to it."""
+    x, v = drawn(97, 31, dtype=dtype), drawn(97, 31, dtype=dtype, seed=2)
+    assert_same_bits(reference_step(x, v, plain_row(arithmetic_dtype(dtype), b0=dt)), x + dt * v)
+
+
+@pytest.mark.parametrize("w", WEIGHTS)
+@pytest.mark.parametrize("state, velocity", PAIRS, ids=name)
+def test_definition_guidance(state, velocity, w):
+    x, v, u = drawn(97, 31, dtype=state), *(drawn(97, 31, dtype=velocity, seed=s) for s in (2, 3))
+    arithmetic = arithmetic_dtype(state)
+    table = plain_row(arithmetic, b0=0.1, w0=1 - w, w1=w)
+    guided = (1 - w) * u + w * v
+    step = torch.tensor([[0.1]], dtype=arithmetic)
+    wanted = (x + 0.1 * guided) if state == velocity else x + step * guided
+    assert_same_bits(reference_step(x, v, table, u), wanted)
+    assert_same_bits(reference.remember(x, v, u, table, 0), guided.to(arithmetic))
+
+
+@pytest.mark.parametrize("velocity", [torch.bfloat16, torch.float16], ids=name)
+@pytest.mark.parametrize("dt", [-0.1, 0.02, 1 / 3, 0.003])
+def test_definition_diffusers(velocity, dt):
+    """FlowMatchEulerDiscreteScheduler.step with sigmas on the GPU: dt is rounded to bfloat16 first."""
+    sample, v = drawn(97, 31, dtype=velocity), drawn(97, 31, dtype=velocity, seed=2)
+    step = torch.tensor(dt)
+    product = step.to(velocity) * v
+    wanted = (sample.float() + product).to(velocity)
+    got = reference_step(sample.float(), v, plain_row(b0=dt), velocity_rounding=True)
+    assert_same_bits(got.to(velocity), wanted)
+    naive = (sample.float() + step.view(1, 1) * v).to(velocity)
+    assert (bits(naive) != bits(wanted)).any(), "these operands cannot tell the two roundings apart"
+
+
+@pytest.mark.parametrize("state", VELOCITY_DTYPES, ids=name)
+def test_definition_history(state):
+    """Left to right, each product and each partial sum rounded to the state's dtype."""
+    arithmetic = arithmetic_dtype(state)
+    x, v = drawn(97, 31, dtype=state), drawn(97, 31, dtype=state, seed=2)
+    h = [drawn(97, 31, dtype=arithmetic, seed=3 + k) for k in range(3)]
+    columns = {"a": 0.7, "b0": 0.3, "b1": -1.1, "b2": 0.9, "b3": 1 / 3}
+    table = plain_row(arithmetic, **columns)
+    a, *b = table[0, :5, None, None].unbind()
+    for terms in range(4):
+        wanted = (a * x).to(state) + (b[0] * v).to(state)
+        for k in range(terms):
+            wanted = wanted + (b[k + 1] * h[k]).to(state)
+        assert_same_bits(reference_step(x, v, table, h=h[:terms]), wanted)
+    wrong = ((a * x).to(state) + (b[0] * v).to(state)) + ((b[1] * h[0]).to(state) + (b[2] * h[1]).to(state))
+    assert (bits(wrong) != bits(reference_step(x, v, table, h=h[:2]))).any(), "the order cannot be told"
+
+
+@pytest.mark.parametrize("state, velocity", PAIRS, ids=name)
+@pytest.mark.parametrize("c", [0.0, -0.0, 0.8, float("nan")])
+def test_definition_remember(state, velocity, c):
+    arithmetic = arithmetic_dtype(state)
+    x, v = drawn(97, 31, dtype=state), drawn(97, 31, dtype=velocity, seed=2)
+    table = plain_row(arithmetic, b0=0.1, c=c)
+    wanted = v.to(arithmetic)
+    if c != 0:
+        wanted = wanted + table[0, 7:].view(1, 1) * x.to(arithmetic)
+    assert_same_bits(reference.remember(x, v, None, table, 0), wanted)
+
+
+def test_definition_is_not_an_fma():
+    """Operands for which an FMA, and torch.add's alpha, give other bits: the tests above would see it."""
+    x, v = torch.randn(4096), torch.randn(4096)
+    got = reference_step(x, v, plain_row(b0=0.1))
+    fma = (x.double() + torch.tensor(0.1).double() * v.double()).float()
+    assert 0.02 < (got != fma).float().mean() < 0.5
+    assert_same_bits(got, x + torch.tensor([0.1]) * v)
+
+
+# ---- conversions: every 16-bit value, and the float32 values that are hard to round ----
+
+
+def all_values(dtype):
+    return torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+@pytest.mark.parametrize("step", [native.cpu_fused_step_, reference.fused_step_], ids=["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)
+def test_widen_every_value(dtype, step):
+    """-0.0 + 1*v is v, for every v."""
+    v = all_values(dtype)
+    wanted = v.float()
+    if dtype == torch.bfloat16:
+        exact = (v.view(torch.int16).to(torch.int32) << 16).view(torch.float32)
+    else:
+        exact = torch.from_numpy(v.numpy().astype("float32"))
+    assert_same_bits(wanted, exact)
+    out = torch.full(v.shape, float("nan"))
+    step(out, torch.full(v.shape, -0.0), v, None, None, None, None, plain_row(b0=1.0), 0)
+    assert_same_bits(out, exact)
+
+
+@pytest.mark.parametrize("step", [native.cpu_fused_step_, reference.fused_step_], ids=["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)
+def test_narrow_hard_values(dtype, step):
+    """Every upper half of a float32, with lower halves at, just below and just above each tie."""
+    upper = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32) << 16
+    lower = [0, 1, 0x0FFF, 0x1000, 0x1001, 0x1FFF, 0x2000, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xEFFF, 0xF000, 0xFFFF]
+    h = torch.cat([upper | low for low in lower]).view(torch.float32)
+    zero = torch.full(h.shape, -0.0, dtype=dtype)
+    out = torch.full(h.shape, float("nan"), dtype=dtype)
+    step(out, zero, zero, None, h, None, None, plain_row(b0=1.0, b1=1.0), 0)
+    wanted = h.to(dtype)
+    if dtype == torch.float16:
+        with numpy.errstate(all="ignore"):
+            exact = torch.from_numpy(h.numpy().astype("float16"))
+    else:  # to nearest even, by integers
+        word = h.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+        word = (word + 0x7FFF + ((word >> 16) & 1)) >> 16
+        exact = torch.where(word >= 1 << 15, word - (1 << 16), word).to(torch.int16).view(dtype)
+        exact = torch.where(h.isnan(), torch.tensor(float("nan"), dtype=dtype), exact)
+    assert_same_bits(wanted, exact, "torch")
+    assert_same_bits(out, exact)
+
+
+@pytest.mark.parametrize("velocity", [torch.float32, torch.bfloat16, torch.float16], ids=name)
+def test_narrow_double(velocity):
+    """float64 to 16 bits goes by way of float32, as in PyTorch: ties that a direct rounding breaks."""
+    ties = all_values(velocity) if velocity != torch.float32 else special_values(torch.float32)
+    ties = ties[ties.isfinite()].double()
+    eps = torch.finfo(velocity).eps
+    h = torch.cat([ties * (1 + eps / 2 + delta) for delta in (0.0, 2.0**-52, 2.0**-40, -(2.0**-52), 2.0**-26)])
+    zero, v = torch.full(h.shape, -0.0, dtype=torch.float64), torch.zeros(h.shape, dtype=velocity)
+    table = plain_row(torch.float64, b0=1.0, b1=1.0)
+    results = []
+    for step in (native.cpu_fused_step_, reference.fused_step_):
+        out = torch.full(h.shape, float("nan"), dtype=torch.float64)
+        step(out, zero, v, None, h, None, None, table, 0, True)
+        results.append(out)
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[1], 0.0 + h.to(velocity).double())
+
+
+@pytest.mark.parametrize("state, velocity", PAIRS, ids=name)
+def test_coefficients_of_every_kind(state, velocity):
+    """Zeros, infinities, NaN and denormals as coefficients and weights too."""
+    arithmetic = arithmetic_dtype(state)
+    generator = torch.Generator().manual_seed(0)
+    x = values((64,), state, generator)
+    v, u = (values((64,), velocity, generator) for _ in range(2))
+    h = [values((64,), arithmetic, generator) for _ in range(3)]
+    specials = special_values(arithmetic)
+    for _ in range(64):
+        table = specials[torch.randint(len(specials), (1, 8), generator=generator)]
+        for rounding in (False, True):
+            results = []
+            for step in (native.cpu_fused_step_, reference.fused_step_):
+                out, kept = torch.full_like(x, float("nan")), torch.full_like(h[0], float("nan"))
+                step(out, x, v, u, *h, table, 0, rounding, None, 0, kept)
+                results.append((out, kept))
+            assert_same_bits(results[0][0], results[1][0])
+            assert_same_bits(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("state, velocity", PAIRS, ids=name)
+def test_flush_denormal(state, velocity):
+    """torch.set_flush_denormal changes eager PyTorch and the kernel alike, on one thread."""
+    torch.set_num_threads(1)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush denormals")
+    for combination in ((False, 0, None, None, True), (True, 2, 3, "new", True)):
+        compare((3, 1025), state, velocity, False, combination)
+
+
+# ---- every instruction set, though the module picks one ----
+
+SETS = {"baseline": "", "avx2": "avx2", "avx512": "avx2 avx512f avx512bw avx512vl avx512dq"}
+HARNESS = r"""
+#include <cstdlib>
+#include <cstring>
+// What __builtin_cpu_supports answers, told by the environment when the library is first called.
+static bool told(const char* feature) {
+  const char* features = std::getenv("FLOWMATCH_TEST_FEATURES");
+  for (const char* at = features; at && (at = std::strstr(at, feature)); ++at) {
+    const char end = at[std::strlen(feature)];
+    if ((at == features || at[-1] == ' ') && (end == ' ' || end == 0)) return true;
+  }
+  return false;
+}
+#define __builtin_cpu_supports(feature) told(feature)
+#include "fused_step_cpu.cpp"
+extern "C" const char* set_name() { return flowmatch_kernels::instruction_set(); }
+extern "C" int step(void* out, void* base, void* v, void* u, void* h1, void* h2, void* h3, void* row,
+                    void* trajectory, void* history, long numel, long sample, long slots, long slot, int state,
+                    int velocity, int rounding) {
+  const flowmatch_kernels::Operands o{out, base, v,          u,       {h1, h2, h3}, row,
+                                      trajectory, history, numel, sample,  slots,        slot};
+  return flowmatch_kernels::fused_step_cpu(o, static_cast<flowmatch_kernels::Dtype>(state),
+                                           static_cast<flowmatch_kernels::Dtype>(velocity), rounding, 0, numel);
+}
+"""
+
+
+def compiler():
+    return next((c for c in (os.environ.get("CXX"), "g++", "c++", "clang++") if c and shutil.which(c)), None)
+
+
+def instruction_set_runs(instruction_set):
+    if not SETS[instruction_set]:
+        return True
+    with open("/proc/cpuinfo") as file:
+        flags = next((line for line in file if line.startswith("flags")), "").split()
+    return all(feature in flags for feature in SETS[instruction_set].split())
+
+
+@pytest.fixture(scope="module")
+def kernel_library(tmp_path_factory):
+    """csrc/fused_step_cpu.cpp alone, with setup.py's flags and an instruction set of our choice."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    folder = tmp_path_factory.mktemp("kernel")
+    (folder / "harness.cpp").write_text(HARNESS)
+    with open(os.path.join(root, "setup.py")) as file:
+        flags = re.findall(r'"(-[Of][^"]*)"', file.read())
+    assert "-ffp-contract=off" in flags
+    flags = [flag for flag in flags if flag.startswith(("-O", "-ffp-contract", "-fno-trapping"))]
+    command = [compiler(), "-std=c++20", *flags, "-shared", "-fPIC", f"-I{root}/csrc", "harness.cpp", "-o", "kernel.so"]
+    subprocess.run(command, cwd=folder, check=True)
+    return folder / "kernel.so"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="one set only on this CPU")
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler, so only the built module's set is tested")
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_every_instruction_set(kernel_library, instruction_set, monkeypatch):
+    if not instruction_set_runs(instruction_set):
+        pytest.skip(f"this CPU has no {instruction_set}")
+    monkeypatch.setenv("FLOWMATCH_TEST_FEATURES", SETS[instruction_set])
+    copy = shutil.copy(kernel_library, kernel_library.with_name(f"{instruction_set}.so"))
+    library = ctypes.CDLL(str(copy))  # a copy has its own static choice
+    library.set_name.restype = ctypes.c_char_p
+    told = library.set_name().decode().lower().replace("-", "")
+    assert told.startswith({"baseline": "x8664"}.get(instruction_set, instruction_set))
+
+    def address(tensor):
+        return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+    def step(out, base, v, u, h1, h2, h3, table, row, rounding, trajectory, slot, history):
+        if base.numel() == 0:
+            return
+        long, dtypes = ctypes.c_long, native._DTYPES
+        assert library.step(
+            *[address(x) for x in (out, base, v, u, h1, h2, h3, table[row], trajectory, history)],
+            long(base.numel()),
+            long(base.numel() // base.shape[0]),
+            long(1 if trajectory is None else trajectory.shape[1]),
+            long(slot),
+            dtypes[base.dtype],
+            dtypes[v.dtype],
+            int(rounding),
+        )
+
+    for (state, velocity), rounding, shape in itertools.product(
+        PAIRS, (False, True), [(1,), (31,), (3, 700), (2, 1025)]
+    ):
+        for seed, combination in enumerate(combinations()):
+            if seed % 11:
+                continue
+            arguments = (shape, state, velocity, rounding, combination)
+            got = run(step, *arguments, in_place=bool(seed % 2), seed=seed)
+            wanted = run(reference.fused_step_, *arguments, in_place=bool(seed % 2), seed=seed)
+            for key in wanted:
+                assert_same_bits(got[key], wanted[key], f"{key} of {instruction_set} {arguments}")
+
+
+def test_module_uses_the_widest_set():
+    wanted = "baseline"
+    if platform.machine() == "x86_64":
+        wanted = next(s for s in ("avx512", "avx2", "baseline") if instruction_set_runs(s))
+    told = native.instruction_set().lower().replace("-", "")
+    assert told.startswith(wanted) or wanted == "baseline"

@@ -1,0 +1,324 @@
+"""The two registered ops: opcheck, fakes, compile, export, gradients, and what they refuse."""
+
+import pytest
+import torch
+from operands import assert_same_bits, values
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flowmatch_kernels.ops import dispatch, reference
+from flowmatch_kernels.ops.fused_step import VELOCITY_DTYPES, arithmetic_dtype
+
+OP, OP_ = torch.ops.flowmatch_kernels.fused_step, torch.ops.flowmatch_kernels.fused_step_
+ORDER = [argument.name for argument in OP_.default._schema.arguments]
+COMPILERS = ["aot_eager", "inductor"]
+
+
+def operands(state=torch.float32, velocity=None, guided=True, terms=3, shape=(2, 3, 5), device="cpu", **replaced):
+    """What the ops take, by name; `replaced` puts another value in the place of one."""
+    generator = torch.Generator().manual_seed(0)
+    velocity, arithmetic = velocity or state, arithmetic_dtype(state)
+
+    def draw(dtype):
+        return values(shape, dtype, generator, special=False)
+
+    table = torch.randn(3, 8, generator=generator, dtype=arithmetic)
+    names = {"base": draw(state), "v": draw(velocity), "u": draw(velocity) if guided else None}
+    names |= {f"h{k + 1}": draw(arithmetic) if k < terms else None for k in range(3)}
+    names |= {"coefficients": table, "row": 1, "velocity_rounding": False}
+    return names | replaced
+
+
+def written(state=torch.float32, shape=(2, 3, 5), slots=4, history=True, **replaced):
+    """What fused_step_ writes, and where."""
+    arithmetic = arithmetic_dtype(state)
+    names = {
+        "out": torch.full(shape, float("nan"), dtype=state),
+        "trajectory": torch.zeros(shape[0], slots, *shape[1:], dtype=state) if slots else None,
+        "slot": 2 if slots else 0,
+        "history": torch.zeros(shape, dtype=arithmetic) if history else None,
+    }
+    return names | replaced
+
+
+def call_(names):
+    """fused_step_ by position."""
+    return OP_(*[names[name] for name in ORDER])
+
+
+PAIRS = [(state, velocity) for state, narrower in VELOCITY_DTYPES.items() for velocity in narrower]
+
+
+@pytest.mark.parametrize("state, velocity", PAIRS, ids=str)
+@pytest.mark.parametrize("guided, terms", [(False, 0), (True, 3)])
+def test_opcheck_functional(state, velocity, guided, terms):
+    names = operands(state, velocity, guided, terms)
+    torch.library.opcheck(OP.default, tuple(names.values()))
+
+
+@pytest.mark.parametrize("guided, terms", [(False, 0), (True, 3), (True, 1)])
+def test_opcheck_with_gradients(guided, terms):
+    names = operands(guided=guided, terms=terms)
+    for name in ("base", "v", "u", "h1", "h2", "h3"):
+        if names[name] is not None:
+            names[name].requires_grad_()
+    torch.library.opcheck(OP.default, tuple(names.values()))
+
+
+@pytest.mark.parametrize("state, velocity", PAIRS, ids=str)
+@pytest.mark.parametrize("full", [False, True], ids=["few", "every_operand"])
+def test_opcheck_in_place(state, velocity, full):
+    names = operands(state, velocity, guided=full, terms=3 if full else 0)
+    names |= written(state, slots=4 if full else 0, history=full)
+    torch.library.opcheck(OP_.default, tuple(names[name] for name in ORDER))
+
+
+def test_op_equals_reference():
+    for state, velocity in PAIRS:
+        names = operands(state, velocity)
+        wanted = reference.fused_step(**names)
+        assert_same_bits(OP(**names), wanted)
+        into = written(state)
+        call_(names | into)
+        assert_same_bits(into["out"], wanted)
+        assert_same_bits(into["trajectory"][:, 2], wanted)
+        assert not into["trajectory"][:, [0, 1, 3]].any()
+        remembered = reference.remember(names["base"], names["v"], names["u"], names["coefficients"], names["row"])
+        assert_same_bits(into["history"], remembered)
+
+
+@pytest.mark.parametrize("layout", ["negative", "zero", "transposed", "expanded"])
+def test_op_takes_any_velocity(layout):
+    """What counts is the value of v and u, not their raw memory."""
+    z = torch.randn(2, 3, 5, dtype=torch.complex64)
+    v = {
+        "negative": z.conj().imag,
+        "zero": torch._efficientzerotensor(2, 3, 5),
+        "transposed": torch.randn(5, 3, 2).transpose(0, 2),
+        "expanded": torch.randn(3, 1).expand(2, 3, 5),
+    }[layout]
+    plain = v.clone().resolve_neg()
+    assert not plain.is_neg()
+    for name in ("v", "u"):
+        assert_same_bits(OP(**operands(**{name: v})), OP(**operands(**{name: plain.contiguous()})))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_fake(device):
+    def moved(names):
+        return {
+            k: torch.empty(x.shape, dtype=x.dtype, device=device) if isinstance(x, torch.Tensor) else x
+            for k, x in names.items()
+        }
+
+    with FakeTensorMode():
+        out = OP(**moved(operands()))
+        assert out.shape == (2, 3, 5)
+        assert out.device.type == device
+        assert out.dtype == torch.float32
+        assert call_(moved(operands() | written())) is None
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("full", [False, True], ids=["few", "every_operand"])
+def test_compile(compiler, full):
+    torch._dynamo.reset()
+    names = operands(guided=full, terms=3 if full else 0)
+
+    def functional(base, v):
+        return OP(**(names | {"base": base * 2, "v": v})) + 1
+
+    base, v = names["base"], names["v"]
+    compiled = torch.compile(functional, fullgraph=True, backend=compiler)
+    assert_same_bits(compiled(base, v), functional(base, v))
+
+    def in_place(base, v, out, trajectory, history):
+        into = {"out": out, "trajectory": trajectory, "slot": 2 if full else 0, "history": history}
+        call_(names | {"base": base * 2, "v": v} | into)
+        return out + 1
+
+    into = [written(slots=4 if full else 0, history=full) for _ in range(2)]
+    results = []
+    for function, buffers in zip(
+        (in_place, torch.compile(in_place, fullgraph=True, backend=compiler)), into, strict=True
+    ):
+        results.append(function(base, v, buffers["out"], buffers["trajectory"], buffers["history"]))
+    assert_same_bits(results[1], results[0])
+    for key in ("out", "trajectory", "history") if full else ("out",):
+        assert_same_bits(into[1][key], into[0][key], key)
+
+
+def test_compile_dynamic_shapes():
+    torch._dynamo.reset()
+    table = torch.randn(2, 8)
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def step(base, v):
+        return OP(base, v, None, None, None, None, table, 1)
+
+    for size in (3, 7, 64):
+        base, v = torch.randn(size, 4), torch.randn(size, 4)
+        assert_same_bits(step(base, v), OP(base, v, None, None, None, None, table, 1))
+
+
+def test_export():
+    class Step(torch.nn.Module):
+        def forward(self, base, v, table):
+            return OP(base, v, None, None, None, None, table, 0)
+
+    arguments = torch.randn(4, 3), torch.randn(4, 3), torch.randn(1, 8)
+    program = torch.export.export(Step(), arguments)
+    assert any(node.target is OP.default for node in program.graph.nodes)
+    other = torch.randn(4, 3), torch.randn(4, 3), torch.randn(1, 8)
+    assert_same_bits(program.module()(*other), OP(other[0], other[1], None, None, None, None, other[2], 0))
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("terms", range(4))
+def test_gradcheck(guided, terms):
+    names = operands(torch.float64, guided=guided, terms=terms)
+    differentiable = [k for k in ("base", "v", "u", "h1", "h2", "h3") if names[k] is not None]
+    inputs = tuple(names[k].requires_grad_() for k in differentiable)
+
+    def step(*inputs):
+        return OP(**(names | dict(zip(differentiable, inputs, strict=True))))
+
+    assert torch.autograd.gradcheck(step, inputs)
+    assert torch.autograd.gradgradcheck(step, inputs)
+
+
+def test_gradient_equals_the_expression():
+    """Through a narrower, guided and expanded velocity: each gradient has its operand's shape and dtype."""
+    names = operands(torch.float32, torch.bfloat16, terms=1)
+    table, row = names["coefficients"], 1
+    base, u, h1 = (names[k].requires_grad_() for k in ("base", "u", "h1"))
+    v = torch.randn(3, 1, dtype=torch.bfloat16, requires_grad=True)
+    weights = torch.randn(2, 3, 5)
+    arguments = base, v.expand(2, 3, 5), u, h1, None, None, table, row
+    got = torch.autograd.grad((OP(*arguments) * weights).sum(), (base, v, u, h1))
+    wanted = torch.autograd.grad((reference.fused_step(*arguments) * weights).sum(), (base, v, u, h1))
+    for x, y in zip(got, wanted, strict=True):
+        assert x.dtype == y.dtype
+        assert x.shape == y.shape
+        torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-2)  # each rounding counts as the identity
+
+
+def test_no_gradient_for_coefficients():
+    names = operands()
+    names["coefficients"].requires_grad_()
+    with pytest.raises(NotImplementedError, match=r"coefficients"):
+        OP(**names)
+
+
+@pytest.mark.parametrize("name", ["base", "v", "u", "h1", "h2", "h3", "coefficients"])
+def test_in_place_refuses_gradients(name):
+    names = operands() | written()
+    names[name].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"requires grad.*detach"):
+        call_(names)
+    assert names["out"].isnan().all()
+    with torch.no_grad():
+        call_(names)
+    assert not names["out"].isnan().any()
+
+
+@pytest.mark.parametrize("name", ["out", "trajectory", "history"])
+def test_version_counter(name):
+    """Who saved what the op writes for a backward pass is told, as by every in-place operation."""
+    names = operands() | written()
+    before = names[name]._version
+    weight = torch.ones((), requires_grad=True)
+    saved = (names[name].nan_to_num() * weight).sum() if name != "out" else (names[name] * weight).sum()
+    call_(names)
+    assert names[name]._version > before
+    if name == "out":
+        with pytest.raises(RuntimeError, match=r"modified by an inplace operation"):
+            saved.backward()
+
+
+# ---- what breaks the contract is refused: by the C++ op, by the fake, by the Python router ----
+
+SHAPE = (2, 3, 5)
+
+
+BAD = {
+    "base integer": lambda: {"base": torch.zeros(SHAPE, dtype=torch.int32)},
+    "base float8": lambda: {"base": torch.zeros(SHAPE).to(torch.float8_e5m2)},
+    "base not contiguous": lambda: {"base": torch.zeros(5, 3, 2).transpose(0, 2)},
+    "base float64, the rest float32": lambda: {"base": torch.zeros(SHAPE, dtype=torch.float64)},
+    "out dtype": lambda: {"out": torch.zeros(SHAPE, dtype=torch.float64)},
+    "out shape": lambda: {"out": torch.zeros(2, 3, 4)},
+    "out numel, other shape": lambda: {"out": torch.zeros(2, 15)},
+    "out not contiguous": lambda: {"out": torch.zeros(5, 3, 2).transpose(0, 2)},
+    "v wider": lambda: {"v": torch.zeros(SHAPE, dtype=torch.float64), "u": None},
+    "v integer": lambda: {"v": torch.zeros(SHAPE, dtype=torch.int32), "u": None},
+    "v complex": lambda: {"v": torch.zeros(SHAPE, dtype=torch.complex64), "u": None},
+    "v shape": lambda: {"v": torch.zeros(3, 5)},
+    "v broadcasts": lambda: {"v": torch.zeros(1, 3, 5)},
+    "u dtype": lambda: {"u": torch.zeros(SHAPE, dtype=torch.bfloat16)},
+    "u shape": lambda: {"u": torch.zeros(2, 3, 1)},
+    "h1 dtype": lambda: {"h1": torch.zeros(SHAPE, dtype=torch.bfloat16)},
+    "h2 shape": lambda: {"h2": torch.zeros(2, 5, 3)},
+    "h3 not contiguous": lambda: {"h3": torch.zeros(5, 3, 2).transpose(0, 2)},
+    "h2 without h1": lambda: {"h1": None},
+    "h3 without h2": lambda: {"h2": None},
+    "coefficients dtype": lambda: {"coefficients": torch.zeros(3, 8, dtype=torch.float64)},
+    "coefficients columns": lambda: {"coefficients": torch.zeros(3, 7)},
+    "coefficients one row": lambda: {"coefficients": torch.zeros(8)},
+    "coefficients not contiguous": lambda: {"coefficients": torch.zeros(8, 3).t()},
+    "row negative": lambda: {"row": -1},
+    "row beyond": lambda: {"row": 3},
+    "trajectory dtype": lambda: {"trajectory": torch.zeros(2, 4, 3, 5, dtype=torch.float64)},
+    "trajectory shape": lambda: {"trajectory": torch.zeros(2, 4, 5, 3)},
+    "trajectory rank": lambda: {"trajectory": torch.zeros(2, 4, 15)},
+    "trajectory batch": lambda: {"trajectory": torch.zeros(3, 4, 3, 5)},
+    "trajectory not contiguous": lambda: {"trajectory": torch.zeros(4, 2, 3, 5).transpose(0, 1)},
+    "slot negative": lambda: {"slot": -1},
+    "slot beyond": lambda: {"slot": 4},
+    "history dtype": lambda: {"history": torch.zeros(SHAPE, dtype=torch.bfloat16)},
+    "history shape": lambda: {"history": torch.zeros(2, 3)},
+    "v on another device": lambda: {"v": torch.zeros(SHAPE, device="meta")},
+    "coefficients on another device": lambda: {"coefficients": torch.zeros(3, 8, device="meta")},
+}
+
+
+def router(names):
+    dispatch._routed_fused_step_(*[names[name] for name in ORDER])
+
+
+def faked(names):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        call_({k: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for k, x in names.items()})
+
+
+@pytest.mark.parametrize("door", [call_, router, faked], ids=["op", "router", "fake"])
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_operands(bad, door):
+    good = operands() | written()
+    names = good | BAD[bad]()
+    with pytest.raises((RuntimeError, TypeError, ValueError, NotImplementedError)) as raised:
+        door(names)
+    assert bad.split()[0].rstrip(",") in str(raised.value) or "another device" in bad or "float64" in bad
+    for key in ("out", "trajectory", "history"):
+        if door is not faked and key not in BAD[bad]():
+            fresh = written()[key]
+            assert torch.equal(names[key].nan_to_num(7.0), fresh.nan_to_num(7.0)), f"{key} was written"
+
+
+@pytest.mark.parametrize("door", [call_, router, faked], ids=["op", "router", "fake"])
+def test_good_operands(door):
+    """The list above is refused for the reason it gives: without it every door opens."""
+    names = operands() | written()
+    door(names)
+    assert door is faked or not names["out"].isnan().any()
+
+
+@pytest.mark.parametrize("bad", [b for b in BAD if not ({"out", "trajectory", "history", "slot"} & set(BAD[b]()))])
+def test_bad_operands_functional(bad):
+    names = operands() | BAD[bad]()
+    with pytest.raises((RuntimeError, TypeError, ValueError, NotImplementedError)):
+        OP(**names)
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True) as mode,
+        pytest.raises((RuntimeError, TypeError, ValueError, NotImplementedError)),
+    ):
+        OP(**{k: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for k, x in names.items()})

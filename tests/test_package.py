@@ -1,0 +1,261 @@
+"""The package as a process sees it: imports, forks, threads, public names, and life without the extension."""
+
+import doctest
+import inspect
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import flowmatch_kernels
+from flowmatch_kernels import base, flow_matching, sampling, solvers
+from flowmatch_kernels.ops import dispatch, fused_step, native, reference
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TESTS = os.path.join(ROOT, "tests")
+
+# An import hook that hides the extension, as in a package that was installed without a compiler.
+HIDE = """
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name == "flowmatch_kernels._C":
+            raise ModuleNotFoundError("No module named 'flowmatch_kernels._C'", name=name)
+sys.meta_path.insert(0, Hide())
+"""
+
+
+def fresh(code, timeout=120, **environment):
+    """Runs code in a process of its own; what it prints."""
+    path = os.pathsep.join([ROOT, TESTS])
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("FLOWMATCH", "TRITON"))} | environment
+    ended = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:flowmatch_kernels", "-c", code],
+        env=environment | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert ended.returncode == 0, f"{ended.returncode}\n{ended.stdout}\n{ended.stderr}"
+    return ended.stdout
+
+
+def test_import_is_light():
+    """No Triton, no CUDA, no tqdm, no warning, nothing printed; not at the first sample() either."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import flowmatch_kernels
+told = [name for name in ("triton", "tqdm", "matplotlib", "flowmatch_kernels.ops.triton", "flowmatch_kernels.demo")
+        if name in sys.modules and name not in before]
+assert not torch.cuda.is_initialized()
+flowmatch_kernels.FlowMatching(2).sample(1, lambda x, t: x)
+flowmatch_kernels.available_backends()
+assert not torch.cuda.is_initialized()
+told += [name for name in ("triton", "flowmatch_kernels.ops.triton") if name in sys.modules and name not in before]
+print("told", told)
+"""
+    assert fresh(code) == "told []\n"
+
+
+def test_import_is_quick():
+    """Beside torch's own import: less than 0.5 s, which leaves room for a busy machine (0.03 s on a free one)."""
+    code = """
+import time, torch, torch.utils._python_dispatch, torch.distributions, torch._subclasses.fake_tensor
+begin = time.process_time()
+import flowmatch_kernels
+print(time.process_time() - begin)
+"""
+    assert min(float(fresh(code)) for _ in range(2)) < 0.5
+
+
+def test_survives_fork():
+    code = """
+import os, torch
+import published
+from flowmatch_kernels import FlowMatching
+torch.set_num_threads(1)
+fm = FlowMatching(3)
+step = lambda x, t: torch.sin(x)
+noise = torch.randn(2, 3)
+wanted = fm.sample(2, step, noise=noise)
+assert torch.equal(wanted, published.sample(2, step, (3,), 10, noise=noise))
+children = []
+for _ in range(3):
+    child = os.fork()
+    if child == 0:
+        ok = torch.equal(fm.sample(2, step, noise=noise), wanted)
+        ok = ok and torch.equal(FlowMatching(3, backend="reference").sample(2, step, noise=noise), wanted)
+        os._exit(0 if ok else 7)
+    children.append(child)
+print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+"""
+    assert fresh(code) == "[0, 0, 0]\n"
+
+
+def test_without_the_extension():
+    """All that needs no C++ works: the same bits, the ops, opcheck; and the reason is told, not raised."""
+    code = (
+        HIDE
+        + """
+import logging
+records = []
+class Keep(logging.Handler):
+    def emit(self, record):
+        records.append(record.getMessage())
+logging.getLogger("flowmatch_kernels").addHandler(Keep())
+import torch
+import published
+import flowmatch_kernels
+from flowmatch_kernels import FlowMatching, available_backends
+reason = available_backends()["cpu"]
+assert "_C" in reason and "No module" in reason, reason
+assert not records, records
+fm = FlowMatching((3, 2))
+step, other = (lambda x, t: torch.sin(x) * t), (lambda x, t: torch.cos(x))
+for guided in (False, True):
+    noise = torch.randn(4, 3, 2)
+    got = fm.sample(4, step, noise=noise, return_all_steps=True, unguided_step_fn=other,
+                    use_classifier_free_guidance=guided, inference_guidance_weight=1.5)
+    wanted = published.sample(4, step, (3, 2), 10, noise=noise, return_all_steps=True,
+                              unguided_step_fn=other if guided else None, weight=1.5)
+    assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+assert len(records) == 1 and "'cpu'" in records[0] and "No module" in records[0], records
+try:
+    fm.sample(4, step, backend="cpu")
+except RuntimeError as error:
+    assert "No module" in str(error)
+else:
+    raise AssertionError("cpu was asked for and is missing")
+table = torch.randn(2, 8)
+x = torch.randn(4, 3, 2)
+op = torch.ops.flowmatch_kernels.fused_step
+torch.library.opcheck(op.default, (x, x, x, None, None, None, table, 1, False))
+out, slots = torch.empty_like(x), torch.zeros(4, 2, 3, 2)
+torch.ops.flowmatch_kernels.fused_step_(out, x, x, x, None, None, None, table, 1, False, slots, 1, None)
+assert torch.equal(out, op(x, x, x, None, None, None, table, 1, False)) and torch.equal(slots[:, 1], out)
+for bad in ((x, x.double()), (x, x[0]), (x.int(), x)):
+    try:
+        op(*bad, None, None, None, None, table, 1, False)
+    except (TypeError, ValueError):
+        continue
+    raise AssertionError("a bad operand was taken")
+print("ok")
+"""
+    )
+    assert fresh(code) == "ok\n"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_one_openmp_runtime():
+    """Threads come from torch's own pool, and as many as torch.set_num_threads says."""
+    code = """
+import os, re, torch
+from flowmatch_kernels import FlowMatching
+def runtimes():
+    with open("/proc/self/maps") as file:
+        return {os.path.basename(p) for p in re.findall(r"/\\S*(?:libgomp|libomp|libiomp)\\S*", file.read())}
+def threads():
+    return len(os.listdir("/proc/self/task"))
+torch.set_num_threads(1)
+before, count = runtimes(), threads()
+FlowMatching(1_000_000).sample(1, lambda x, t: x, inference_step=3)
+assert threads() == count, (threads(), count)
+torch.set_num_threads(2)
+FlowMatching(1_000_000).sample(1, lambda x, t: x, inference_step=3)
+assert runtimes() == before, (before, runtimes())
+assert threads() <= count + 1, (threads(), count)
+print("ok")
+"""
+    assert fresh(code) == "ok\n"
+
+
+def test_import_under_inference_mode_and_a_default_device():
+    code = """
+import torch
+torch.set_default_device("meta")
+with torch.inference_mode():
+    from flowmatch_kernels import FlowMatching
+torch.set_default_device(None)
+import published
+noise = torch.randn(2, 3)
+step = lambda x, t: torch.sin(x)
+assert torch.equal(FlowMatching(3).sample(2, step, noise=noise), published.sample(2, step, (3,), 10, noise=noise))
+print("ok")
+"""
+    assert fresh(code) == "ok\n"
+
+
+def test_public_names():
+    wanted = ["BaseDiffusion", "FlowMatching", "StepFn", "available_backends", "use_backend"]
+    assert sorted(flowmatch_kernels.__all__) == sorted(wanted)
+    for name in wanted:
+        assert getattr(flowmatch_kernels, name).__doc__
+    assert flowmatch_kernels.__version__
+
+
+def test_signatures():
+    """What upstream's users and configs call, by name, by position and with these defaults."""
+    parameters = inspect.signature(flowmatch_kernels.FlowMatching).parameters
+    assert {n: p.default for n, p in parameters.items()} == {
+        "x_dims": inspect.Parameter.empty,
+        "int_method": "euler",
+        "num_inference_steps": 10,
+        "train_timestep_sampler": "beta",
+        "train_ignore_guidance_rate": 0.1,
+        "inference_guidance_weight": 1.0,
+        "use_classifier_free_guidance": False,
+        "backend": "auto",
+    }
+    assert [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == list(parameters)[:3]
+    parameters = inspect.signature(flowmatch_kernels.FlowMatching.sample).parameters
+    positional = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    keyword = {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert positional == [
+        "self", "batch_size", "step_fn", "device", "return_all_steps", "inference_step", "int_method",
+    ]  # fmt: skip
+    assert keyword == {
+        "unguided_step_fn": None,
+        "use_classifier_free_guidance": None,
+        "inference_guidance_weight": None,
+        "temperature": 1.0,
+        "noise": None,
+        "generator": None,
+        "dtype": None,
+        "time_steps": None,
+        "step_sizes": None,
+        "progress": False,
+        "backend": None,
+    }
+
+
+def test_base_is_abstract():
+    with pytest.raises(TypeError, match=r"abstract"):
+        flowmatch_kernels.BaseDiffusion(3)
+
+    class Own(flowmatch_kernels.BaseDiffusion):
+        def sample(self, batch_size, step_fn, device="cpu", return_all_steps=False, *args, **kwargs):
+            return torch.zeros(batch_size, *self.x_dims)
+
+    assert Own([3, 2]).sample(4, None).shape == (4, 3, 2)
+    with pytest.raises(ValueError, match=r"x_dims"):
+        Own([])
+
+
+@pytest.mark.parametrize(
+    "module",
+    [flowmatch_kernels, base, flow_matching, sampling, solvers, dispatch, fused_step, native, reference],
+    ids=lambda module: module.__name__,
+)
+def test_examples_in_docstrings(module):
+    failures, _ = doctest.testmod(module)
+    assert failures == 0
+
+
+def test_there_are_examples():
+    finder = doctest.DocTestFinder()
+    examples = [e for m in (flow_matching, dispatch) for t in finder.find(m) for e in t.examples]
+    assert len(examples) >= 4

@@ -4,19 +4,25 @@
 #   make test        lint, types and tests
 #   make test-full   the same, with the long matrix
 #   make bench       timings
+#   make gpu-static  what the GPU kernels become: their machine code, read without a GPU
+#   make gpu         on a machine with a GPU: tests and timings, in one JSON file
+#   make gpu-memory  on a machine with an NVIDIA GPU: its tests under compute-sanitizer
+#   make cuda-build  the extension built with CUDA, in an environment of its own (6 GB), checked without a GPU
+#   make wheels      wheel and source distribution, each installed in a clean environment and tried
 #   make lint        ruff, mypy, clang-format; changes nothing
 #   make format      let ruff and clang-format rewrite the code
 #   make clean       remove all that make made
 #
 # ARGS goes to the command: make demo ARGS="--steps 10", make test ARGS="-k guided". PYTHON is the interpreter
-# that .venv is made from.
+# that .venv is made from, CUDA_TORCH the CUDA build of torch that cuda-build takes.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+CUDA_TORCH ?= torch==2.14.1
 CSRC = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
-.PHONY: setup demo test test-full bench lint format clean
+.PHONY: setup demo test test-full bench gpu-static gpu gpu-memory cuda-build wheels lint format clean
 
 setup: .venv/extension.stamp
 
@@ -42,6 +48,48 @@ test-full: lint
 
 bench: setup
 	$(BIN)/python -m bench $(ARGS)
+
+gpu-static: setup
+	$(BIN)/python -m bench.static $(ARGS)
+
+gpu: setup
+	$(BIN)/python -m bench.gpu $(ARGS)
+
+# Without torch's caching allocator, which hides what lies beyond a tensor. Graphs and the profiler need it.
+gpu-memory: setup
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 FLOWMATCH_KERNELS_REQUIRE_GPU=1 compute-sanitizer --tool memcheck \
+		--error-exitcode 1 $(BIN)/python -m pytest tests/test_gpu.py -m "gpu and not full" \
+		-k "sizes or layouts or eager or combinations" $(ARGS)
+
+# torch and Triton are not those of constraints.txt: a machine may hold those as builds for the CPU.
+cuda-build:
+	mkdir -p build/cuda
+	sed '/^torch==/d; /^triton==/d' constraints.txt > build/cuda/constraints.txt
+	$(PYTHON) -m venv build/cuda/venv
+	build/cuda/venv/bin/python -m pip install --disable-pip-version-check --quiet \
+		--constraint build/cuda/constraints.txt '$(CUDA_TORCH)' setuptools ninja pybind11 numpy
+	FORCE_CUDA=1 build/cuda/venv/bin/python setup.py --quiet build --build-base build/cuda/base --build-lib build/cuda/lib
+	cd build/cuda && PYTHONPATH=lib venv/bin/python ../../tests/cuda_build.py
+
+# The wheel is built from the source distribution, so that a header missing there is missed here. No build
+# isolation: pip would fetch another, larger torch only to build against it.
+wheels:
+	rm -rf dist build/wheels
+	$(PYTHON) -m venv build/wheels/builder
+	build/wheels/builder/bin/python -m pip install --disable-pip-version-check --quiet \
+		--constraint constraints.txt torch numpy setuptools ninja pybind11
+	build/wheels/builder/bin/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+	FLOWMATCH_KERNELS_REQUIRE_EXT=1 build/wheels/builder/bin/python -m pip wheel --disable-pip-version-check --quiet \
+		--no-build-isolation --no-deps --wheel-dir dist dist/*.tar.gz
+	set -e; for file in dist/*.whl dist/*.tar.gz; do \
+		rm -rf build/wheels/clean; \
+		$(PYTHON) -m venv build/wheels/clean; \
+		install="build/wheels/clean/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt"; \
+		case $$file in *.whl) $$install torch numpy ;; *) $$install torch numpy setuptools ninja pybind11 ;; esac; \
+		FLOWMATCH_KERNELS_REQUIRE_EXT=1 $$install --no-build-isolation $$file; \
+		(cd build/wheels && clean/bin/python ../../tests/installed.py); \
+		echo "$$file: installed and tried"; \
+	done
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,0 +1,675 @@
+"""What only a GPU can show, marked `gpu`; each test's body runs on the CPU too, in every run, unchanged.
+
+A place is a device and a backend. On the CPU what a GPU alone has (streams, graphs, kernels to count) is a stand-in
+of tests/gpu_operands.py, so that nothing here meets its first GPU with a slip in it. What a test claims of the GPU is
+claimed by its `gpu` half only.
+
+FLOWMATCH_KERNELS_REQUIRE_GPU=1: for want of a device each test fails; for want of a backend one does, and the others
+skip with the reason.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import published
+import pytest
+import torch
+from gpu_operands import (
+    Place,
+    assert_all_same,
+    busy,
+    captured,
+    free_memory,
+    kernels,
+    no_synchronisation,
+    run,
+)
+from operands import LAYOUTS, assert_same_bits, bits, combinations, laid_out, values
+
+from flowmatch_kernels import FlowMatching, available_backends, use_backend
+from flowmatch_kernels.ops import dispatch, reference
+from flowmatch_kernels.ops.fused_step import COLUMNS, VELOCITY_DTYPES, arithmetic_dtype
+
+gpu = pytest.mark.gpu
+DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
+PLACES = [("cpu", "cpu"), ("cpu", "reference"), ("cuda", "triton"), ("cuda", "cuda"), ("cuda", "reference")]
+FUSED = [("cpu", "cpu"), ("cuda", "triton"), ("cuda", "cuda")]
+PAIRS = [(state, velocity) for state, narrower in VELOCITY_DTYPES.items() for velocity in narrower]
+PRIME = 1_000_003
+
+# Which operands there are, with shapes whose slots are on 16-byte boundaries, and shapes whose are not.
+COMBINATIONS = list(combinations())
+ALIGNED, UNALIGNED = [(4, 64), (2, 1024), (16, 8, 2)], [(3, 43), (5, 257), (1, 1023)]
+SHAPES = [(0,), (1,), (31,), (1023,), (1024,), (1025,), (PRIME,), (0, 3), (6, 64, 2), (3, 5, 7, 11), (2, 1, 3, 1, 5)]
+
+
+def name(parameter):
+    return str(parameter).replace("torch.", "").replace(" ", "")
+
+
+def placed(places):
+    """Runs a test at each of these places; those with a GPU are marked so."""
+    parameters = [pytest.param(x, marks=gpu if x[0] == "cuda" else (), id="-".join(x)) for x in places]
+    return pytest.mark.parametrize("place", parameters, indirect=True)
+
+
+@pytest.fixture
+def place(request):
+    device, backend = request.param
+    reason = available_backends()[backend]
+    if reason is not None:
+        (pytest.fail if device == "cpu" else pytest.skip)(f"backend {backend}: {reason}")
+    return Place(torch.device(device, 0) if device == "cuda" else torch.device(device), backend)
+
+
+@pytest.fixture
+def device(request):
+    return torch.device(request.param)
+
+
+on_each_device = pytest.mark.parametrize("device", DEVICES, indirect=True)
+
+
+# ---- the exactness matrix: a backend against reference, on the device and on the CPU ----
+
+
+def check(place, *arguments, **keywords):
+    got = run(place.fused_step_, place.device, *arguments, **keywords)
+    wanted = run(reference.fused_step_, place.device, *arguments, **keywords)
+    assert_all_same(got, wanted, f"{place} {arguments} {keywords}")
+    if place.gpu:
+        there = run(reference.fused_step_, torch.device("cpu"), *arguments, **keywords)
+        assert_all_same(wanted, there, f"reference on {place.device} and on the CPU, {arguments} {keywords}")
+
+
+def check_combinations(place, state, velocity, chosen):
+    for seed in chosen:
+        n = seed + seed // len(COMBINATIONS)  # the second time round each combination meets other circumstances
+        aligned, rounding, in_place = n % 4 != 0, bool(n // 4 % 2), n % 7 == 0
+        check(
+            place,
+            (ALIGNED if aligned else UNALIGNED)[n % 3],
+            state,
+            velocity,
+            rounding,
+            COMBINATIONS[seed % len(COMBINATIONS)],
+            seed=seed,
+            aligned=aligned,
+            in_place=in_place,
+        )
+
+
+@placed(PLACES)
+@pytest.mark.parametrize("state, velocity", PAIRS, ids=name)
+def test_combinations(place, state, velocity):
+    """Every fifth combination, each pair of dtypes beginning with another: Triton compiles nearly each anew."""
+    first = PAIRS.index((state, velocity)) % 5
+    check_combinations(place, state, velocity, range(first, len(COMBINATIONS), 5 if place.gpu else 25))
+
+
+@pytest.mark.full
+@placed(PLACES)
+@pytest.mark.parametrize("state, velocity", PAIRS, ids=name)
+def test_every_combination(place, state, velocity):
+    """Each ten times: aligned and not, with either rounding, in place and not."""
+    check_combinations(place, state, velocity, range(len(COMBINATIONS) * (10 if place.gpu else 1)))
+
+
+@placed(PLACES)
+@pytest.mark.parametrize("shape", SHAPES, ids=name)
+def test_sizes_and_ranks(place, shape):
+    if not place.gpu:  # where every size is tested by tests/test_exactness.py
+        shape = tuple(min(size, 5003) for size in shape)
+    pairs = [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.float64, torch.float32)]
+    for state, velocity in pairs:
+        for seed, combination in enumerate([(False, 0, None, None, True), (True, 1, 3, "new", True)]):
+            for aligned in (True, False):
+                check(place, shape, state, velocity, False, combination, seed=seed, aligned=aligned)
+
+
+@placed(PLACES)
+@pytest.mark.parametrize("shape", [(7,), (6, 64), (2, 3, 5, 7)], ids=name)
+def test_layouts_of_the_velocity(place, shape):
+    for layouts in itertools.product(LAYOUTS, LAYOUTS):
+        if any(laid_out(torch.zeros(shape), layout) is None for layout in layouts):
+            continue
+        combination = (True, 1, 3, "new", True)
+        check(place, shape, torch.float32, torch.bfloat16, False, combination, layouts=layouts)
+
+
+# ---- the exactness matrix: a backend against eager PyTorch's own expressions on the same device ----
+
+DTS = [0.1, 1 / 3, -0.1, 0.02, 1e-30]
+
+
+def drawn(device, dtype, seed, shape=(97, 31)):
+    return values(shape, dtype, torch.Generator().manual_seed(seed)).to(device)
+
+
+def row(dtype, device, **columns):
+    """[1, 8]: a = 1, and these."""
+    table = torch.zeros(1, len(COLUMNS), dtype=dtype)
+    for column, value in ({"a": 1.0} | columns).items():
+        table[0, COLUMNS.index(column)] = value
+    return table.to(device)
+
+
+def stepped(place, base, v, table, u=None, h=(), velocity_rounding=False):
+    out = torch.full_like(base, torch.nan)
+    place.fused_step_(out, base, v, u, *h, *[None] * (3 - len(h)), table, 0, velocity_rounding, None, 0, None)
+    return out.cpu()
+
+
+@placed(PLACES)
+@pytest.mark.parametrize("state, velocity", [p for p in PAIRS if p[0].itemsize > 2], ids=name)
+def test_eager_plain(place, state, velocity):
+    """x + dt*v, dt a tensor of dim >= 1: the product is rounded to the state's dtype, and no FMA."""
+    x, v = drawn(place.device, state, 1), drawn(place.device, velocity, 2)
+    for dt in DTS:
+        step = torch.tensor([[dt]], dtype=state, device=place.device)
+        assert_same_bits(stepped(place, x, v, row(state, place.device, b0=dt)), (x + step * v).cpu(), f"dt {dt}")
+    fma = (x.double() + torch.tensor([[0.1]], dtype=state, device=place.device).double() * v.double()).to(state)
+    if state == velocity == torch.float32:
+        plain = stepped(place, x, v, row(state, place.device, b0=0.1))
+        assert (bits(plain) != bits(fma.cpu())).any(), "these operands cannot tell an FMA"
+
+
+@placed(PLACES)
+@pytest.mark.parametrize("dtype", VELOCITY_DTYPES, ids=name)
+def test_eager_python_float(place, dtype):
+    """x + dt*v, dt a Python float, as GR00T has it: in 16 bits, each product and each sum is rounded."""
+    x, v = drawn(place.device, dtype, 1), drawn(place.device, dtype, 2)
+    for dt in DTS:
+        table = row(arithmetic_dtype(dtype), place.device, b0=dt)
+        assert_same_bits(stepped(place, x, v, table), (x + dt * v).cpu(), f"dt {dt}")
+
+
+@placed(PLACES)
+@pytest.mark.parametrize("state, velocity", PAIRS, ids=name)
+def test_eager_guidance(place, state, velocity):
+    """(1 - w)*u + w*v in the velocity's dtype: three roundings."""
+    x, v, u = drawn(place.device, state, 1), drawn(place.device, velocity, 2), drawn(place.device, velocity, 3)
+    arithmetic = arithmetic_dtype(state)
+    for w in (0.0, 1.0, 1.5, 7.1, -0.3, 1 / 3):
+        guided = (1 - w) * u + w * v
+        step = torch.tensor([[0.1]], dtype=arithmetic, device=place.device)
+        wanted = x + 0.1 * guided if state == velocity else x + step * guided
+        table = row(arithmetic, place.device, b0=0.1, w0=1 - w, w1=w)
+        assert_same_bits(stepped(place, x, v, table, u), wanted.cpu(), f"w {w}")
+
+
+@placed(PLACES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)
+def test_eager_diffusers(place, dtype):
+    """FlowMatchEulerDiscreteScheduler.step with sigmas on the GPU: dt, 0-dim and there, is rounded to 16 bits first."""
+    sample, v = drawn(place.device, dtype, 1), drawn(place.device, dtype, 2)
+    for dt in DTS:
+        step = torch.tensor(dt, device=place.device)
+        wanted = (sample.float() + (step * v)).to(dtype)
+        table = row(torch.float32, place.device, b0=dt)
+        got = stepped(place, sample.float(), v, table, velocity_rounding=True).to(dtype)
+        assert_same_bits(got, wanted.cpu(), f"dt {dt}")
+
+
+@placed(PLACES)
+@pytest.mark.parametrize("state", VELOCITY_DTYPES, ids=name)
+def test_eager_history(place, state):
+    """Left to right, each product and each partial sum rounded to the state's dtype."""
+    arithmetic = arithmetic_dtype(state)
+    x, v = drawn(place.device, state, 1), drawn(place.device, state, 2)
+    h = [drawn(place.device, arithmetic, 3 + k) for k in range(3)]
+    table = row(arithmetic, place.device, a=0.7, b0=0.3, b1=-1.1, b2=0.9, b3=1 / 3)
+    a, *b = table[0, :5, None, None].unbind()
+    for terms in range(4):
+        wanted = (a * x).to(state) + (b[0] * v).to(state)
+        for k in range(terms):
+            wanted = wanted + (b[k + 1] * h[k]).to(state)
+        assert_same_bits(stepped(place, x, v, table, h=h[:terms]), wanted.cpu(), f"{terms} terms")
+
+
+# ---- the 0-dim table of numerics.md: what eager PyTorch itself does ----
+
+# scalar, tensor's device, scalar on the left, is the scalar rounded to the tensor's dtype before the product?
+ZERO_DIM = [
+    ("Python float", "cpu", True, False),
+    ("Python float", "cpu", False, False),
+    ("0-dim on the CPU", "cpu", True, True),
+    ("0-dim on the CPU", "cpu", False, False),
+    ("Python float", "cuda", True, False),
+    ("Python float", "cuda", False, False),
+    ("0-dim on the GPU", "cuda", True, True),
+    ("0-dim on the GPU", "cuda", False, True),
+    ("0-dim on the CPU", "cuda", True, False),
+    ("0-dim on the CPU", "cuda", False, False),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)
+@pytest.mark.parametrize(
+    "scalar, device, left, rounded",
+    [
+        pytest.param(*case, marks=gpu if case[1] == "cuda" else (), id=f"{case[1]}: {case[0]}, left={case[2]}")
+        for case in ZERO_DIM
+    ],
+)
+def test_scalar_times_tensor(scalar, device, left, rounded, dtype):
+    v = torch.randn(4096, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for dt in (0.1, 1 / 3, -0.02):
+        exact = torch.tensor(dt)
+        first, unrounded = ((s * v.float()).to(dtype) for s in (exact.to(dtype).float(), exact))
+        assert not torch.equal(first, unrounded), "these operands cannot tell the two roundings apart"
+        factor = {
+            "Python float": dt,
+            "0-dim on the CPU": torch.tensor(dt),
+            "0-dim on the GPU": torch.tensor(dt, device=device),
+        }[scalar]
+        on_device = v.to(device)
+        product = factor * on_device if left else on_device * factor
+        assert_same_bits(product.cpu(), first if rounded else unrounded, f"dt {dt}")
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)
+def test_one_dim_times_tensor(device, dtype):
+    """A float32 tensor of dim >= 1 is not rounded, and the product is float32."""
+    v = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    dt = torch.tensor([[0.1]])
+    wanted = dt * v.float()
+    for product in (dt.to(device) * v.to(device), v.to(device) * dt.to(device)):
+        assert_same_bits(product.cpu(), wanted)
+
+
+# ---- sample() against the published loop on the same device ----
+
+
+def field(dtype=torch.float32, weight=0.7):
+    def step_fn(*, x, t):
+        return (torch.sin(3 * x) * weight + t * x - (1 - t)).to(dtype)
+
+    return step_fn
+
+
+def random_state(device):
+    return torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
+
+
+def assert_sampled_as_published(place, dims, batch_size, steps, fns, *, weight=1.7, return_all_steps=False, **keywords):
+    guided = len(fns) == 2
+    torch.manual_seed(7)
+    got = FlowMatching(dims, backend=place.backend).sample(
+        batch_size,
+        fns[0],
+        place.device,
+        return_all_steps,
+        steps,
+        unguided_step_fn=fns[1] if guided else None,
+        use_classifier_free_guidance=guided,
+        inference_guidance_weight=weight,
+        **keywords,
+    )
+    state = random_state(place.device)
+    torch.manual_seed(7)
+    wanted = published.sample(
+        batch_size,
+        fns[0],
+        dims,
+        steps,
+        return_all_steps=return_all_steps,
+        unguided_step_fn=fns[1] if guided else None,
+        weight=weight,
+        device=place.device,
+        **keywords,
+    )
+    assert torch.equal(state, random_state(place.device)), "other draws than the published loop's"
+    got, wanted = (x if isinstance(x, tuple) else (x,) for x in (got, wanted))
+    assert len(got) == len(wanted)
+    for x, y in zip(got, wanted, strict=True):
+        assert x.device == y.device
+        assert x.is_contiguous()
+        assert_same_bits(x.cpu(), y.cpu())
+    return got
+
+
+@placed(PLACES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name)
+@pytest.mark.parametrize("return_all_steps", [False, True], ids=["last", "trajectory"])
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("dims", [(64, 2), (3, 5, 1), (1021,)], ids=name)
+def test_sample(place, dims, guided, return_all_steps, dtype):
+    fns = [field(dtype), field(dtype, weight=-0.2)][: 1 + guided]
+    for batch_size, steps in ((0, 3), (1, 10), (6, 10), (6, 50), (64, 5)) if place.gpu else ((6, 10),):
+        assert_sampled_as_published(place, dims, batch_size, steps, fns, return_all_steps=return_all_steps)
+
+
+@placed(PLACES)
+def test_sample_in_float64_and_bfloat16(place):
+    """A float64 default; and GR00T's bfloat16 state with dt a Python float."""
+    torch.set_default_dtype(torch.float64)
+    assert_sampled_as_published(place, (64, 2), 6, 10, [field(torch.float64)], return_all_steps=True)
+    torch.set_default_dtype(torch.float32)
+    noise = torch.randn(6, 64, 32).to(place.device, torch.bfloat16)
+    grid = (torch.arange(5) / 4).to(place.device)
+    arguments = {"noise": noise, "time_steps": grid, "step_sizes": [0.25] * 4, "return_all_steps": True}
+    step_fn = field(torch.bfloat16)
+    got, _ = FlowMatching((64, 32), backend=place.backend).sample(6, step_fn, place.device, **arguments)
+    assert_same_bits(got.cpu(), published.sample_on_grid(step_fn, noise, grid, [0.25] * 4).cpu())
+
+
+@placed(PLACES)
+@pytest.mark.parametrize("velocity", ["x itself", "a view of x", "one buffer", "kept x", "not contiguous", "writes x"])
+def test_step_fns(place, velocity):
+    """What real step_fns do with x and with what they return."""
+    dims, kept = (6, 8), []
+    buffer = torch.empty(4, *dims, device=place.device)
+
+    def step_fn(x, t):
+        if velocity == "x itself":
+            return x
+        if velocity == "a view of x":
+            return x.flip(0).transpose(1, 2).transpose(1, 2)
+        if velocity == "one buffer":
+            return buffer.copy_(torch.sin(x) * (1 + t))
+        if velocity == "kept x":
+            kept.append((x, x.clone()))
+        if velocity == "writes x":
+            return x.mul_(0.5).clone()
+        return torch.cos(x).transpose(1, 2).contiguous().transpose(1, 2)
+
+    for return_all_steps in (False, True):
+        assert_sampled_as_published(place, dims, 4, 5, [step_fn], return_all_steps=return_all_steps)
+    if velocity == "one buffer":  # both velocities of guidance in it, as a replayed graph leaves them
+        got = FlowMatching(dims, backend=place.backend).sample(
+            4,
+            step_fn,
+            place.device,
+            unguided_step_fn=lambda x, t: buffer.copy_(torch.cos(x)),
+            use_classifier_free_guidance=True,
+            inference_guidance_weight=1.5,
+            noise=buffer.new_ones(buffer.shape),
+        )
+        copies = [lambda x, t: torch.sin(x) * (1 + t), lambda x, t: torch.cos(x)]
+        wanted = published.sample(
+            *(4, copies[0], dims, 10),
+            unguided_step_fn=copies[1],
+            weight=1.5,
+            noise=buffer.new_ones(buffer.shape),
+            device=place.device,
+        )
+        assert_same_bits(got.cpu(), wanted.cpu())
+    for x, copy in kept:
+        assert_same_bits(x.cpu(), copy.cpu(), "a state that step_fn kept")
+
+
+@placed(PLACES)
+def test_generators(place):
+    """One on the CPU draws there, and the noise is moved; one on the device draws on the device."""
+    fm = FlowMatching((64, 2), backend=place.backend)
+    for where in {torch.device("cpu"), place.device}:
+        generator = torch.Generator(where).manual_seed(3)
+        noise = torch.randn(6, 64, 2, generator=torch.Generator(where).manual_seed(3), device=where)
+        got = fm.sample(6, field(), place.device, generator=generator)
+        assert got.device == place.device
+        wanted = published.sample(6, field(), (64, 2), 10, noise=noise.to(place.device), device=place.device)
+        assert_same_bits(got.cpu(), wanted.cpu(), f"generator on {where}")
+
+
+@placed(PLACES)
+def test_another_device_is_refused(place):
+    other = "cpu" if place.gpu else "meta"
+    fm = FlowMatching((3, 2), backend=place.backend)
+    with pytest.raises(ValueError, match=other):
+        fm.sample(2, lambda x, t: x.to(other), place.device)
+
+
+# ---- streams, devices, graphs ----
+
+
+@placed(PLACES)
+@pytest.mark.parametrize("return_all_steps", [False, True], ids=["last", "trajectory"])
+def test_another_stream(place, return_all_steps):
+    """All of it runs on the current stream: that one is kept busy before it writes the noise, NaN until then."""
+    dims, batch_size = (64, 2), 6
+    fm = FlowMatching(dims, backend=place.backend)
+    source = torch.randn(batch_size, *dims, device=place.device)
+    wanted = published.sample(
+        batch_size, field(), dims, 10, noise=source, device=place.device, return_all_steps=return_all_steps
+    )
+    fm.sample(batch_size, field(), place.device, noise=source, return_all_steps=return_all_steps)  # compiles
+    noise = torch.full_like(source, torch.nan)
+    place.module.synchronize()
+    stream = place.module.Stream()
+    with place.module.stream(stream):
+        busy(place.device, 50)
+        noise.copy_(source)
+        got = fm.sample(batch_size, field(), place.device, return_all_steps, noise=noise)
+    place.module.synchronize()
+    for x, y in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, wanted)), strict=True):
+        assert_same_bits(x.cpu(), y.cpu())
+
+
+@placed(PLACES)
+def test_another_stream_builds_the_table(place):
+    """A table first built on one stream is right on another that does not wait for it."""
+    fm, noise = FlowMatching((64, 2), backend=place.backend), torch.randn(6, 64, 2, device=place.device)
+    fm.sample(6, field(), place.device, noise=noise)
+    place.module.synchronize()
+    with place.module.stream(place.module.Stream()):
+        busy(place.device, 50)
+        fm.sample(6, field(), place.device, noise=noise, inference_step=13)
+    with place.module.stream(place.module.Stream()):
+        got = fm.sample(6, field(), place.device, noise=noise, inference_step=13)
+    place.module.synchronize()
+    wanted = published.sample(6, field(), (64, 2), 13, noise=noise, device=place.device)
+    assert_same_bits(got.cpu(), wanted.cpu())
+
+
+@placed(PLACES)
+def test_second_device(place):
+    """On a device that is not the current one, which stays the current one."""
+    if place.gpu and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs: this machine has one")
+    second = place._replace(device=torch.device("cuda", 1)) if place.gpu else place
+    current = place.module.current_device()
+    for return_all_steps in (False, True):
+        fns = [field(torch.bfloat16), field(torch.bfloat16, weight=0.1)]
+        assert_sampled_as_published(second, (64, 2), 6, 10, fns, return_all_steps=return_all_steps)
+        assert place.module.current_device() == current
+
+
+@placed(PLACES)
+@pytest.mark.parametrize("return_all_steps", [False, True], ids=["last", "trajectory"])
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+def test_graph(place, guided, return_all_steps):
+    """A whole sample(), the model included, captured once and replayed on other noise."""
+    dims, batch_size = (64, 2), 6
+    fns = [field(torch.bfloat16), field(torch.bfloat16, weight=-0.2)][: 1 + guided]
+    fm = FlowMatching(dims, backend=place.backend)
+    noise = torch.randn(batch_size, *dims, device=place.device)
+
+    def sample():
+        got = fm.sample(
+            batch_size,
+            fns[0],
+            place.device,
+            return_all_steps,
+            noise=noise,
+            unguided_step_fn=fns[1] if guided else None,
+            use_classifier_free_guidance=guided,
+            inference_guidance_weight=1.7,
+        )
+        return got if return_all_steps else (got,)
+
+    results, replay = captured(sample, place.device)
+    for seed in range(3):
+        noise.copy_(torch.randn(noise.shape, generator=torch.Generator().manual_seed(seed)))
+        wanted = published.sample(
+            *(batch_size, fns[0], dims, 10),
+            return_all_steps=return_all_steps,
+            unguided_step_fn=fns[1] if guided else None,
+            weight=1.7,
+            noise=noise,
+            device=place.device,
+        )
+        wanted = wanted if return_all_steps else (wanted,)
+        for result in results:
+            result.fill_(torch.nan)
+        replay()
+        place.module.synchronize()
+        for x, y in zip(results, wanted, strict=True):
+            assert_same_bits(x.cpu(), y.cpu(), f"replay {seed}")
+    if place.gpu and place.backend != "reference":
+        launches = [kernel for kernel in kernels(replay, place.device) if "fused_step" in kernel]
+        assert len(launches) == 10
+    assert_sampled_as_published(place, dims, batch_size, 10, fns, return_all_steps=True)  # eager, afterwards
+
+
+# ---- cost: launches, copies, waiting ----
+
+
+def kernels_of_a_step(place, **keywords):
+    """Kernels and copies per step: what 20 more steps add. step_fn is free."""
+    fm = FlowMatching((64, 2), backend=place.backend)
+    v = torch.randn(6, 64, 2, device=place.device)
+    v = keywords.pop("velocity", lambda v: v)(v)
+    names = {}
+    for steps in (10, 30):
+
+        def sample(steps=steps):
+            fm.sample(6, lambda x, t: v, place.device, inference_step=steps, **keywords)
+
+        sample()  # compiles, and fills the cache of tables
+        kernels(sample, place.device)  # a profiler's first run is not like the others
+        names[steps] = kernels(sample, place.device)
+    more = len(names[30]) - len(names[10])
+    assert more % 20 == 0, f"{more} kernels more for 20 more steps: {names}"
+    return more // 20, names[30]
+
+
+@placed(FUSED)
+@pytest.mark.parametrize("return_all_steps", [False, True], ids=["last", "trajectory"])
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+def test_one_launch_an_evaluation(place, guided, return_all_steps):
+    keywords = {"return_all_steps": return_all_steps}
+    if guided:
+        u = torch.randn(6, 64, 2, device=place.device)
+        keywords |= {"unguided_step_fn": lambda x, t: u, "use_classifier_free_guidance": True}
+        keywords |= {"inference_guidance_weight": 1.5}
+    each, names = kernels_of_a_step(place, **keywords)
+    assert each == int(place.gpu), names
+    own = [kernel for kernel in names if "fused_step" in kernel]
+    assert len(own) == (30 if place.gpu else 0), names
+    # C++ names its kernel with its namespace, Triton does not.
+    assert all(("flowmatch_kernels" in kernel) == (place.backend == "cuda") for kernel in own), own
+
+
+@placed(FUSED)
+def test_one_copy_of_a_velocity_that_is_not_contiguous(place):
+    each, names = kernels_of_a_step(place, velocity=lambda v: v.transpose(1, 2).contiguous().transpose(1, 2))
+    assert each == 2 * place.gpu, names
+
+
+@placed(FUSED)
+@pytest.mark.parametrize("return_all_steps", [False, True], ids=["last", "trajectory"])
+def test_nothing_waits_for_the_device(place, return_all_steps):
+    """With the stream kept busy for a second, sample() is back before it is idle: nothing at all waited."""
+    fm, v = FlowMatching((64, 2), backend=place.backend), torch.randn(6, 64, 2, device=place.device)
+
+    def sample():
+        return fm.sample(
+            *(6, lambda x, t: v, place.device, return_all_steps),
+            unguided_step_fn=lambda x, t: -v,
+            use_classifier_free_guidance=True,
+            inference_guidance_weight=1.5,
+        )
+
+    sample()
+    with no_synchronisation(place.device):
+        sample()
+    if not place.gpu:
+        return
+    idle = torch.cuda.Event()
+    busy(place.device, 1000)
+    idle.record()
+    sample()
+    assert not idle.query(), "sample() came back only when the stream was idle"
+    torch.cuda.synchronize()
+
+
+# ---- size ----
+
+
+@placed(FUSED)
+@pytest.mark.parametrize("rest", [4096, 4099], ids=["aligned", "unaligned"])
+def test_over_2_to_the_31(place, rest):
+    """A float16 state of over 2^31 elements, with a trajectory: indexes beyond 32 bits. On the CPU a small one."""
+    sample = (1 << (30 if place.gpu else 14)) + rest
+    numel, part = 2 * sample, 1 << (26 if place.gpu else 12)
+    needed = 2 * numel * 4 + 8 * part + (1 << 30)  # base, v, out and the slot, and the parts compared
+    if (free := free_memory(place.device)) < needed:
+        pytest.skip(f"needs {needed / 1e9:.0f} GB of device memory, {free / 1e9:.0f} GB are free")
+    generator = torch.Generator(place.device).manual_seed(0)
+
+    def random():
+        return torch.randn(2, sample, dtype=torch.float16, device=place.device, generator=generator)
+
+    base, v, out = random(), random(), torch.full((2, sample), torch.nan, dtype=torch.float16, device=place.device)
+    trajectory = torch.full((2, 1, sample), torch.nan, dtype=torch.float16, device=place.device)
+    table = row(torch.float32, place.device, b0=0.1)
+    place.fused_step_(out, base, v, None, None, None, None, table, 0, False, trajectory, 0, None)
+    flat = [x.view(-1) for x in (out, trajectory, base, v)]
+    for start in range(0, numel, part):
+        got, slot, x, velocity = (tensor[start : start + part] for tensor in flat)
+        wanted = x + 0.1 * velocity
+        assert torch.equal(got, wanted), f"elements from {start} on"
+        assert torch.equal(slot, wanted), f"the trajectory's elements from {start} on"
+
+
+# ---- choice, and the registered ops ----
+
+
+@gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_backend_is_there(backend, require_gpu):
+    """Without it every test of this backend skips: noticed here."""
+    if torch.version.hip is not None and backend == "cuda":
+        pytest.skip("CUDA C++ is not for ROCm")
+    reason = available_backends()[backend]
+    if reason is not None:
+        (pytest.fail if require_gpu else pytest.skip)(reason)
+
+
+@on_each_device
+def test_auto(device, monkeypatch):
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    first = {"cpu": "cpu", "cuda": "triton"}[device.type]
+    assert available_backends()[first] is None
+    assert dispatch.choose("auto", device.type).name == first
+    with use_backend("reference"):
+        assert dispatch.choose("auto", device.type).name == "reference"
+    with pytest.raises(RuntimeError, match="asked for"):
+        dispatch.choose({"cpu": "cuda", "cuda": "cpu"}[device.type], device.type)
+
+
+@placed(PLACES)
+def test_registered_ops(place):
+    """fused_step and fused_step_ under PyTorch's dispatcher, checked by opcheck, compiled, and differentiated."""
+    op, op_ = torch.ops.flowmatch_kernels.fused_step, torch.ops.flowmatch_kernels.fused_step_
+    base, v, u, h1 = (drawn(place.device, torch.float32, seed, (6, 64, 2)).nan_to_num(0, 0, 0) for seed in range(4))
+    table = row(torch.float32, place.device, b0=0.1, b1=0.3, w0=-0.7, w1=1.7)
+    operands = (v, u, h1, None, None, table, 0)
+    with use_backend(place.backend):
+        wanted = reference.fused_step(base, *operands)
+        assert_same_bits(op(base, *operands).cpu(), wanted.cpu())
+        out, trajectory = torch.full_like(base, torch.nan), base.new_zeros(6, 3, 64, 2)
+        history = torch.full_like(base, torch.nan)
+        op_(out, base, *operands, False, trajectory, 1, history)
+        assert_same_bits(out.cpu(), wanted.cpu())
+        assert_same_bits(trajectory[:, 1].cpu(), wanted.cpu())
+        assert_same_bits(history.cpu(), ((1 - 1.7) * u + 1.7 * v).cpu())
+        torch.library.opcheck(op.default, (base, *operands))
+        compiled = torch.compile(lambda x: op(x, *operands), fullgraph=True, backend="aot_eager")
+        assert_same_bits(compiled(base).cpu(), wanted.cpu())
+        base.requires_grad_()
+        op(base, *operands).sum().backward()
+    assert_same_bits(base.grad.cpu(), torch.ones(6, 64, 2))

@@ -1,0 +1,87 @@
+"""FLOWMATCH_KERNELS_REQUIRE_GPU=1: a run in which no GPU test ran is a failure. Pytest on files of its own."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest_plugins = ["pytester"]
+
+ON_GPU = "@pytest.mark.gpu\ndef test_on_gpu():\n    {}\n"
+ON_CPU = "def test_on_cpu():\n    pass\n"
+VARIABLE = "FLOWMATCH_KERNELS_REQUIRE_GPU"
+NO_GPU_TEST_RAN = f"FAILED: {VARIABLE}=1 is set, and no GPU test ran"
+NO_DEVICE = "there is no CUDA or ROCm device"
+# Without plugins that take seconds at the end of every run: one collects garbage, one imports all of hypothesis.
+OPTIONS = ("-ra", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p", "no:hypothesispytest")
+
+
+@pytest.fixture
+def outcome(pytester, monkeypatch):
+    """Runs pytest, with this folder's conftest.py, on a file: its exit status, counts, and what it prints."""
+
+    def run(tests, required, *arguments, gpu):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setenv(VARIABLE, required)
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.delitem(sys.modules, "conftest", raising=False)
+        pytester.makeconftest(Path(__file__).with_name("conftest.py").read_text())
+        pytester.makeini("[pytest]\nmarkers = gpu\n")
+        pytester.makepyfile(test_it="import os\nimport pytest\n\n" + tests)
+        result = pytester.runpytest_inprocess(*OPTIONS, *arguments)
+        return int(result.ret), result.parseoutcomes(), result.stdout.str()
+
+    return run
+
+
+@pytest.mark.parametrize("asked", ["", "0"])
+def test_without_a_gpu(outcome, asked):
+    status, counts, output = outcome(ON_CPU + ON_GPU.format("pass"), asked, gpu=False)
+    assert status == 0
+    assert counts == {"passed": 1, "skipped": 1}
+    assert NO_DEVICE in output
+
+
+def test_required_without_a_gpu(outcome):
+    status, counts, output = outcome(ON_CPU + ON_GPU.format("pass"), "1", gpu=False)
+    assert status == 1
+    assert counts == {"passed": 1, "errors": 1}
+    assert f"{VARIABLE}=1 is set, and {NO_DEVICE}" in output
+    assert NO_GPU_TEST_RAN in output
+
+
+def test_required_with_a_gpu(outcome):
+    status, counts, output = outcome(ON_CPU + ON_GPU.format("pass"), "1", gpu=True)
+    assert status == 0
+    assert counts == {"passed": 2}
+    assert NO_GPU_TEST_RAN not in output
+
+
+def test_a_failure_is_a_run(outcome):
+    status, counts, output = outcome(ON_CPU + ON_GPU.format("assert False"), "1", gpu=True)
+    assert status == 1
+    assert counts == {"passed": 1, "failed": 1}
+    assert NO_GPU_TEST_RAN not in output
+
+
+@pytest.mark.parametrize("arguments", [[], ["-k", "on_cpu"]], ids=["all_skipped", "none_selected"])
+def test_none_ran(outcome, arguments):
+    """With a GPU, but every GPU test skips, or none is selected: what else has passed does not help."""
+    status, counts, output = outcome(ON_CPU + ON_GPU.format("pytest.skip('broken')"), "1", *arguments, gpu=True)
+    assert status == 1
+    assert counts["passed"] == 1
+    assert NO_GPU_TEST_RAN in output
+
+
+def test_none_collected(outcome):
+    status, _, output = outcome(ON_CPU, "1", "-m", "gpu", gpu=True)
+    assert status == 1
+    assert NO_GPU_TEST_RAN in output
+
+
+def test_children_are_not_asked(outcome):
+    """A test that runs pytest on tests of its own, none of them a GPU test, does not fail for that."""
+    status, counts, _ = outcome(ON_GPU.format(f"assert {VARIABLE!r} not in os.environ"), "1", gpu=True)
+    assert status == 0
+    assert counts == {"passed": 1}

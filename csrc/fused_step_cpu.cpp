@@ -124,10 +124,11 @@ auto with_instruction_set(F&& f) {
 
 bool fused_step_cpu(const Operands& o, Dtype state, Dtype velocity, bool velocity_rounding, std::int64_t begin,
                     std::int64_t end) {
-  return dispatch(state, velocity, velocity_rounding, [&]<class S, class V, bool kVelocityRounding>(
-                                                          Element<S, V, kVelocityRounding>) {
-    with_instruction_set([&](auto set) { decltype(set)::template run<S, V, kVelocityRounding>(o, begin, end); });
-  });
+  return dispatch(
+      state, velocity, velocity_rounding,
+      [&]<class S, class V, bool kVelocityRounding>(Element<S, V, kVelocityRounding>) {
+        with_instruction_set([&](auto set) { decltype(set)::template run<S, V, kVelocityRounding>(o, begin, end); });
+      });
 }
 
 const char* instruction_set() {

@@ -181,15 +181,8 @@ def test_demo_prints_the_table_and_writes_the_picture(tmp_path, capsys, few_roun
 
 def test_demo_returns_1_where_the_bits_differ(tmp_path, capsys, monkeypatch, few_rounds):
     honest = published_loop.sample
-    monkeypatch.setattr(
-        published_loop, "sample", lambda *args: torch.nextafter(honest(*args), torch.tensor(9.0))
-    )
-    assert (
-        command.run(
-            arguments("--train-steps", 1, "--steps", 1, "--out", tmp_path / "p.png", "--device", "cpu")
-        )
-        == 1
-    )
+    monkeypatch.setattr(published_loop, "sample", lambda *args: torch.nextafter(honest(*args), torch.tensor(9.0)))
+    assert command.run(arguments("--train-steps", 1, "--steps", 1, "--out", tmp_path / "p.png", "--device", "cpu")) == 1
     captured = capsys.readouterr()
     assert "NO" in captured.out and "same bits" in captured.err
 
@@ -227,8 +220,6 @@ def test_demo_without_a_package_says_what_to_install(package, monkeypatch, capsy
 
 
 def test_importing_the_command_does_not_import_matplotlib():
-    code = (
-        "import sys, flowmatch_kernels.demo.command; print('matplotlib' in sys.modules)"  # torch imports tqdm
-    )
+    code = "import sys, flowmatch_kernels.demo.command; print('matplotlib' in sys.modules)"  # torch imports tqdm
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"

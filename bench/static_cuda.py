@@ -1,0 +1,182 @@
+"""The C++ CUDA kernel's rows of `bench.static`: compiled by nvcc, its machine code read; no GPU is needed.
+
+One file holds every instantiation, so that an architecture is compiled once, in about six seconds, and each
+specialisation picks its kernel as the launcher does. What a launch without trajectory or history jumps over
+is left out of its accesses; instructions are counted as they stand.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from flowmatch_kernels.ops.fused_step import arithmetic_dtype
+
+from .static import Access, Code, Kernel, Specialisation, sass_accesses
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "csrc" / "fused_step_cuda.cu"
+#: As setup.py compiles it.
+FLAGS = ("-std=c++20", "-O3", "--fmad=false")
+ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "sm_121")
+_TYPES = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.bfloat16: "BFloat16",
+    torch.float16: "Float16",
+}
+
+
+def found(name: str, *packages: str) -> str | None:
+    """Path of a CUDA tool: on PATH, in CUDA_HOME, or in a package from pip."""
+    places = [Path(os.environ[v], "bin") for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
+    for package in packages:
+        top, _, inside = package.partition("/")
+        spec = importlib.util.find_spec(top)
+        for folder in (spec and spec.submodule_search_locations) or []:
+            places += sorted(Path(folder).glob(f"{inside}/bin"))
+    return shutil.which(name) or next((str(p / name) for p in places if (p / name).exists()), None)
+
+
+def tools() -> dict[str, str | None]:
+    """Where nvcc, cuobjdump and c++filt are."""
+    return {
+        "nvcc": found("nvcc", "nvidia/cu*", "nvidia/cuda_nvcc"),
+        "cuobjdump": found("cuobjdump", "triton/backends/nvidia", "nvidia/cu*", "nvidia/cuda_cuobjdump"),
+        "c++filt": found("c++filt"),
+    }
+
+
+def unavailable() -> str | None:
+    """Why the kernel cannot be compiled and read here, or None."""
+    missing = [name for name, path in tools().items() if path is None]
+    return f"not found: {', '.join(missing)}" if missing else None
+
+
+class Instantiation(NamedTuple):
+    """One kernel of a compiled file."""
+
+    title: str
+    """Its template arguments, as C++ writes them: "float, BFloat16, false, Known<true, 0>, 4"."""
+    sass: str
+    ptx: str
+    usage: dict[str, int]
+    """REG, STACK, SHARED, LOCAL."""
+
+
+def _run(*command: str | None, text: str | None = None) -> str:
+    done = subprocess.run([str(part) for part in command], input=text, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stderr}")
+    return done.stdout
+
+
+def _built(arch: str, kind: str) -> Path:
+    """The compiled file, from build/cubin where nothing has changed since."""
+    nvcc = tools()["nvcc"]
+    digest = hashlib.sha256("\0".join([*FLAGS, _run(nvcc, "--version")]).encode())
+    for source in [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]:
+        digest.update(source.read_bytes())
+    path = ROOT / "build" / "cubin" / f"{arch}-{digest.hexdigest()[:16]}.{kind}"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_suffix(f".{os.getpid()}")
+        _run(nvcc, *FLAGS, "-Werror=all-warnings", f"-arch={arch}", f"-{kind}", "-o", str(new), str(SOURCE))
+        new.replace(path)
+    return path
+
+
+@functools.cache
+def instantiations(arch: str) -> dict[str, Instantiation]:
+    """Every kernel for one architecture, by title."""
+    cubin = str(_built(arch, "cubin"))
+    dump = _run(tools()["cuobjdump"], "-sass", cubin).split("Function : ")[1:]
+    usage = dict(re.findall(r"Function (\S+):\s+(REG:.*)", _run(tools()["cuobjdump"], "-res-usage", cubin)))
+    entries = re.split(r"\.entry (?=\w+\()", _built(arch, "ptx").read_text())[1:]
+    ptx = {entry.partition("(")[0]: entry for entry in entries}
+    names = [sass.split()[0] for sass in dump]
+    plain = _run(tools()["c++filt"], text="\n".join(names))
+    read = {}
+    for name, line, sass in zip(names, plain.splitlines(), dump, strict=True):
+        line = re.sub(r"flowmatch_kernels::|\(anonymous namespace\)::", "", line)
+        match = re.search(r"fused_step_kernel<(.*)>\(", line)
+        assert match, line
+        numbers = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage[name])}
+        read[match[1]] = Instantiation(match[1], sass, ptx[name], numbers)
+    return read
+
+
+def picked(specialisation: Specialisation) -> tuple[str, int]:
+    """The title of the kernel that the launcher picks, and the elements of one thread."""
+    widest = max(specialisation.reads)
+    vector = 16 // widest if specialisation.aligned else 1
+    present = f"Known<{str(specialisation.guided).lower()}, {specialisation.terms}>" if vector > 1 else "Tested"
+    types = f"{_TYPES[specialisation.state]}, {_TYPES[specialisation.velocity]}"
+    return f"{types}, {str(specialisation.velocity_rounding).lower()}, {present}, {vector}", vector
+
+
+def compile_cuda(specialisation: Specialisation, arch: str) -> Code:
+    """The CUDA kernel for this specialisation, and what of its code such a launch comes by."""
+    title, vector = picked(specialisation)
+    kernel = instantiations(arch)[title]
+    accesses = sass_accesses(kernel.sass, lambda i: ".CONSTANT" in i.name)
+    return Code(
+        assembly=kernel.ptx,
+        machine=kernel.sass,
+        registers=kernel.usage["REG"],
+        local_bytes=kernel.usage["STACK"] + kernel.usage["LOCAL"],
+        shared_bytes=kernel.usage["SHARED"],
+        accesses=_come_by(accesses, specialisation, vector),
+        elements=vector,
+    )
+
+
+def _come_by(accesses: list[Access], specialisation: Specialisation, vector: int) -> list[Access]:
+    """The accesses of one thread that takes a vector, with its operands present and no other.
+
+    The kernel holds those of an element left over too, and all stores: out's, the trajectory's, the history's,
+    in this order.
+    """
+    arithmetic = arithmetic_dtype(specialisation.state).itemsize
+    state, velocity = specialisation.state.itemsize, specialisation.velocity.itemsize
+
+    def words(size: int) -> list[int]:
+        return [min(size, 16)] * max(size // 16, 1)
+
+    def taken(store: bool, sizes: list[int], present: list[int]) -> list[Access]:
+        """Those of the vector: all that there are less the single element's, less what is absent."""
+        there = sorted(a.width for a in accesses if a.store == store and not a.coefficient)
+        for size in sizes if vector > 1 else []:
+            there.remove(size)
+        for size in sizes:
+            if size in present:
+                present = [*present]
+                present.remove(size)
+                continue
+            for width in words(vector * size):
+                there.remove(width)
+        return [Access(store, width, False) for width in there]
+
+    # With operands tested, the scalar kernel holds the loads of all of them.
+    scalar = vector == 1
+    loads = [state, *[velocity] * (2 if specialisation.guided or scalar else 1)]
+    loads += [arithmetic] * (3 if scalar else specialisation.terms)
+    stores = [state, state, arithmetic]
+    return [
+        *[a for a in accesses if a.coefficient],
+        *taken(False, loads, specialisation.reads),
+        *taken(True, stores, specialisation.writes),
+    ]
+
+
+#: For `bench.static.KERNELS`.
+KERNEL = Kernel(ARCHS, compile_cuda, unavailable)

@@ -1,0 +1,90 @@
+// flowmatch_kernels' CUDA kernel and launcher, compiled for the host, with the doubles of cuda_runtime.h.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "fused_step_cuda.cu"
+
+namespace py = pybind11;
+using host_cuda::Access;
+using host_cuda::Double;
+using host_cuda::Launch;
+using host_cuda::state;
+
+namespace {
+
+// As flowmatch_kernels._C.fused_step_cuda, with the stream told.
+void fused_step_cuda(std::uintptr_t out, std::uintptr_t base, std::uintptr_t v, std::uintptr_t u, std::uintptr_t h1,
+                     std::uintptr_t h2, std::uintptr_t h3, std::uintptr_t coefficients, std::int64_t row,
+                     int state_dtype, int velocity, bool velocity_rounding, std::uintptr_t trajectory,
+                     std::int64_t slots, std::int64_t slot, std::uintptr_t history, std::int64_t numel,
+                     std::int64_t sample, int device, std::uintptr_t stream) {
+  using namespace flowmatch_kernels;
+  const auto pointer = [](std::uintptr_t address) { return reinterpret_cast<void*>(address); };
+  const Dtype dtype = static_cast<Dtype>(state_dtype);
+  const std::int64_t row_bytes = kColumns * (dtype == Dtype::kFloat64 ? 8 : 4);
+  const Operands o{.out = pointer(out),
+                   .base = pointer(base),
+                   .v = pointer(v),
+                   .u = pointer(u),
+                   .h = {pointer(h1), pointer(h2), pointer(h3)},
+                   .row = pointer(coefficients + row * row_bytes),
+                   .trajectory = pointer(trajectory),
+                   .history = pointer(history),
+                   .numel = numel,
+                   .sample = sample,
+                   .slots = slots,
+                   .slot = slot};
+  flowmatch_kernels::fused_step_cuda(o, dtype, static_cast<Dtype>(velocity), velocity_rounding, device,
+                                     pointer(stream));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host_cuda, m) {
+  m.def("fused_step_cuda", &fused_step_cuda, py::arg("out"), py::arg("base"), py::arg("v"), py::arg("u"), py::arg("h1"),
+        py::arg("h2"), py::arg("h3"), py::arg("coefficients"), py::arg("row"), py::arg("state"), py::arg("velocity"),
+        py::arg("velocity_rounding"), py::arg("trajectory"), py::arg("slots"), py::arg("slot"), py::arg("history"),
+        py::arg("numel"), py::arg("sample"), py::arg("device"), py::arg("stream") = 0);
+  m.def("quotient", [](std::int64_t i, std::int64_t divisor) {
+    return flowmatch_kernels::Divisor(static_cast<std::uint64_t>(divisor)).quotient(i);
+  });
+  // One load of 16 bytes, as the kernel's.
+  m.def("load_word", [](std::uintptr_t address) { __ldcs(reinterpret_cast<const uint4*>(address)); });
+
+  py::class_<Double> double_(m, "Double");
+  py::enum_<Double::Run>(double_, "Run")
+      .value("FORWARD", Double::Run::kForward)
+      .value("BACKWARD", Double::Run::kBackward)
+      .value("NONE", Double::Run::kNone)
+      .value("ONE", Double::Run::kOne);
+  double_.def_readwrite("run", &Double::run)
+      .def_readwrite("one", &Double::one)
+      .def_readwrite("touch", &Double::touch)
+      .def_readwrite("record", &Double::record)
+      .def_readwrite("device", &Double::device)
+      .def_readwrite("failing", &Double::failing)
+      .def_readwrite("error", &Double::error)
+      .def_readonly("last_error", &Double::last_error)
+      .def_readonly("calls", &Double::calls)
+      .def_readonly("launches", &Double::launches)
+      .def_property_readonly("accesses", [](const Double& d) {
+        py::list accesses;
+        for (const Access& a : d.accesses) accesses.append(py::make_tuple(std::string(1, a.kind), a.address, a.bytes));
+        return accesses;
+      });
+  py::class_<Launch>(m, "Launch")
+      .def_readonly("kernel", &Launch::kernel)
+      .def_property_readonly("grid", [](const Launch& l) { return py::make_tuple(l.grid.x, l.grid.y, l.grid.z); })
+      .def_property_readonly("block", [](const Launch& l) { return py::make_tuple(l.block.x, l.block.y, l.block.z); })
+      .def_readonly("shared", &Launch::shared)
+      .def_readonly("stream", &Launch::stream)
+      .def_readonly("device", &Launch::device);
+  // The double, as new.
+  m.def(
+      "fresh",
+      [] {
+        state = Double{};
+        return &state;
+      },
+      py::return_value_policy::reference);
+}

@@ -1,0 +1,46 @@
+"""Bounds on the CUDA kernel's rows of bench.static, for every set of operands that there can be."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from bench import static, static_cuda
+from flowmatch_kernels.ops.fused_step import VELOCITY_DTYPES
+
+reason = static_cuda.unavailable()
+pytestmark = pytest.mark.skipif(reason is not None, reason=f"the CUDA kernel is not compiled: {reason}")
+
+ARCHS = ["sm_90", *[pytest.param(a, marks=pytest.mark.full) for a in static_cuda.ARCHS if a != "sm_90"]]
+
+
+SPECIALISATIONS = [
+    static.Specialisation(state, velocity, *operands)
+    for state, velocities in VELOCITY_DTYPES.items()
+    for velocity in velocities
+    # guided, terms, trajectory, history, velocity_rounding, aligned
+    for operands in product((False, True), range(4), *[(False, True)] * 2, (False,), (False, True))
+]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_rows(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least bytes, nothing local, shared or waited for, and registers for 5 or 6 blocks."""
+    monkeypatch.setitem(static.KERNELS, "cuda", static_cuda.KERNEL)
+    for row in [static.measure("cuda", arch, s) for s in SPECIALISATIONS]:
+        assert row.bytes_per_element == row.least_bytes_per_element, row
+        assert (row.local_bytes, row.shared_bytes, row.barriers) == (0, 0, 0), row
+        assert row.registers <= (64 if arch == "sm_75" else 48 if row.state == "float64" else 40), row
+        if row.aligned:
+            assert "x16" in row.loads, row
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_contraction_in_ptx(arch: str) -> None:
+    kernels = static_cuda.instantiations(arch).values()
+    assert len(kernels) == 162
+    for kernel in kernels:
+        assert not static.contractions(kernel.ptx), kernel.title
+        assert ".ftz" not in kernel.ptx, kernel.title
+        assert ".approx" not in kernel.ptx, kernel.title

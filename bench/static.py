@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 from flowmatch_kernels.ops.fused_step import VELOCITY_DTYPES, arithmetic_dtype
-from flowmatch_kernels.solvers import SOLVERS
+from flowmatch_kernels.solvers import SOLVERS, build
 
 
 class Specialisation(NamedTuple):
@@ -134,8 +134,8 @@ def picked_by_sample() -> list[Specialisation]:
     grid = torch.linspace(0, 1, 9)
     steps = {
         (len(evaluation.read), evaluation.write is not None, evaluation.commit and all_steps)
-        for solver in SOLVERS.values()
-        for evaluation in solver(grid, grid[1:] - grid[:-1]).evaluations
+        for name in SOLVERS
+        for evaluation in build(name, grid, torch.diff(grid), torch.float32, grid.device).evaluations
         for all_steps in (False, True)
     }
     return [
@@ -355,8 +355,23 @@ def _triton_unavailable() -> str | None:
     return None
 
 
+def _compile_cuda(specialisation: Specialisation, arch: str) -> Code:
+    from .static_cuda import compile_cuda  # which takes its types from here
+
+    return compile_cuda(specialisation, arch)
+
+
+def _cuda_unavailable() -> str | None:
+    from .static_cuda import unavailable
+
+    return unavailable()
+
+
+CUDA_ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "sm_121")
+
 KERNELS = {
     "triton": Kernel(("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"), compile_triton, _triton_unavailable),
+    "cuda": Kernel(CUDA_ARCHS, _compile_cuda, _cuda_unavailable),
 }
 
 # ---- the table ----
@@ -396,10 +411,15 @@ def main() -> None:
     parser.add_argument("--kernel", action="append", choices=KERNELS, help="only this one; may be repeated")
     parser.add_argument("--jobs", type=int, help="processes; all cores by default")
     arguments = parser.parse_args()
-    kernels = arguments.kernel or list(KERNELS)
-    for kernel in kernels:
-        if (reason := KERNELS[kernel].unavailable()) is not None:
+    kernels = []
+    for kernel in arguments.kernel or KERNELS:
+        reason = KERNELS[kernel].unavailable()
+        if reason is None:
+            kernels.append(kernel)
+        elif arguments.kernel:
             raise SystemExit(f"{kernel} cannot be compiled here: {reason}")
+        else:
+            print(f"{kernel} is left out, since it cannot be compiled here: {reason}")
     table = list(rows(kernels, arguments.arch, arguments.jobs))
     arguments.directory.mkdir(parents=True, exist_ok=True)
     (arguments.directory / "static.md").write_text(markdown(table))

@@ -21,13 +21,12 @@ import torch
 
 from flowmatch_kernels.ops.fused_step import arithmetic_dtype
 
-from .static import Access, Code, Kernel, Specialisation, sass_accesses
+from .static import Access, Code, Specialisation, sass_accesses
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "csrc" / "fused_step_cuda.cu"
 #: As setup.py compiles it.
 FLAGS = ("-std=c++20", "-O3", "--fmad=false")
-ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "sm_121")
 _TYPES = {
     torch.float32: "float",
     torch.float64: "double",
@@ -176,7 +175,3 @@ def _come_by(accesses: list[Access], specialisation: Specialisation, vector: int
         *taken(False, loads, specialisation.reads),
         *taken(True, stores, specialisation.writes),
     ]
-
-
-#: For `bench.static.KERNELS`.
-KERNEL = Kernel(ARCHS, compile_cuda, unavailable)

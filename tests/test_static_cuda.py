@@ -12,7 +12,7 @@ from flowmatch_kernels.ops.fused_step import VELOCITY_DTYPES
 reason = static_cuda.unavailable()
 pytestmark = pytest.mark.skipif(reason is not None, reason=f"the CUDA kernel is not compiled: {reason}")
 
-ARCHS = ["sm_90", *[pytest.param(a, marks=pytest.mark.full) for a in static_cuda.ARCHS if a != "sm_90"]]
+ARCHS = ["sm_90", *[pytest.param(a, marks=pytest.mark.full) for a in static.CUDA_ARCHS if a != "sm_90"]]
 
 
 SPECIALISATIONS = [
@@ -25,9 +25,8 @@ SPECIALISATIONS = [
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_rows(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows(arch: str) -> None:
     """The least bytes, nothing local, shared or waited for, and registers for 5 or 6 blocks."""
-    monkeypatch.setitem(static.KERNELS, "cuda", static_cuda.KERNEL)
     for row in [static.measure("cuda", arch, s) for s in SPECIALISATIONS]:
         assert row.bytes_per_element == row.least_bytes_per_element, row
         assert (row.local_bytes, row.shared_bytes, row.barriers) == (0, 0, 0), row

@@ -128,7 +128,7 @@ def _colour_bar(figure: Figure) -> None:
     )
     ticks = [-MOST_TURN, -MOST_TURN / 2, 0, MOST_TURN / 2, MOST_TURN]
     bar.set_ticks(ticks, labels=[f"{abs(tick):.0f}°" for tick in ticks])
-    bar.outline.set_visible(False)
+    axes.spines["outline"].set_visible(False)
     axes.tick_params(colors=FAINT, labelsize=10, length=0)
     axes.set_title("turns right          total turn          turns left", color=FAINT, fontsize=11, pad=5)
 

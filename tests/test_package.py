@@ -208,6 +208,9 @@ def test_signatures():
         "train_ignore_guidance_rate": 0.1,
         "inference_guidance_weight": 1.0,
         "use_classifier_free_guidance": False,
+        # Beyond upstream's.
+        "prediction_type": "velocity",
+        "noise_at": 0,
         "backend": "auto",
     }
     assert [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == list(parameters)[:3]

@@ -406,7 +406,7 @@ def _cell(value: object) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__.split("\n")[0])
-    parser.add_argument("--directory", type=Path, default=Path(__file__).parent, help="where the tables go")
+    parser.add_argument("--directory", type=Path, default=Path(__file__).parent / "results", help="where the tables go")
     parser.add_argument("--arch", action="append", help="only this one; may be repeated")
     parser.add_argument("--kernel", action="append", choices=KERNELS, help="only this one; may be repeated")
     parser.add_argument("--jobs", type=int, help="processes; all cores by default")

@@ -66,9 +66,9 @@ def integrate(
 
     base, slot = state, 0
     shared = unguided_step_fn is not None  # until the two velocities are seen in two buffers
-    for row, evaluation in enumerate(over(table.evaluations)):
+    for row, (time, commit, read, write) in enumerate(over(table.evaluations)):
         version = state._version if trajectory is not None else 0
-        t = times[evaluation.time]
+        t = times[time]
         v = step_fn(x=state.detach(), t=t)
         u = None
         if unguided_step_fn is None:
@@ -86,13 +86,12 @@ def integrate(
         if trajectory is not None and state._version != version and state is base:
             trajectory.select(1, slot).copy_(state)  # step_fn wrote to x, which is a state of the trajectory
 
-        commit = evaluation.commit
         terms: tuple[Tensor | None, ...] = NO_TERMS
-        if evaluation.read:
-            terms = (*(history[k] for k in evaluation.read), *NO_TERMS)[:3]
+        if read:
+            terms = (*(history[k] for k in read), *NO_TERMS)[:3]
         slot += commit
         if fused_step_ is not None and type(v) is Tensor and (u is None or type(u) is Tensor):
-            into = None if evaluation.write is None else history[evaluation.write]
+            into = None if write is None else history[write]
             out = buffers.next(state, base, commit)
             slots = trajectory if commit else None
             fused_step_(out, base, v, u, *terms, coefficients, row, False, slots, slot, into)
@@ -101,8 +100,8 @@ def integrate(
             if trajectory is not None:
                 states, trajectory = list(trajectory.unbind(1)[: slot + 1 - commit]), None
             out = fused_step(base, v, u, *terms, coefficients, row, False)
-            if evaluation.write is not None:
-                history[evaluation.write] = reference.remember(base, v, u, coefficients, row)
+            if write is not None:
+                history[write] = reference.remember(base, v, u, coefficients, row)
             if states is not None and commit:
                 states.append(out)
         del v, u

@@ -71,6 +71,8 @@ BACKENDS = {
     )
 }
 
+_NAMES = ("auto", *BACKENDS)
+
 #: What "auto" tries, in this order.
 PREFERENCE = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
 
@@ -103,7 +105,7 @@ def check_name(name: str) -> str:
     Raises:
         ValueError: it is neither.
     """
-    if name not in ("auto", *BACKENDS):
+    if name not in _NAMES:
         raise ValueError(f"unknown backend {name!r} (known: auto, {', '.join(BACKENDS)})")
     return name
 

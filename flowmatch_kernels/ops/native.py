@@ -1,10 +1,11 @@
-"""The `cpu` and `cuda` backends: the C++ extension `flowmatch_kernels._C`, called with raw pointers."""
+"""The `cpu` and `cuda` backends: the C++ extension `flowmatch_kernels._C`, called directly."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,56 +51,55 @@ def instruction_set() -> str | None:
     return None if _C is None else _C.instruction_set()
 
 
-def _direct(entry: str) -> Callable[..., None]:
-    """The `fused_step_` that calls this function of the extension."""
-    on_cuda = entry == "fused_step_cuda"
-
-    def fused_step_(
-        out: Tensor,
-        base: Tensor,
-        v: Tensor,
-        u: Tensor | None,
-        h1: Tensor | None,
-        h2: Tensor | None,
-        h3: Tensor | None,
-        coefficients: Tensor,
-        row: int,
-        velocity_rounding: bool = False,
-        trajectory: Tensor | None = None,
-        slot: int = 0,
-        history: Tensor | None = None,
-    ) -> None:
-        """`ops.fused_step` in C++. Only v and u may be non-contiguous: each costs one copy."""
-        v = dense(v)
-        if u is not None:
-            u = dense(u)
-        numel = base.numel()
-        if numel == 0:
-            return
-        getattr(_C, entry)(
-            out.data_ptr(),
-            base.data_ptr(),
-            v.data_ptr(),
-            0 if u is None else u.data_ptr(),
-            0 if h1 is None else h1.data_ptr(),
-            0 if h2 is None else h2.data_ptr(),
-            0 if h3 is None else h3.data_ptr(),
-            coefficients.data_ptr(),
-            row,
-            _DTYPES[base.dtype],
-            _DTYPES[v.dtype],
-            velocity_rounding,
-            0 if trajectory is None else trajectory.data_ptr(),
-            1 if trajectory is None else trajectory.shape[1],
-            slot,
-            0 if history is None else history.data_ptr(),
-            numel,
-            numel if trajectory is None else numel // base.shape[0],
-            base.get_device() if on_cuda else -1,
-        )
-
-    return fused_step_
+def _not_built(*operands: Any, **options: Any) -> None:
+    raise RuntimeError(_import_error)
 
 
-cpu_fused_step_ = _direct("fused_step_cpu")
-cuda_fused_step_ = _direct("fused_step_cuda")
+#: The `cpu` backend's fused_step_, with the signature of `reference.fused_step_`.
+cpu_fused_step_: Callable[..., None] = _not_built if _C is None else _C.fused_step_cpu
+
+
+def cuda_fused_step_(
+    out: Tensor,
+    base: Tensor,
+    v: Tensor,
+    u: Tensor | None,
+    h1: Tensor | None,
+    h2: Tensor | None,
+    h3: Tensor | None,
+    coefficients: Tensor,
+    row: int,
+    velocity_rounding: bool = False,
+    trajectory: Tensor | None = None,
+    slot: int = 0,
+    history: Tensor | None = None,
+) -> None:
+    """`ops.fused_step` in C++ CUDA. Only v and u may be non-contiguous: each costs one copy."""
+    numel = base.numel()
+    if numel == 0:
+        return
+    assert _C is not None
+    v = dense(v)
+    if u is not None:
+        u = dense(u)
+    _C.fused_step_cuda(
+        out.data_ptr(),
+        base.data_ptr(),
+        v.data_ptr(),
+        0 if u is None else u.data_ptr(),
+        0 if h1 is None else h1.data_ptr(),
+        0 if h2 is None else h2.data_ptr(),
+        0 if h3 is None else h3.data_ptr(),
+        coefficients.data_ptr(),
+        row,
+        _DTYPES[base.dtype],
+        _DTYPES[v.dtype],
+        velocity_rounding,
+        0 if trajectory is None else trajectory.data_ptr(),
+        1 if trajectory is None else trajectory.shape[1],
+        slot,
+        0 if history is None else history.data_ptr(),
+        numel,
+        numel if trajectory is None else numel // base.shape[0],
+        base.get_device(),
+    )

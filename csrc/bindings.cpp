@@ -14,6 +14,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <optional>
 #include <string>
 
@@ -333,8 +337,24 @@ PyObject* fused_step_cpu_python(PyObject*, PyObject* const* given, Py_ssize_t co
 PyMethodDef kFusedStepCpu = {"fused_step_cpu",
                              reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fused_step_cpu_python)),
                              METH_FASTCALL | METH_KEYWORDS,
+                             "fused_step_cpu(out, base, v, u, h1, h2, h3, coefficients, row, velocity_rounding=False, "
+                             "trajectory=None, slot=0, history=None)\n--\n\n"
                              "fused_step_ on the CPU, as flowmatch_kernels.ops.reference.fused_step_. Only v and u may "
                              "be non-contiguous: each costs one copy. Shapes and devices are not checked."};
+
+// ---- memory ----
+
+// Asks the system for huge pages for memory not yet touched: filling 184 MB of fresh memory then takes a quarter of the
+// time. Only a wish: where it cannot be had, nothing changes.
+void advise_huge_pages(std::uintptr_t address, std::size_t bytes) {
+#if defined(__linux__)
+  constexpr std::uintptr_t kHuge = std::uintptr_t{1} << 21;
+  const std::uintptr_t begin = (address + kHuge - 1) & ~(kHuge - 1), end = (address + bytes) & ~(kHuge - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  static_cast<void>(address + bytes);
+#endif
+}
 
 // ---- the direct call on a GPU ----
 
@@ -375,6 +395,8 @@ STABLE_TORCH_LIBRARY_IMPL(flowmatch_kernels, CPU, m) {
 PYBIND11_MODULE(_C, m) {
   using namespace flowmatch_kernels;
   m.def("instruction_set", &instruction_set, "Name of the instruction set that the cpu backend uses here.");
+  m.def("advise_huge_pages", &advise_huge_pages, pybind11::arg("address"), pybind11::arg("bytes"),
+        "Asks for huge pages for fresh memory.");
   m.attr("fused_step_cpu") =
       pybind11::reinterpret_steal<pybind11::object>(PyCFunction_NewEx(&kFusedStepCpu, nullptr, nullptr));
 #ifdef FLOWMATCH_KERNELS_CUDA

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .base import StepFn
-from .ops import reference
+from .ops import native, reference
 from .ops.dispatch import Entry, is_eager
 from .ops.fused_step import VELOCITY_DTYPES, arithmetic_dtype
 from .solvers import Evaluation, Table
@@ -59,7 +59,7 @@ def integrate(
     trajectory: Tensor | None = None  # one tensor, written slot by slot
     states: list[Tensor] | None = None  # where steps are functional: the states, stacked at the end
     if return_all_steps and fused_step_ is not None:
-        trajectory = state.new_empty((state.shape[0], table.steps + 1, *state.shape[1:]))
+        trajectory = native.huge_pages(state.new_empty((state.shape[0], table.steps + 1, *state.shape[1:])))
         trajectory.select(1, 0).copy_(state)
     elif return_all_steps:
         states = [state]
@@ -247,7 +247,7 @@ class StateBuffers:
             out = self._spare
         else:  # an ordinary tensor even under inference mode: it counts the writes of a step_fn
             with torch.inference_mode(False):
-                out = torch.empty_like(state)
+                out = native.huge_pages(torch.empty_like(state))
         self._spare = base if commit and out is not base else None
         return out
 

@@ -46,6 +46,13 @@ def cuda_architectures() -> str | None:
     return None if _C is None or cuda_unavailable() is not None else str(_C.cuda_archs)
 
 
+def huge_pages(fresh: Tensor) -> Tensor:
+    """`fresh`, large memory on the CPU that nobody has touched yet, with huge pages asked for."""
+    if _C is not None and fresh.device.type == "cpu" and (size := fresh.numel() * fresh.element_size()) >= 1 << 22:
+        _C.advise_huge_pages(fresh.data_ptr(), size)
+    return fresh
+
+
 def instruction_set() -> str | None:
     """The instruction set the `cpu` backend uses on this machine."""
     return None if _C is None else _C.instruction_set()

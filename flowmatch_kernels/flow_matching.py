@@ -185,19 +185,15 @@ class FlowMatching(BaseDiffusion):
             int_method or self.int_method, inference_step, time_steps, step_sizes, dtype, device, weight
         )
 
-        # An ordinary tensor even under inference mode: it counts the writes of a step_fn.
-        inferring = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-        with torch.inference_mode(False) if inferring else contextlib.nullcontext():
-            state = self._noise(batch_size, device, dtype, noise, generator, temperature)
         clock = table.times.clone()  # step_fn may write to t, and the caller to what is returned
         ones = [1] * len(self.x_dims)
         times = clock.view(-1, 1, *ones).expand(-1, batch_size, *ones).unbind()
         state, trajectory = integrate(
             table,
-            state,
+            self._noise(batch_size, device, dtype, noise, generator, temperature),  # and no name keeps it
             times,
             step_fn,
-            dispatch.entry(chosen, state),
+            chosen,
             return_all_steps,
             unguided_step_fn,
             1.0 if weight is None else weight,
@@ -338,12 +334,16 @@ class FlowMatching(BaseDiffusion):
         temperature: float,
     ) -> Tensor:
         """The first state: contiguous, and nobody else's."""
-        if noise is None:
-            where = device if generator is None else generator.device
-            state = torch.randn(batch_size, *self.x_dims, dtype=dtype, device=where, generator=generator).to(device)
-        else:
-            state = noise.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
-        return state if temperature == 1.0 else state * temperature
+        # An ordinary tensor even under inference mode: it counts the writes of a step_fn.
+        inferring = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+        with torch.inference_mode(False) if inferring else contextlib.nullcontext():
+            if noise is None:
+                where = device if generator is None else generator.device
+                state = torch.randn(batch_size, *self.x_dims, dtype=dtype, device=where, generator=generator)
+                state = state.to(device)
+            else:
+                state = noise.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+            return state if temperature == 1.0 else state * temperature
 
 
 def _resolved(device: torch.device | str) -> torch.device:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .base import StepFn
 from .ops import native, reference
-from .ops.dispatch import Entry, is_eager
+from .ops.dispatch import Backend, entry, is_eager
 from .ops.fused_step import VELOCITY_DTYPES, arithmetic_dtype
 from .solvers import Evaluation, Table
 
@@ -22,7 +22,7 @@ def integrate(
     state: Tensor,
     times: Sequence[Tensor],
     step_fn: StepFn,
-    entry: Entry,
+    backend: Backend,
     return_all_steps: bool = False,
     unguided_step_fn: StepFn | None = None,
     weight: float = 1.0,
@@ -32,10 +32,10 @@ def integrate(
 
     Args:
         table: The solver's rows on the time grid.
-        state: The noise, [B, *x_dims], contiguous; may be written from here on.
+        state: The noise, [B, *x_dims], contiguous; its memory is used again if the caller does not hold it.
         times: For each entry of `table.times` the time as step_fn sees it, [B, 1, ..., 1].
         step_fn: The velocity; with guidance the guided one, which is called first.
-        entry: How to take a step: see `ops.dispatch.entry`.
+        backend: What takes the steps.
         return_all_steps: Keep the states.
         unguided_step_fn: The unguided velocity, or None: no guidance.
         weight: The guidance weight, as in the table.
@@ -44,7 +44,7 @@ def integrate(
     Returns:
         The last state, [B, *x_dims]; and with `return_all_steps` the trajectory, [B, N + 1, *x_dims].
     """
-    fused_step_, fused_step = entry
+    fused_step_, fused_step = entry(backend, state)
     state = state.detach()  # an object of our own: whoever saw the draw keeps what it saw
     velocity = Velocity(state)
     buffers = StateBuffers(state)

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--train-steps",
         type=_positive,
-        default=5000,
+        default=3000,
         metavar="N",
         help="optimizer steps; fewer are quicker and learn less (default: %(default)s)",
     )

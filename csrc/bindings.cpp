@@ -36,16 +36,16 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr std::int64_t kGrain = 32768;
 
 void run_cpu(const Operands& o, Dtype state, Dtype velocity, bool velocity_rounding) {
-  bool known = true;
+  STD_TORCH_CHECK(dispatch(state, velocity, velocity_rounding, [](auto) {}),
+                  "the velocity's dtype is wider than the state's");
   const auto part = [&](std::int64_t begin, std::int64_t end) {
-    if (!fused_step_cpu(o, state, velocity, velocity_rounding, begin, end)) known = false;
+    fused_step_cpu(o, state, velocity, velocity_rounding, begin, end);
   };
   if (o.numel <= kGrain) {
     part(0, o.numel);
   } else {
     torch::stable::parallel_for(0, o.numel, kGrain, part);
   }
-  STD_TORCH_CHECK(known, "the velocity's dtype is wider than the state's");
 }
 
 #ifdef FLOWMATCH_KERNELS_CUDA
@@ -194,6 +194,12 @@ std::int64_t integer(PyObject* object) {
   return value;
 }
 
+bool truth(PyObject* object) {
+  const int value = PyObject_IsTrue(object);
+  if (value < 0) throw PythonError();
+  return value == 1;
+}
+
 // Of an operand: its memory, null where it is None.
 void* memory(PyObject* tensor) {
   static PyObject* const data_ptr = interned("data_ptr");
@@ -216,16 +222,14 @@ bool is(PyObject* tensor, PyObject* method) {
   return answer.get() == Py_True;
 }
 
+// torch.float32, ... in the order of Dtype. Filled when the module is imported, never released.
+PyObject* torch_dtypes[4];
+
 Dtype python_dtype(PyObject* tensor) {
   static PyObject* const name = interned("dtype");
-  static const pybind11::module_ torch = pybind11::module_::import("torch");
-  static PyObject* const dtypes[] = {pybind11::object(torch.attr("float32")).release().ptr(),
-                                     pybind11::object(torch.attr("float64")).release().ptr(),
-                                     pybind11::object(torch.attr("bfloat16")).release().ptr(),
-                                     pybind11::object(torch.attr("float16")).release().ptr()};
   const Object dtype(PyObject_GetAttr(tensor, name));
   for (int k = 0; k < 4; ++k) {
-    if (dtype.get() == dtypes[k]) return static_cast<Dtype>(k);
+    if (dtype.get() == torch_dtypes[k]) return static_cast<Dtype>(k);
   }
   PyErr_SetString(PyExc_TypeError, "fused_step_: an operand is not float32, float64, bfloat16 or float16");
   throw PythonError();
@@ -235,7 +239,8 @@ Dtype python_dtype(PyObject* tensor) {
 PyObject* dense(PyObject* v) {
   static PyObject* const is_contiguous = interned("is_contiguous");
   static PyObject* const is_neg = interned("is_neg");
-  if (is(v, is_contiguous) && !is(v, is_neg) && memory(v)) return Py_NewRef(v);
+  static PyObject* const is_zerotensor = interned("_is_zerotensor");
+  if (is(v, is_contiguous) && !is(v, is_neg) && !is(v, is_zerotensor)) return Py_NewRef(v);
   const pybind11::module_ contract = pybind11::module_::import("flowmatch_kernels.ops.fused_step");
   return contract.attr("dense")(pybind11::handle(v)).release().ptr();
 }
@@ -300,23 +305,28 @@ PyObject* fused_step_cpu_python(PyObject*, PyObject* const* given, Py_ssize_t co
   const bool has_slots = p[kTrajectory] != Py_None;
   const Dtype state = python_dtype(p[kBase]);
   const std::int64_t row_bytes = kColumns * (state == Dtype::kFloat64 ? 8 : 4);
+  char* const coefficients = static_cast<char*>(memory(p[kCoefficients]));
   const Operands o{.out = memory(p[kOut]),
                    .base = memory(p[kBase]),
                    .v = memory(v.get()),
                    .u = memory(u.get()),
                    .h = {memory(p[kH1]), memory(p[kH2]), memory(p[kH3])},
-                   .row = static_cast<char*>(memory(p[kCoefficients])) + integer(p[kRow]) * row_bytes,
+                   .row = coefficients + integer(p[kRow]) * row_bytes,
                    .trajectory = memory(p[kTrajectory]),
                    .history = memory(p[kHistory]),
                    .numel = numel,
                    .sample = has_slots ? numel / size(p[kBase], 0) : numel,
                    .slots = has_slots ? size(p[kTrajectory], 1) : 1,
                    .slot = p[kSlot] ? integer(p[kSlot]) : 0};
-  if (!o.out || !o.base || !o.v) {
+  if (!o.out || !o.base || !o.v || !coefficients) {
     PyErr_SetString(PyExc_ValueError, "fused_step_: an operand has no memory (a fake or wrapped tensor?)");
     return nullptr;
   }
-  const bool rounding = p[kVelocityRounding] && PyObject_IsTrue(p[kVelocityRounding]) == 1;
+  if (has_slots && (o.slot < 0 || o.slot >= o.slots)) {
+    PyErr_SetString(PyExc_ValueError, "fused_step_: slot is out of range");
+    return nullptr;
+  }
+  const bool rounding = p[kVelocityRounding] && truth(p[kVelocityRounding]);
   const Dtype velocity = python_dtype(v.get());
   {
     std::optional<pybind11::gil_scoped_release> released;  // worth its cost only for a large state
@@ -340,7 +350,8 @@ PyMethodDef kFusedStepCpu = {"fused_step_cpu",
                              "fused_step_cpu(out, base, v, u, h1, h2, h3, coefficients, row, velocity_rounding=False, "
                              "trajectory=None, slot=0, history=None)\n--\n\n"
                              "fused_step_ on the CPU, as flowmatch_kernels.ops.reference.fused_step_. Only v and u may "
-                             "be non-contiguous: each costs one copy. Shapes and devices are not checked."};
+                             "be non-contiguous: each costs one copy. Shapes, devices, the row and the dtypes of "
+                             "others than base and v are not checked."};
 
 // ---- memory ----
 
@@ -394,6 +405,9 @@ STABLE_TORCH_LIBRARY_IMPL(flowmatch_kernels, CPU, m) {
 
 PYBIND11_MODULE(_C, m) {
   using namespace flowmatch_kernels;
+  const auto torch = pybind11::module_::import("torch");
+  const char* const names[] = {"float32", "float64", "bfloat16", "float16"};
+  for (int k = 0; k < 4; ++k) torch_dtypes[k] = pybind11::object(torch.attr(names[k])).release().ptr();
   m.def("instruction_set", &instruction_set, "Name of the instruction set that the cpu backend uses here.");
   m.def("advise_huge_pages", &advise_huge_pages, pybind11::arg("address"), pybind11::arg("bytes"),
         "Asks for huge pages for fresh memory.");

@@ -351,10 +351,10 @@ def build(
         segments = predicting(segments, predicts)
 
     read = {(step, s) for step, s, _ in _reads(segments)}
-    ring = max([1, *[ago for _, s, ago in _reads(segments) if s == 0]])
+    ring = max([1, *[kept for _, _, kept in _reads(segments)]])
 
     def buffer(step: int, stage: int) -> int:
-        return step % ring if stage == 0 else ring + stage - 1
+        return stage * ring + step % ring
 
     evaluations, times, length = [], [grid], n + 1
     for segment in segments:
@@ -391,11 +391,11 @@ def build(
 
 
 def _reads(segments: list[Segment]) -> list[tuple[int, int, int]]:
-    """What is read, and so must be remembered: (step, stage, how many steps later)."""
+    """What is read, and so must be remembered: (step, stage, how many steps it must last)."""
     return [
-        (step - earlier.ago, earlier.stage, earlier.ago)
+        (step - earlier.ago, earlier.stage, earlier.ago + (k > earlier.stage))
         for segment in segments
-        for stage in segment.stages
+        for k, stage in enumerate(segment.stages)
         for earlier in stage.earlier
         for step in range(segment.steps.first, segment.steps.first + segment.steps.n)
     ]

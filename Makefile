@@ -3,7 +3,6 @@
 #   make demo        train, sample and draw the flight trajectories
 #   make test        lint, types and tests
 #   make test-full   the same, with the long matrix
-#   make bench       timings
 #   make gpu-static  what the GPU kernels become: their machine code, read without a GPU
 #   make gpu         on a machine with a GPU: tests and timings, in one JSON file
 #   make gpu-memory  on a machine with an NVIDIA GPU: its tests under compute-sanitizer
@@ -22,7 +21,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 CUDA_TORCH ?= torch==2.14.1
 CSRC = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
-.PHONY: setup demo test test-full bench gpu-static gpu gpu-memory cuda-build wheels lint format clean
+.PHONY: setup demo test test-full gpu-static gpu gpu-memory cuda-build wheels lint format clean
 
 setup: .venv/extension.stamp
 
@@ -45,9 +44,6 @@ test: lint
 
 test-full: lint
 	$(BIN)/python -m pytest -m "" $(ARGS)
-
-bench: setup
-	$(BIN)/python -m bench $(ARGS)
 
 gpu-static: setup
 	$(BIN)/python -m bench.static $(ARGS)

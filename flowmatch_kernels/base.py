@@ -61,7 +61,7 @@ class BaseDiffusion(ABC, nn.Module):
 
 
 def _dims(x_dims: int | Sequence[int]) -> list[int]:
-    if isinstance(x_dims, (str, bytes)):
+    if isinstance(x_dims, (str, bytes, set, frozenset, dict)):
         raise TypeError(f"x_dims must be an int or a sequence of ints, got {x_dims!r}")
     entries: list[Any] = list(x_dims) if isinstance(x_dims, Iterable) else [x_dims]
     dims = []

@@ -178,6 +178,8 @@ class FlowMatching(BaseDiffusion):
         else:
             unguided_step_fn = None
         temperature = _number(temperature, "temperature")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {generator!r:.60}")
         over = _progress_bar() if progress else iter
         dtype = self._state_dtype(dtype, noise, batch_size, device)
         chosen = dispatch.choose(backend or self.backend, device.type)
@@ -276,7 +278,8 @@ class FlowMatching(BaseDiffusion):
                 raise TypeError(f"noise must be floating point, got {noise.dtype}")
             if list(noise.shape) != shape:
                 raise ValueError(f"noise must be [batch_size, *x_dims] = {shape}, got {list(noise.shape)}")
-            if noise.device.type != device.type or device.index not in (None, noise.device.index):
+            same = noise.device.type == device.type
+            if not same or (device.type != "cpu" and device.index not in (None, noise.device.index)):
                 raise ValueError(f"noise is on {noise.device}, and device is {device}: move one to the other")
         if dtype is None:
             dtype = torch.get_default_dtype() if noise is None else noise.dtype
@@ -321,7 +324,7 @@ class FlowMatching(BaseDiffusion):
                     f"inference_step is {steps}, and time_steps has {grid.numel()} entries, "
                     f"{grid.numel() - 1} steps: pass one of them"
                 )
-        dt = torch.diff(grid) if step_sizes is None else _step_sizes(step_sizes, grid.numel() - 1)
+        dt = torch.diff(grid) if step_sizes is None else _step_sizes(step_sizes, grid.numel() - 1).to(grid.device)
         return solvers.build(int_method, grid, dt, arithmetic, device, weight, self.noise_at, predicts)
 
     def _noise(
@@ -348,7 +351,10 @@ class FlowMatching(BaseDiffusion):
 
 def _resolved(device: torch.device | str) -> torch.device:
     """The device, with its index: "cuda" means the current one, which may change later."""
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except TypeError:
+        raise TypeError(f"device must be a torch.device or a string, got {device!r:.60}") from None
     if device.type != "cpu" and device.index is None:
         device = torch.empty(0, device=device).device
     return device
@@ -376,14 +382,19 @@ def _number(value: Any, name: str) -> float:
 
 
 def _grid(time_steps: Tensor | Sequence[float]) -> Tensor:
-    grid = torch.as_tensor(time_steps).detach()
+    try:
+        grid = torch.as_tensor(time_steps).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"time_steps must be a tensor or a sequence of floats, got {time_steps!r:.60}") from None
     if not grid.is_floating_point():
         raise TypeError(f"time_steps must be floating point, got {grid.dtype}")
     if grid.dim() != 1 or grid.numel() < 2:
         raise ValueError(f"time_steps must be 1-D with two or more entries, got shape {list(grid.shape)}")
     differences = torch.diff(grid)
-    if not ((differences > 0).all() or (differences < 0).all()):
-        raise ValueError(f"time_steps must be strictly monotonic, up or down, without NaN, got {grid.tolist()!s:.200}")
+    if not ((differences > 0).all() or (differences < 0).all()) or not grid.isfinite().all():
+        raise ValueError(
+            f"time_steps must be finite and strictly monotonic, up or down, without NaN, got {grid.tolist()!s:.200}"
+        )
     return grid
 
 
@@ -396,6 +407,8 @@ def _step_sizes(step_sizes: Tensor | Sequence[float], steps: int) -> Tensor:
         raise ValueError(
             f"step_sizes must hold {steps} entries, one fewer than the time grid, got shape {list(step_sizes.shape)}"
         )
+    if not step_sizes.isfinite().all():
+        raise ValueError(f"step_sizes must be finite, got {step_sizes.tolist()!s:.200}")
     return step_sizes.detach()
 
 

@@ -75,8 +75,8 @@ def integrate(
             if not fits(v):
                 v = velocity.shaped(v)
         else:
-            pair = SharedBuffer(v)
-            if shared and isinstance(v, Tensor):  # one replayed graph may write both to one buffer
+            pair = SharedBuffer(v, state)
+            if shared and isinstance(v, Tensor) and not pair.of_x:  # one replayed graph may write both to one buffer
                 v = v.clone()
             u = unguided_step_fn(x=state.detach(), t=t)
             shared = pair.holds(u, copied=shared)
@@ -116,31 +116,41 @@ def integrate(
 class SharedBuffer:
     """Tells whether the two velocities of guidance come in one buffer, as from one replayed graph."""
 
-    def __init__(self, v: object) -> None:
-        self._v = v if is_eager() and type(v) is Tensor and v.layout is torch.strided else None
+    def __init__(self, v: object, state: Tensor) -> None:
+        plain = v if is_eager() and type(v) is Tensor and v.layout is torch.strided else None
+        if plain is not None and (plain.is_nested or plain._is_zerotensor()):
+            plain = None
+        #: v is x, or a view of it: a later write to x shows in v, as it does in the published loop.
+        self.of_x = plain is not None and _address(plain) == _address(state)
+        self._v = None if self.of_x else plain
         self._version = _version(self._v)
 
     def holds(self, u: object, copied: bool) -> bool:
-        """Whether u is in v's buffer; what cannot be told stays as it was.
+        """Whether v has to be copied before the next u; what cannot be told stays as it was.
 
         Args:
             u: What unguided_step_fn returned.
             copied: v was copied before.
 
         Raises:
-            RuntimeError: u is in v's buffer and v was not copied, being in a buffer of its own so far.
+            RuntimeError: v was overwritten, and was not copied, being in a buffer of its own so far.
         """
         v = self._v
-        if v is None or type(u) is not Tensor or u.layout is not torch.strided:
+        if v is None or v.is_inference() or type(u) is not Tensor or u.layout is not torch.strided:
             return copied
-        shared = v.data_ptr() == u.data_ptr() and v.numel() > 0
-        # The same tensor twice is no harm; a write in between is, and on a GPU a replay's leaves no trace.
-        if shared and not copied and (v.device.type != "cpu" or _version(v) != self._version or v.is_inference()):
+        written = _version(v) != self._version
+        shared = v.numel() > 0 and v.data_ptr() == u.data_ptr()
+        # The same tensor twice is no harm where nothing was written; on a GPU a replay's write leaves no trace.
+        if not copied and (written or (shared and v.device.type != "cpu")):
             raise RuntimeError(
-                "unguided_step_fn returned the very buffer that step_fn had returned, after returning another "
-                "one before: the guided velocity is overwritten. Return a clone from one of them"
+                "unguided_step_fn wrote to the buffer that step_fn had returned, and had not done so before: the "
+                "guided velocity is overwritten. Return a clone from step_fn"
             )
-        return shared
+        return shared or written
+
+
+def _address(x: Tensor) -> int | None:
+    return x.untyped_storage().data_ptr() if type(x) is Tensor else None
 
 
 def _version(x: Tensor | None) -> int:
@@ -163,6 +173,7 @@ class Velocity:
         """Whether a backend can take v as it is."""
         return (
             type(v) is Tensor
+            and not v.is_nested
             and v.shape == self.shape
             and v.dtype in self.dtypes
             and v.device == self.device
@@ -194,8 +205,9 @@ class Velocity:
             raise TypeError(f"{name} returned {_described(v)}; wanted {wanted}")
         if not v.is_floating_point():
             raise TypeError(f"{name} returned a tensor of {v.dtype}; wanted {wanted}")
-        if v.layout is not torch.strided:
-            raise TypeError(f"{name} returned a tensor of layout {v.layout}; wanted {wanted}")
+        if v.layout is not torch.strided or v.is_nested:
+            kind = "nested" if v.is_nested else str(v.layout)
+            raise TypeError(f"{name} returned a tensor of layout {kind}; wanted {wanted}")
         if v.dtype not in VELOCITY_DTYPES:
             raise TypeError(f"{name} returned {v.dtype}: cast it; wanted {wanted}")
         if v.dtype not in self.dtypes and v.dim():  # a 0-dim tensor does not widen, in eager PyTorch

@@ -770,3 +770,65 @@ def test_threads(size, backend):
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+# ---- guidance: what unguided_step_fn does to step_fn's buffer ----
+
+
+def _guided(step_fn, unguided_step_fn, noise, steps=5):
+    fm = FlowMatching(noise.shape[1:], num_inference_steps=steps, backend="reference")
+    return fm.sample(
+        len(noise),
+        step_fn,
+        noise=noise,
+        unguided_step_fn=unguided_step_fn,
+        use_classifier_free_guidance=True,
+        inference_guidance_weight=1.5,
+    )
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_unguided_overwrites_the_buffer_and_returns_another(inference):
+    noise, buffer = torch.randn(3, 4), torch.empty(3, 4)
+
+    def into_buffer(value):
+        return buffer.copy_(value)
+
+    with torch.inference_mode(inference):
+        got = _guided(lambda x, t: into_buffer(-x), lambda x, t: into_buffer(2 * x + t).clone(), noise)
+        want = _guided(lambda x, t: -x, lambda x, t: 2 * x + t, noise)
+    assert torch.equal(got, want)
+
+
+def test_guided_velocity_is_x_and_unguided_writes_to_x():
+    noise = torch.randn(3, 4)
+
+    def unguided(x, t):
+        x.mul_(0.5)
+        return torch.sin(x)
+
+    x, times = noise.clone(), torch.linspace(0, 1, 6)
+    for i in range(5):
+        v = x
+        u = unguided(x, times[i])
+        x = x + (times[i + 1] - times[i]).view(1, 1) * ((1 - 1.5) * u + 1.5 * v)
+    assert torch.equal(_guided(lambda x, t: x, unguided, noise), x)
+
+
+def test_guidance_interval_under_inference_mode():
+    noise, last = torch.randn(3, 4), []
+
+    def guided(x, t):
+        last.append(-x)
+        return last[-1]
+
+    with torch.inference_mode():
+        got = _guided(guided, lambda x, t: 2 * x if t[0, 0] < 0.5 else last[-1], noise)
+        want = _guided(lambda x, t: -x, lambda x, t: 2 * x if t[0, 0] < 0.5 else -x, noise)
+    assert torch.equal(got, want)
+
+
+def test_a_view_of_a_zero_tensor_counts_as_zeros():
+    # Its address is its offset, not 0: reading it crashed.
+    zeros, noise = torch._efficientzerotensor(4, 8), torch.randn(2, 8)
+    assert torch.equal(FlowMatching(8).sample(2, lambda x, t: zeros[1:3], noise=noise), noise)

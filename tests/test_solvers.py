@@ -256,3 +256,23 @@ def test_unknown_prediction_type_and_noise_end():
         FlowMatching(2, prediction_type="score")
     with pytest.raises(ValueError, match="noise_at must be 0 or 1, got 2"):
         FlowMatching(2, noise_at=2)
+
+
+def test_a_later_stage_may_read_an_earlier_step(monkeypatch):
+    """A predictor-corrector (AB2, then the trapezium): stage 1 reads the step's own and the last step's velocity."""
+
+    def corrector(steps):
+        now, h = steps.part(1, steps.n), steps.part(1, steps.n).h
+        predict = solvers.Stage(now.start, 1.5 * h, (solvers.Earlier(-0.5 * h, ago=1),))
+        correct = solvers.Stage(now.end, 5 * h / 12, (solvers.Earlier(8 * h / 12), solvers.Earlier(-h / 12, ago=1)))
+        return [*solvers.heun(steps.part(0, 1)), solvers.Segment(now, (predict, correct))]
+
+    monkeypatch.setitem(solvers.SOLVERS, "corrector", corrector)
+    velocity, start, exact = rotation()
+    errors = [
+        (FlowMatching(2, "corrector").sample(5, velocity, noise=start, time_steps=_grid(n, False)) - exact(1.0))
+        .abs()
+        .max()
+        for n in (80, 160)
+    ]
+    assert math.log2(errors[0] / errors[1]) > 2.85  # order 3; with one buffer for both velocities it is 1

@@ -1,6 +1,6 @@
 """What the GPU kernels become, read from their machine code; no GPU is needed.
 
-    python -m bench.static [--directory bench] [--arch sm_90] [--kernel triton]
+    python -m bench.static [--directory bench/results] [--arch sm_90] [--kernel triton]
 
 Compiles every specialisation that `sample()` can pick, disassembles it, and writes one row for each to
 static.md and static.json. Rows come from `measure`; a kernel takes part by an entry in `KERNELS`.

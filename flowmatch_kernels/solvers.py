@@ -441,6 +441,10 @@ class _Cache:
                 self._tables[key] = table
                 while len(self._tables) > self.capacity:
                     self._tables.popitem(last=False)
+        if table.coefficients.is_cuda:  # dropped, its memory must outlive what this stream still has to do with it
+            stream = torch.cuda.current_stream(table.coefficients.device)
+            table.coefficients.record_stream(stream)
+            table.times.record_stream(stream)
         return table
 
     def clear(self) -> None:

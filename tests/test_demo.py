@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-np = pytest.importorskip("numpy")
-pytest.importorskip("matplotlib")
-pytest.importorskip("tqdm")
+# The demo is an extra; `make test` installs it, so that there nothing is skipped.
+np = pytest.importorskip("numpy", reason="the demo needs pip install .[demo]")
+pytest.importorskip("matplotlib", reason="the demo needs pip install .[demo]")
+pytest.importorskip("tqdm", reason="the demo needs pip install .[demo]")
 
 import torch  # noqa: E402
 

@@ -210,8 +210,8 @@ def entry(backend: Backend, state: Tensor) -> Entry:
     if backend.name == "reference":
         return Entry(direct, reference.fused_step)
     op = torch.ops.flowmatch_kernels.fused_step
-    if direct is not None or backend.name == choose("auto", state.device.type).name:
-        return Entry(direct, op)
+    if direct is None and backend.name == choose("auto", state.device.type).name:
+        return Entry(direct, op)  # without a context, which a compiler would have to trace
 
     def chosen_op(*operands: Any) -> Tensor:
         with use_backend(backend.name):

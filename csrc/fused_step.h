@@ -1,7 +1,9 @@
 // The arithmetic of fused_step, one element at a time, for every C++ backend.
 //
 //   h0  = v                                    unguided
-//   h0  = w0*u + w1*v                          guided, three roundings to V
+//   h0  = w0*u + w1*v                          guided, three roundings to V: kWeighted,
+//   h0  = u + w1*(v - u)                       kFromUnguided,
+//   h0  = v + w1*(v - u)                       kFromGuided
 //   out = a*base + b0*h0 + b1*h1 + b2*h2 + b3*h3       left to right, never an FMA
 //   history = h0 + c*base                      h0 alone where c is 0
 //
@@ -35,6 +37,9 @@ struct Float16 {
 // One row of coefficients: [E, 8], column by column.
 enum Column : int { kA = 0, kB0 = 1, kB1 = 2, kB2 = 3, kB3 = 4, kW0 = 5, kW1 = 6, kC = 7, kColumns = 8 };
 
+// How the two velocities of guidance are combined.
+enum class Guidance : int { kWeighted = 0, kFromUnguided = 1, kFromGuided = 2 };
+
 // What a launch reads and writes. Every tensor is contiguous; optional ones are null.
 struct Operands {
   void* out;         // S[numel]; may be base
@@ -49,6 +54,7 @@ struct Operands {
   std::int64_t sample;  // elements of one sample
   std::int64_t slots;
   std::int64_t slot;
+  Guidance guidance;  // where u is not null
 };
 
 // Where element i of the state, an element of sample number b = i / o.sample, stands in trajectory[:, slot].
@@ -198,11 +204,11 @@ struct Element {
   using A = Arithmetic<S>;
   using Weight = Arithmetic<V>;  // guidance weights: float for a float velocity, whatever the state is
 
-  // h0, guided.
-  static FLOWMATCH_INLINE V guided(Weight w0, V u, Weight w1, V v) {
-    const V unguided = To<V>::narrow(multiply(w0, widen(u)));
-    const V weighted = To<V>::narrow(multiply(w1, widen(v)));
-    return To<V>::narrow(add(widen(unguided), widen(weighted)));
+  // h0, guided: w0*u + w1*v
+  static FLOWMATCH_INLINE V weighted(Weight w0, V u, Weight w1, V v) { return sum(product(w0, u), product(w1, v)); }
+  // h0, guided: x + w1*(v - u), where x is u or v. v - u is v + (-u), to the bit.
+  static FLOWMATCH_INLINE V from(V x, Weight w1, V v, V u) {
+    return sum(x, product(w1, To<V>::narrow(add(widen(v), -widen(u)))));
   }
   // b_k as it enters the product.
   static FLOWMATCH_INLINE A coefficient(A b) {
@@ -223,9 +229,13 @@ struct Element {
   }
   // h0 + c*base
   static FLOWMATCH_INLINE A remember(A h0, A c, S base) {
-    const A sum = add(h0, multiply(c, static_cast<A>(widen(base))));
-    return c != A(0) ? sum : h0;
+    const A shifted = add(h0, multiply(c, static_cast<A>(widen(base))));
+    return c != A(0) ? shifted : h0;
   }
+
+ private:
+  static FLOWMATCH_INLINE V product(Weight w, V v) { return To<V>::narrow(multiply(w, widen(v))); }
+  static FLOWMATCH_INLINE V sum(V x, V y) { return To<V>::narrow(add(widen(x), widen(y))); }
 };
 
 // Calls f.template operator()<S, V, kVelocityRounding>() for the dtypes; false where V would widen S.

@@ -47,8 +47,14 @@ FLOWMATCH_INLINE void strips(const Operands& o, std::int64_t begin, std::int64_t
     const V* h0 = v;
     if (o.u) {
       const V* u = static_cast<const V*>(o.u) + i;
-      FLOWMATCH_IVDEP
-      for (std::int64_t j = 0; j < n; ++j) guided[j] = E::guided(w0, u[j], w1, v[j]);
+      if (o.guidance == Guidance::kWeighted) {
+        FLOWMATCH_IVDEP
+        for (std::int64_t j = 0; j < n; ++j) guided[j] = E::weighted(w0, u[j], w1, v[j]);
+      } else {
+        const V* x = o.guidance == Guidance::kFromUnguided ? u : v;
+        FLOWMATCH_IVDEP
+        for (std::int64_t j = 0; j < n; ++j) guided[j] = E::from(x[j], w1, v[j], u[j]);
+      }
       h0 = guided;
     }
     if (o.history) {  // before out, which may be base

@@ -189,8 +189,14 @@ __device__ __forceinline__ void step(const Operands& o, const Divisor& by_sample
 
   if (present.u()) {
     const Weight w0 = static_cast<Weight>(row[kW0]), w1 = static_cast<Weight>(row[kW1]);
+    if (o.guidance == Guidance::kWeighted) {
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) h0[j] = E::guided(w0, u[j], w1, h0[j]);
+      for (int j = 0; j < kSize; ++j) h0[j] = E::weighted(w0, u[j], w1, h0[j]);
+    } else {
+      const bool unguided = o.guidance == Guidance::kFromUnguided;
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) h0[j] = E::from(unguided ? u[j] : h0[j], w1, h0[j], u[j]);
+    }
   }
   const A a = row[kA], b0 = E::coefficient(row[kB0]);
   States out;

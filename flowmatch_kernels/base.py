@@ -53,7 +53,7 @@ class BaseDiffusion(ABC, nn.Module):
         return_all_steps: bool = False,
         *args: Any,
         **kwargs: Any,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> Any:
         """Draws `batch_size` samples, [B, *x_dims].
 
         With `return_all_steps`: all states, [B, T, *x_dims], and their time steps, [T].

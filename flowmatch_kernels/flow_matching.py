@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import operator
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import solvers
+from . import guidance, solvers, time_grids
+from .arguments import count, number
 from .base import BaseDiffusion, StepFn
+from .guidance import Weight
 from .ops import dispatch
 from .ops.fused_step import VELOCITY_DTYPES, arithmetic_dtype
-from .sampling import integrate
-from .solvers import Evaluation, Table
+from .sampling import Clock, Guided, integrate
+from .solvers import Evaluation, Request, Table
+
+
+class Sample(NamedTuple):
+    """What sample() returns where a callback was given, which may have stopped it."""
+
+    x: Tensor
+    """[B, *x_dims]; with return_all_steps, the states so far, [B, steps taken + 1, *x_dims]."""
+    time_steps: Tensor
+    """[steps taken + 1]: the time grid as far as it came; x, or its last state, stands at the last entry."""
+    stopped: bool
+    """The callback returned True, and steps were left out."""
 
 
 class FlowMatching(BaseDiffusion):
@@ -30,11 +41,17 @@ class FlowMatching(BaseDiffusion):
         num_inference_steps: Steps on the uniform grid; 0 returns the noise.
         train_timestep_sampler: "beta" (t = 0.999 - 0.999 * Beta(1.5, 1), as in pi-zero) or "uniform".
         train_ignore_guidance_rate: How often training drops the condition, with guidance on.
-        inference_guidance_weight: w in v = (1 - w) * v_unguided + w * v_guided.
+        inference_guidance_weight: w in v = (1 - w) * v_unguided + w * v_guided, or the weight of another form: one
+            for all steps, one for each, or a function of t (a float, at each evaluation).
         use_classifier_free_guidance: Sample with guidance by default.
+        guidance_form: "interpolate" (as above), "from_unguided", "from_guided" or "extrapolate"; see
+            `flowmatch_kernels.guidance`.
+        time_grid: "uniform", "shifted", "cosine" or "power" (see `flowmatch_kernels.time_grids`), or a function
+            that takes the number of steps N and returns [N + 1] times.
+        time_grid_options: What the grid takes beside N, as {"shift": 5.0}.
         prediction_type: What step_fn returns: the "velocity", the "data" x1, or the "noise" x0. Of the straight
             path x = (1 - t)*x0 + t*x1, v = (x1 - x) / (1 - t) = (x - x0) / t; folded into the table.
-        noise_at: The end of time at which the noise is: 0, or 1, where the uniform grid runs from 1 to 0.
+        noise_at: The end of time at which the noise is: 0, or 1, where a grid with a name runs from 1 to 0.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
 
     Raises:
@@ -61,8 +78,11 @@ class FlowMatching(BaseDiffusion):
         *,
         train_timestep_sampler: str = "beta",
         train_ignore_guidance_rate: float = 0.1,
-        inference_guidance_weight: float = 1.0,
+        inference_guidance_weight: float | Sequence[float] | Callable[[float], float] = 1.0,
         use_classifier_free_guidance: bool = False,
+        guidance_form: str = "interpolate",
+        time_grid: str | Callable[[int], Tensor] = "uniform",
+        time_grid_options: Mapping[str, float] | None = None,
         prediction_type: str = "velocity",
         noise_at: int = 0,
         backend: str = "auto",
@@ -76,13 +96,21 @@ class FlowMatching(BaseDiffusion):
         self.noise_at = int(noise_at)
         solvers.solver(int_method)
         self.int_method = int_method
-        self.num_inference_steps = _count(num_inference_steps, "num_inference_steps")
+        self.num_inference_steps = count(num_inference_steps, "num_inference_steps")
         if train_timestep_sampler not in ("beta", "uniform"):
             raise ValueError(f"train_timestep_sampler must be 'beta' or 'uniform', got {train_timestep_sampler!r}")
         self.train_timestep_sampler = train_timestep_sampler
         self.train_ignore_guidance_rate = train_ignore_guidance_rate
         self.inference_guidance_weight = inference_guidance_weight
         self.use_classifier_free_guidance = use_classifier_free_guidance
+        guidance.form(guidance_form)
+        self.guidance_form = guidance_form
+        self.time_grid = time_grid
+        self.time_grid_options = {name: number(option, name) for name, option in (time_grid_options or {}).items()}
+        if not callable(time_grid):
+            time_grids.time_grid(time_grid)(1, noise_at=self.noise_at, **self.time_grid_options)
+        elif self.time_grid_options:
+            raise ValueError("time_grid_options are for a time_grid with a name: bind them to your function instead")
         self.backend = dispatch.check_name(backend)
         if train_timestep_sampler == "beta":
             # On the CPU, in float32, whatever the defaults are while a model is being built.
@@ -92,7 +120,6 @@ class FlowMatching(BaseDiffusion):
             )
             self.beta_scale_constant = 0.999
 
-    @torch.no_grad()
     def sample(
         self,
         batch_size: int,
@@ -104,16 +131,21 @@ class FlowMatching(BaseDiffusion):
         *,
         unguided_step_fn: StepFn | None = None,
         use_classifier_free_guidance: bool | None = None,
-        inference_guidance_weight: float | None = None,
+        inference_guidance_weight: float | Sequence[float] | Callable[[float], float] | None = None,
+        guidance_form: str | None = None,
+        combined_guidance: bool = False,
+        skip_irrelevant_model: bool = False,
         temperature: float = 1.0,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
         time_steps: Tensor | Sequence[float] | None = None,
         step_sizes: Tensor | Sequence[float] | None = None,
+        constraint: Callable[[Tensor, Tensor], Tensor] | None = None,
+        callback: Callable[[int, Tensor, Tensor], bool | None] | None = None,
         progress: bool = False,
         backend: str | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Any:
         r"""Integrates dx/dt = v(x, t) from noise to data.
 
         Equivalent to, bit for bit, with the defaults::
@@ -134,7 +166,13 @@ class FlowMatching(BaseDiffusion):
             int_method: The solver; None: the constructor's.
             unguided_step_fn: The velocity without the condition; called after step_fn.
             use_classifier_free_guidance: None: the constructor's.
-            inference_guidance_weight: w; None: the constructor's.
+            inference_guidance_weight: w: a number, [N] of them, or a function of t; None: the constructor's. A
+                function is asked before the first step, on the host: one synchronisation on a GPU.
+            guidance_form: None: the constructor's.
+            combined_guidance: step_fn returns both velocities, cat([unguided, guided]), [2 * B, *x_dims], in one
+                call; read where they are. No unguided_step_fn then.
+            skip_irrelevant_model: Where the weight makes one of the two models irrelevant (w = 1: the unguided,
+                w = 0: the guided), do not call it, and take the other's velocity as it is.
             temperature: Multiplies the noise.
             noise: [B, *x_dims], floating point, on `device`: the start, instead of a draw. Never written.
             generator: For the draw. A CPU generator with a GPU device draws on the CPU and moves.
@@ -143,16 +181,22 @@ class FlowMatching(BaseDiffusion):
             time_steps: [T], strictly monotonic, up or down, instead of the uniform grid; step_fn sees
                 its dtype.
             step_sizes: [T - 1], the dt of each step, instead of the differences of the time grid.
+            constraint: Called as constraint(x, t) with each committed state x and its time t [B, 1, ..., 1];
+                what it returns, of x's shape and dtype, takes x's place. It may write to x and return it.
+                See `flowmatch_kernels.inpaint`.
+            callback: Called as callback(step, t, x) after each step, 0 the first, with the state reached, a copy
+                that is the callback's own, and its time. Returning True ends the sampling.
             progress: Show a bar over the evaluations (needs tqdm).
             backend: None: the constructor's. A backend asked for by name runs or raises.
 
         Returns:
             The samples [B, *x_dims]; with `return_all_steps`, all states [B, T, *x_dims], contiguous, of
-            which the first is the noise, and the time steps [T].
+            which the first is the noise, and the time steps [T]. With a callback a `Sample`, which says how far
+            it came.
 
         Raises:
-            TypeError: an argument, or what step_fn returns, is of the wrong type or dtype.
-            ValueError: a value, shape or device is wrong.
+            TypeError: an argument, or what a function given returns, is of the wrong type or dtype.
+            ValueError: a value, shape or device is wrong; or the time grid cannot be used.
             RuntimeError: the backend asked for by name cannot be used.
             ImportError: progress without tqdm.
         """
@@ -161,47 +205,75 @@ class FlowMatching(BaseDiffusion):
                 "device must be a torch.device or a string, got a function: pass unguided_step_fn= by name "
                 "(it is not the third positional argument here, as it is in Alpamayo 1.5)"
             )
-        batch_size = _count(batch_size, "batch_size")
+        batch_size = count(batch_size, "batch_size")
         device = _resolved(device)
         if not callable(step_fn):
             raise TypeError(f"step_fn must be callable, got {step_fn!r:.60}")
-        if use_classifier_free_guidance is None:
-            use_classifier_free_guidance = self.use_classifier_free_guidance
-        weight = None
-        if use_classifier_free_guidance:
-            if unguided_step_fn is None:
+        guided = weight = None
+        if self.use_classifier_free_guidance if use_classifier_free_guidance is None else use_classifier_free_guidance:
+            if not combined_guidance and unguided_step_fn is None:
                 raise ValueError("unguided_step_fn is required when using classifier free guidance")
-            if not callable(unguided_step_fn):
+            if combined_guidance and (unguided_step_fn is not None or skip_irrelevant_model):
+                other = "skip_irrelevant_model" if unguided_step_fn is None else "an unguided_step_fn"
+                raise ValueError(f"combined_guidance, where step_fn returns both velocities, and {other}: pass one")
+            if not combined_guidance and not callable(unguided_step_fn):
                 raise TypeError(f"unguided_step_fn must be callable, got {unguided_step_fn!r:.60}")
-            weight = self.inference_guidance_weight if inference_guidance_weight is None else inference_guidance_weight
-            weight = _number(weight, "inference_guidance_weight")
-        else:
-            unguided_step_fn = None
-        temperature = _number(temperature, "temperature")
+            form = guidance.form(guidance_form or self.guidance_form)
+            guided = Guided(form, unguided_step_fn, skip_irrelevant_model)
+            if inference_guidance_weight is None:
+                inference_guidance_weight = self.inference_guidance_weight
+            weight = guidance.checked(inference_guidance_weight)
+        elif combined_guidance:
+            raise ValueError(
+                "combined_guidance needs use_classifier_free_guidance=True: step_fn returns both velocities"
+            )
+        temperature = number(temperature, "temperature")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {generator!r:.60}")
+        for name, hook in (("constraint", constraint), ("callback", callback)):
+            if hook is not None and not callable(hook):
+                raise TypeError(f"{name} must be callable, got {hook!r:.60}")
         over = _progress_bar() if progress else iter
+        eager = dispatch.may_cache()
         dtype = self._state_dtype(dtype, noise, batch_size, device)
         chosen = dispatch.choose(backend or self.backend, device.type)
         table = self._table(
-            int_method or self.int_method, inference_step, time_steps, step_sizes, dtype, device, weight
+            int_method or self.int_method,
+            inference_step,
+            time_steps,
+            step_sizes,
+            dtype,
+            device,
+            guidance_form or self.guidance_form,
+            weight,
+            eager,
         )
 
-        clock = table.times.clone()  # step_fn may write to t, and the caller to what is returned
-        ones = [1] * len(self.x_dims)
-        times = clock.view(-1, 1, *ones).expand(-1, batch_size, *ones).unbind()
-        state, trajectory = integrate(
-            table,
-            self._noise(batch_size, device, dtype, noise, generator, temperature),  # and no name keeps it
-            times,
-            step_fn,
-            chosen,
-            return_all_steps,
-            unguided_step_fn,
-            1.0 if weight is None else weight,
-            over,
-        )
-        return state if trajectory is None else (trajectory, clock.narrow(0, 0, table.steps + 1))
+        clock = Clock.of(table, batch_size, len(self.x_dims), reuse=eager)
+        grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # a context manager takes ten times as long
+        try:
+            state, trajectory, taken = integrate(
+                table,
+                self._noise(batch_size, device, dtype, noise, generator, temperature),  # and no name keeps it
+                clock.views,
+                step_fn,
+                chosen,
+                return_all_steps,
+                guided,
+                constraint,
+                callback,
+                over,
+            )
+        finally:
+            torch._C._set_grad_enabled(grad)
+        x = state if trajectory is None else trajectory
+        if trajectory is None and callback is None:
+            clock.back(table)
+            return x
+        time_steps = clock.times.narrow(0, 0, taken + 1).clone()
+        clock.back(table)
+        return (x, time_steps) if callback is None else Sample(x, time_steps, stopped=taken < table.steps)
 
     def nfe(self, inference_step: int | None = None, int_method: str | None = None, guided: bool | None = None) -> int:
         """The model calls that one sample() spends: evaluations, twice as many with guidance.
@@ -209,10 +281,11 @@ class FlowMatching(BaseDiffusion):
         Args:
             inference_step: Steps, as for sample(); of a time grid, one fewer than its entries.
             int_method: The solver, as for sample().
-            guided: With guidance; None: use_classifier_free_guidance.
+            guided: With guidance by two models; None: use_classifier_free_guidance. What skip_irrelevant_model
+                saves is not known here; a step_fn that returns both velocities is one call: guided=False.
         """
-        steps = _count(inference_step, "inference_step") if inference_step is not None else 0
-        steps = steps or _count(self.num_inference_steps, "num_inference_steps")
+        steps = count(inference_step, "inference_step") if inference_step is not None else 0
+        steps = steps or count(self.num_inference_steps, "num_inference_steps")
         guided = self.use_classifier_free_guidance if guided is None else guided
         return solvers.evaluations(int_method or self.int_method, steps) * (2 if guided else 1)
 
@@ -271,13 +344,13 @@ class FlowMatching(BaseDiffusion):
     ) -> torch.dtype:
         """The state's dtype, with `noise` checked against it, the batch and the device."""
         if noise is not None:
-            shape = [batch_size, *self.x_dims]
+            shape = (batch_size, *self.x_dims)
             if not isinstance(noise, Tensor):
-                raise TypeError(f"noise must be a tensor {shape}, got {noise!r:.60}")
+                raise TypeError(f"noise must be a tensor {list(shape)}, got {noise!r:.60}")
             if not noise.is_floating_point():
                 raise TypeError(f"noise must be floating point, got {noise.dtype}")
-            if list(noise.shape) != shape:
-                raise ValueError(f"noise must be [batch_size, *x_dims] = {shape}, got {list(noise.shape)}")
+            if noise.shape != shape:
+                raise ValueError(f"noise must be [batch_size, *x_dims] = {list(shape)}, got {list(noise.shape)}")
             same = noise.device.type == device.type
             if not same or (device.type != "cpu" and device.index not in (None, noise.device.index)):
                 raise ValueError(f"noise is on {noise.device}, and device is {device}: move one to the other")
@@ -295,37 +368,54 @@ class FlowMatching(BaseDiffusion):
         step_sizes: Tensor | Sequence[float] | None,
         dtype: torch.dtype,
         device: torch.device,
-        weight: float | None,
+        form: str,
+        weight: Weight | None,
+        cached: bool,
     ) -> Table:
-        """The solver's table on the grid that the arguments describe."""
+        """The solver's table on the grid that the arguments describe, with the weights of guidance."""
         solvers.solver(int_method)
-        steps = _count(inference_step, "inference_step") if inference_step is not None else 0
-        steps = steps or _count(self.num_inference_steps, "num_inference_steps")
+        steps = count(inference_step, "inference_step") if inference_step is not None else 0
+        steps = steps or count(self.num_inference_steps, "num_inference_steps")
         arithmetic = arithmetic_dtype(dtype)
         predicts = {"velocity": None, "data": 1 - self.noise_at, "noise": self.noise_at}[self.prediction_type]
-        if time_steps is None and step_sizes is None:
-            return solvers.uniform(
-                int_method,
-                steps,
-                torch.get_default_dtype(),
-                arithmetic,
-                device,
-                weight,
-                self.noise_at,
-                predicts,
-                dispatch.may_cache(),
-            )
-        if time_steps is None:
-            grid = torch.linspace(float(self.noise_at), 1.0 - self.noise_at, steps + 1, device=device)
-        else:
-            grid = _grid(time_steps)
+        request = Request(
+            int_method,
+            self.time_grid if isinstance(self.time_grid, str) else "uniform",
+            tuple(self.time_grid_options.items()),
+            steps,
+            torch.get_default_dtype(),
+            arithmetic,
+            device,
+            self.noise_at,
+            predicts,
+        )
+        if isinstance(self.time_grid, str) and time_steps is None and step_sizes is None:
+            if weight is None or callable(weight):
+                table = solvers.named(request, cached)
+                return table if weight is None else table.guided(guidance.form(form), weight)
+            return solvers.named(request.guided(form, weight), cached)
+
+        if time_steps is not None:
+            grid = _grid(time_steps, "time_steps")
             if inference_step and steps != grid.numel() - 1:
                 raise ValueError(
                     f"inference_step is {steps}, and time_steps has {grid.numel()} entries, "
                     f"{grid.numel() - 1} steps: pass one of them"
                 )
+        elif callable(self.time_grid) and steps:
+            grid = _grid(self.time_grid(steps), "what time_grid returned")
+            if grid.numel() != steps + 1:
+                raise ValueError(f"time_grid returned {grid.numel()} entries for {steps} steps; wanted {steps + 1}")
+        else:
+            grid = request.grid()
         dt = torch.diff(grid) if step_sizes is None else _step_sizes(step_sizes, grid.numel() - 1).to(grid.device)
-        return solvers.build(int_method, grid, dt, arithmetic, device, weight, self.noise_at, predicts)
+        table = solvers.build(int_method, grid, dt, arithmetic, device, self.noise_at, predicts)
+        if not table.coefficients.isfinite().all():
+            raise ValueError(
+                f"{int_method} has no finite coefficients on this time grid, {grid.tolist()!s:.200}: it needs one that "
+                f"runs from the noise, at t = {self.noise_at}, to the data, with neither end of time inside it"
+            )
+        return table if weight is None else table.guided(guidance.form(form), weight)
 
     def _noise(
         self,
@@ -337,16 +427,15 @@ class FlowMatching(BaseDiffusion):
         temperature: float,
     ) -> Tensor:
         """The first state: contiguous, and nobody else's."""
-        # An ordinary tensor even under inference mode: it counts the writes of a step_fn.
-        inferring = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-        with torch.inference_mode(False) if inferring else contextlib.nullcontext():
-            if noise is None:
-                where = device if generator is None else generator.device
-                state = torch.randn(batch_size, *self.x_dims, dtype=dtype, device=where, generator=generator)
-                state = state.to(device)
-            else:
-                state = noise.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
-            return state if temperature == 1.0 else state * temperature
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):  # an ordinary tensor: it counts the writes of a step_fn
+                return self._noise(batch_size, device, dtype, noise, generator, temperature)
+        if noise is not None:
+            state = noise.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+        else:
+            where = device if generator is None else generator.device
+            state = torch.randn(batch_size, *self.x_dims, dtype=dtype, device=where, generator=generator).to(device)
+        return state if temperature == 1.0 else state * temperature
 
 
 def _resolved(device: torch.device | str) -> torch.device:
@@ -360,40 +449,19 @@ def _resolved(device: torch.device | str) -> torch.device:
     return device
 
 
-def _count(value: Any, name: str) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an int, got {value!r:.60}") from None
-    if count < 0:
-        raise ValueError(f"{name} must not be negative, got {count}")
-    return count
-
-
-def _number(value: Any, name: str) -> float:
-    try:
-        if isinstance(value, (bool, str)):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} must be a number, got {value!r:.60}") from None
-
-
-def _grid(time_steps: Tensor | Sequence[float]) -> Tensor:
+def _grid(time_steps: Tensor | Sequence[float], name: str) -> Tensor:
     try:
         grid = torch.as_tensor(time_steps).detach()
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"time_steps must be a tensor or a sequence of floats, got {time_steps!r:.60}") from None
+        raise TypeError(f"{name} must be a tensor or a sequence of floats, got {time_steps!r:.60}") from None
     if not grid.is_floating_point():
-        raise TypeError(f"time_steps must be floating point, got {grid.dtype}")
+        raise TypeError(f"{name} must be floating point, got {grid.dtype}")
     if grid.dim() != 1 or grid.numel() < 2:
-        raise ValueError(f"time_steps must be 1-D with two or more entries, got shape {list(grid.shape)}")
+        raise ValueError(f"{name} must be 1-D with two or more entries, got shape {list(grid.shape)}")
     differences = torch.diff(grid)
     if not ((differences > 0).all() or (differences < 0).all()) or not grid.isfinite().all():
         raise ValueError(
-            f"time_steps must be finite and strictly monotonic, up or down, without NaN, got {grid.tolist()!s:.200}"
+            f"{name} must be finite and strictly monotonic, up or down, without NaN, got {grid.tolist()!s:.200}"
         )
     return grid
 

@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .base import StepFn
+from .guidance import Form
 from .ops import native, reference
 from .ops.dispatch import Backend, entry, is_eager
-from .ops.fused_step import VELOCITY_DTYPES, arithmetic_dtype
+from .ops.fused_step import VELOCITY_DTYPES, WEIGHTED, arithmetic_dtype
 from .solvers import Evaluation, Table
 
 NO_TERMS = (None, None, None)
+
+
+class Guided(NamedTuple):
+    """How sample() was asked to guide."""
+
+    form: Form
+    unguided_step_fn: StepFn | None
+    """None: step_fn returns both velocities, cat([unguided, guided])."""
+    skip: bool = False
+    """Do not call a model that the weight makes irrelevant."""
+
+
+class Path(NamedTuple):
+    """What `integrate` returns."""
+
+    state: Tensor
+    """The last state, [B, *x_dims]."""
+    trajectory: Tensor | None
+    """The committed states, [B, taken + 1, *x_dims], where they were asked for."""
+    taken: int
+    """Steps taken: fewer than the table's if the callback stopped them."""
 
 
 def integrate(
@@ -24,106 +48,129 @@ def integrate(
     step_fn: StepFn,
     backend: Backend,
     return_all_steps: bool = False,
-    unguided_step_fn: StepFn | None = None,
-    weight: float = 1.0,
+    guided: Guided | None = None,
+    constraint: Callable[[Tensor, Tensor], Tensor] | None = None,
+    callback: Callable[[int, Tensor, Tensor], bool | None] | None = None,
     over: Callable[[Sequence[Evaluation]], Iterable[Evaluation]] = iter,
-) -> tuple[Tensor, Tensor | None]:
+) -> Path:
     """Integrates dx/dt = v(x, t) along a table.
 
     Args:
         table: The solver's rows on the time grid.
         state: The noise, [B, *x_dims], contiguous; its memory is used again if the caller does not hold it.
         times: For each entry of `table.times` the time as step_fn sees it, [B, 1, ..., 1].
-        step_fn: The velocity; with guidance the guided one, which is called first.
+        step_fn: The velocity; with guidance the guided one, which is called first, or both.
         backend: What takes the steps.
         return_all_steps: Keep the states.
-        unguided_step_fn: The unguided velocity, or None: no guidance.
-        weight: The guidance weight, as in the table.
+        guided: Combine the velocities of two models; None: there is one.
+        constraint: (x, t) -> what a committed state x becomes.
+        callback: (step, t, x), called after each committed step; True ends the sampling.
         over: Wraps the evaluations (a progress bar).
-
-    Returns:
-        The last state, [B, *x_dims]; and with `return_all_steps` the trajectory, [B, N + 1, *x_dims].
     """
     fused_step_, fused_step = entry(backend, state)
     state = state.detach()  # an object of our own: whoever saw the draw keeps what it saw
-    velocity = Velocity(state)
-    buffers = StateBuffers(state)
-    coefficients, fits = table.coefficients, velocity.fits
-    history: list[Tensor] = []
-    if fused_step_ is not None:
-        dtype = arithmetic_dtype(state.dtype)
-        history = [torch.empty_like(state, dtype=dtype) for _ in range(table.buffers)]
-    else:
-        history = [state] * table.buffers  # places, filled before they are read
+    velocities = Velocities(state, step_fn, guided, table.weights)
+    coefficients = table.coefficients
 
+    stepper = None  # takes a step in place; where that cannot be, steps are functional
+    history = [state] * table.buffers  # places, filled before they are read
     trajectory: Tensor | None = None  # one tensor, written slot by slot
-    states: list[Tensor] | None = None  # where steps are functional: the states, stacked at the end
-    if return_all_steps and fused_step_ is not None:
-        trajectory = native.huge_pages(state.new_empty((state.shape[0], table.steps + 1, *state.shape[1:])))
-        trajectory.select(1, 0).copy_(state)
-    elif return_all_steps:
-        states = [state]
+    states: list[Tensor] | None = [state] if return_all_steps else None  # of functional steps: stacked at the end
+    if fused_step_ is not None:
+        if return_all_steps:
+            trajectory = native.huge_pages(state.new_empty((state.shape[0], table.steps + 1, *state.shape[1:])))
+            trajectory.select(1, 0).copy_(state)
+            states = None
+        if table.buffers:
+            dtype = arithmetic_dtype(state.dtype)
+            history = [torch.empty_like(state, dtype=dtype) for _ in range(table.buffers)]
+        kind = native.Stepper if fused_step_ is native.cpu_fused_step_ else Stepper
+        stepper = kind(fused_step_, velocities, state, coefficients, trajectory, constraint is None)
 
-    base, slot = state, 0
-    shared = unguided_step_fn is not None  # until the two velocities are seen in two buffers
+    base, slot, out = state, 0, None
     for row, (time, commit, read, write) in enumerate(over(table.evaluations)):
-        version = state._version if trajectory is not None else 0
-        t = times[time]
-        v = step_fn(x=state.detach(), t=t)
-        u = None
-        if unguided_step_fn is None:
-            if not fits(v):
-                v = velocity.shaped(v)
-        else:
-            pair = SharedBuffer(v, state)
-            if shared and isinstance(v, Tensor) and not pair.of_x:  # one replayed graph may write both to one buffer
-                v = v.clone()
-            u = unguided_step_fn(x=state.detach(), t=t)
-            shared = pair.holds(u, copied=shared)
-            del pair
-            if not (fits(v) and fits(u) and v.dtype is u.dtype):
-                v, u = velocity.shaped_pair(v, u, weight)
-        if trajectory is not None and state._version != version and state is base:
-            trajectory.select(1, slot).copy_(state)  # step_fn wrote to x, which is a state of the trajectory
-
-        terms: tuple[Tensor | None, ...] = NO_TERMS
-        if read:
-            terms = (*(history[k] for k in read), *NO_TERMS)[:3]
+        h1, h2, h3 = (*(history[k] for k in read), None, None, None)[:3] if read else NO_TERMS
+        into = None if write is None else history[write]
         slot += commit
-        if fused_step_ is not None and type(v) is Tensor and (u is None or type(u) is Tensor):
-            into = None if write is None else history[write]
-            out = buffers.next(state, base, commit)
-            slots = trajectory if commit else None
-            fused_step_(out, base, v, u, *terms, coefficients, row, False, slots, slot, into)
-        else:  # a tensor subclass, a mode, a transform or a compiler: nothing is written
-            fused_step_ = None
+        if stepper is not None:
+            out = stepper.step(state, base, times[time], h1, h2, h3, row, commit, slot, into)
+        if out is None:  # a tensor subclass, a mode, a transform or a compiler: nothing is written
+            v, u = velocities(state, times[time], row) if stepper is None else stepper.left
+            stepper = None
             if trajectory is not None:
                 states, trajectory = list(trajectory.unbind(1)[: slot + 1 - commit]), None
-            out = fused_step(base, v, u, *terms, coefficients, row, False)
+            if not velocities.fit(v, u):
+                v, u = velocities.shaped(v, u, row)
+            out = fused_step(base, v, u, h1, h2, h3, coefficients, row, False, velocities.guidance)
             if write is not None:
-                history[write] = reference.remember(base, v, u, coefficients, row)
-            if states is not None and commit:
-                states.append(out)
-        del v, u
-        state = out
-        if commit:
-            base = out
+                history[write] = reference.remember(base, v, u, coefficients, row, velocities.guidance)
+            del v, u
+        state, out = out, None
+        if not commit:
+            continue
+        if constraint is not None:
+            state = constrained(constraint, state, times[slot], in_place=stepper is not None)
+            if trajectory is not None:
+                trajectory.select(1, slot).copy_(state)
+        if states is not None:
+            states.append(state)
+        base = state
+        if callback is not None and stops(callback(slot - 1, times[slot], state.clone())):
+            break
     if states is not None:
         trajectory = torch.stack(states, dim=1)
-    return state, trajectory
+    elif trajectory is not None and slot < table.steps:
+        trajectory = trajectory.narrow(1, 0, slot + 1).contiguous()
+    return Path(state, trajectory, slot)
+
+
+def constrained(constraint: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, in_place: bool) -> Tensor:
+    """What a constraint makes of the state x: x itself where it wrote to it, else a tensor of our own.
+
+    Raises:
+        TypeError: it returned no tensor, or one of another dtype or layout than x's.
+        ValueError: it returned another shape, or a tensor on another device.
+    """
+    y = constraint(x.detach(), t)
+    wanted = f"a tensor {list(x.shape)}, {x.dtype}, on {x.device}"
+    if not isinstance(y, Tensor):
+        raise TypeError(f"constraint returned {_described(y)}; wanted {wanted}")
+    if y.layout is not torch.strided or y.is_nested:
+        raise TypeError(f"constraint returned a tensor of layout {_layout(y)}; wanted {wanted}")
+    if y.dtype != x.dtype:
+        raise TypeError(f"constraint returned a tensor of {y.dtype}; wanted {wanted}")
+    if y.shape != x.shape:
+        raise ValueError(f"constraint returned a tensor of shape {list(y.shape)}; wanted {wanted}")
+    if y.device != x.device:
+        raise ValueError(f"constraint returned a tensor on {y.device}; wanted {wanted}")
+    y = _plain(y)
+    if in_place and type(y) is Tensor and y.is_contiguous() and not y.is_neg() and y.data_ptr() == x.data_ptr():
+        return x
+    return y.detach().clone(memory_format=torch.contiguous_format)
+
+
+def stops(answer: object) -> bool:
+    """Whether a callback's answer ends the sampling.
+
+    Raises:
+        TypeError: it is neither a bool nor None.
+    """
+    if answer is None or isinstance(answer, bool):
+        return answer is True
+    raise TypeError(f"callback must return True to stop, or None or False to go on, got {_described(answer)}")
 
 
 class SharedBuffer:
     """Tells whether the two velocities of guidance come in one buffer, as from one replayed graph."""
 
-    def __init__(self, v: object, state: Tensor) -> None:
+    def __init__(self, v: object, state: Tensor, version: int | None = None) -> None:
         plain = v if is_eager() and type(v) is Tensor and v.layout is torch.strided else None
         if plain is not None and (plain.is_nested or plain._is_zerotensor()):
             plain = None
         #: v is x, or a view of it: a later write to x shows in v, as it does in the published loop.
         self.of_x = plain is not None and _address(plain) == _address(state)
         self._v = None if self.of_x else plain
-        self._version = _version(self._v)
+        self._version = _version(self._v) if version is None else version
 
     def holds(self, u: object, copied: bool) -> bool:
         """Whether v has to be copied before the next u; what cannot be told stays as it was.
@@ -157,20 +204,66 @@ def _version(x: Tensor | None) -> int:
     return 0 if x is None or x.is_inference() else x._version
 
 
-class Velocity:
-    """Checks what a step_fn returns against the state, and brings it to the state's shape.
+class Velocities:
+    """Evaluates the models, checks what they return against the state, and brings it to the state's shape.
 
-    What `fits`, and nearly every velocity does, costs a fraction of a microsecond.
+    Args:
+        state: What the velocities are for.
+        step_fn: The model; with guidance the guided one, called first, or the one that returns both.
+        guided: The form, the unguided model, and whether to skip; or None.
+        weights: With guidance, the weight of each row.
     """
 
-    def __init__(self, state: Tensor) -> None:
+    def __init__(self, state: Tensor, step_fn: StepFn, guided: Guided | None, weights: Sequence[float]) -> None:
         self.shape = state.shape
         self.device = state.device
         self.dtype = state.dtype
         self.dtypes = VELOCITY_DTYPES[state.dtype]
+        self.step_fn = step_fn
+        self.guided = guided
+        self.guidance = WEIGHTED if guided is None else guided.form.kernel
+        self.weights = weights
+        #: Until the two velocities are seen in two buffers, the first is copied: one replayed graph may write both.
+        self.shared = True
+
+    def __call__(self, state: Tensor, t: Tensor, row: int) -> tuple[Tensor, Tensor | None]:
+        """The guided and the unguided velocity, as the models return them; or the one that counts, and None."""
+        step_fn, guided = self.step_fn, self.guided
+        if guided is None:
+            return step_fn(x=state.detach(), t=t), None
+        unguided_step_fn = guided.unguided_step_fn
+        if unguided_step_fn is None:
+            return self.halves(step_fn(x=state.detach(), t=t))
+        if guided.skip and self.weights[row] == guided.form.guided_alone:
+            return step_fn(x=state.detach(), t=t), None
+        if guided.skip and self.weights[row] == guided.form.unguided_alone:
+            u = unguided_step_fn(x=state.detach(), t=t)
+            self._check(u, "unguided_step_fn")
+            return self._expanded(u), None
+        v = step_fn(x=state.detach(), t=t)
+        pair = SharedBuffer(v, state)
+        if self.shared and isinstance(v, Tensor) and not pair.of_x:
+            v = v.clone()
+        u = unguided_step_fn(x=state.detach(), t=t)
+        if u is None:  # which elsewhere means: no guidance
+            self._check(u, "unguided_step_fn")
+        self.shared = pair.holds(u, copied=self.shared)
+        return v, u
+
+    def met(self, v: Tensor, u: Tensor, version: int, state: Tensor) -> None:
+        """Two velocities that stand in one buffer, or may: what `__call__` makes of them. `_C.Stepper` asks.
+
+        Args:
+            v, u: The velocities; v was not copied.
+            version: v's, before u was evaluated.
+            state: What they were evaluated at.
+        """
+        if u is None:
+            self._check(u, "unguided_step_fn")
+        self.shared = SharedBuffer(v, state, version).holds(u, copied=False)
 
     def fits(self, v: Tensor) -> bool:
-        """Whether a backend can take v as it is."""
+        """Whether a backend can take v as it is, as nearly every velocity can be."""
         return (
             type(v) is Tensor
             and not v.is_nested
@@ -180,24 +273,41 @@ class Velocity:
             and v.layout is torch.strided
         )
 
-    def shaped(self, v: Tensor) -> Tensor:
-        """v, expanded to the state's shape.
+    def fit(self, v: Tensor, u: Tensor | None) -> bool:
+        """Whether a backend can take both as they are."""
+        return self.fits(v) and (u is None or (self.fits(u) and u.dtype is v.dtype))
+
+    def shaped(self, v: Tensor, u: Tensor | None, row: int) -> tuple[Tensor, Tensor | None]:
+        """The velocities, expanded to the state's shape; two of different dtypes, combined, and None.
 
         Raises:
-            TypeError: v is no tensor, or of a dtype that cannot be a velocity for this state.
-            ValueError: v's shape does not expand to the state's, or v is on another device.
+            TypeError: one is no tensor, or of a dtype that cannot be a velocity for this state.
+            ValueError: its shape does not expand to the state's, or it is on another device.
         """
         self._check(v, "step_fn")
-        return self._expanded(v)
-
-    def shaped_pair(self, v: Tensor, u: Tensor, weight: float) -> tuple[Tensor, Tensor | None]:
-        """The guided and the unguided velocity; or, where their dtypes differ, (1 - w)*u + w*v and None."""
-        self._check(v, "step_fn")
+        if u is None:
+            return self._expanded(v), None
         self._check(u, "unguided_step_fn")
         if v.dtype == u.dtype and v.dim() and u.dim():
             return self._expanded(v), self._expanded(u)
         # Eager PyTorch's own promotion, which takes a 0-dim tensor for a number.
-        return self._expanded((1 - weight) * u + weight * v), None
+        assert self.guided is not None
+        return self._expanded(self.guided.form.eager(self.weights[row], u, v)), None
+
+    def halves(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """The guided and the unguided velocity of cat([unguided, guided]): two views.
+
+        Raises:
+            TypeError: it is no tensor.
+            ValueError: it is not twice as long as the batch.
+        """
+        batch = self.shape[0]
+        wanted = f"cat([unguided, guided]), a doubled batch that expands to {[2 * batch, *self.shape[1:]]}"
+        if not isinstance(both, Tensor) or both.layout is not torch.strided or both.is_nested:
+            raise TypeError(f"step_fn returned {_described(both)}; wanted {wanted}")
+        if both.dim() != len(self.shape) or both.shape[0] != 2 * batch:
+            raise ValueError(f"step_fn returned a tensor of shape {list(both.shape)}; wanted {wanted}")
+        return both.narrow(0, batch, batch), both.narrow(0, 0, batch)
 
     def _check(self, v: object, name: str) -> None:
         wanted = f"a tensor that expands to {list(self.shape)}, {self.dtype} or narrower, on {self.device}"
@@ -206,8 +316,7 @@ class Velocity:
         if not v.is_floating_point():
             raise TypeError(f"{name} returned a tensor of {v.dtype}; wanted {wanted}")
         if v.layout is not torch.strided or v.is_nested:
-            kind = "nested" if v.is_nested else str(v.layout)
-            raise TypeError(f"{name} returned a tensor of layout {kind}; wanted {wanted}")
+            raise TypeError(f"{name} returned a tensor of layout {_layout(v)}; wanted {wanted}")
         if v.dtype not in VELOCITY_DTYPES:
             raise TypeError(f"{name} returned {v.dtype}: cast it; wanted {wanted}")
         if v.dtype not in self.dtypes and v.dim():  # a 0-dim tensor does not widen, in eager PyTorch
@@ -228,47 +337,155 @@ class Velocity:
     def _expanded(self, v: Tensor) -> Tensor:
         if v.dtype not in self.dtypes:
             v = v.to(self.dtype)
-        if type(v).__torch_dispatch__ is Tensor.__torch_dispatch__:  # a Parameter, a tensor with a name tag
-            v = v.as_subclass(Tensor)
-        return v.detach().expand(self.shape)
+        return _plain(v).detach().expand(self.shape)
+
+
+def _plain(x: Tensor) -> Tensor:
+    """A Parameter, or a tensor with a name tag, as the tensor that it is."""
+    return x.as_subclass(Tensor) if type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ else x
+
+
+def _layout(x: Tensor) -> str:
+    return "nested" if x.is_nested else str(x.layout)
 
 
 def _described(value: object) -> str:
     return "None" if value is None else f"{value!r:.60} ({type(value).__name__})"
 
 
-class StateBuffers:
-    """Hands out the tensor that the next state is written to: on the CPU the last one, if nobody can tell.
+class Clock:
+    """The times of a table as step_fn sees them, one [B, 1, ..., 1] for each: copies, since step_fn may write to t.
 
-    Fresh memory is the main cost of a large state on the CPU. A buffer is written again only when no
-    tensor, storage object, array, view or graph but the loop's own holds its memory; a step_fn may keep
-    what it was given. On a GPU the caching allocator makes fresh tensors cheap, and streams hide holders.
+    Args:
+        times: The table's.
+        batch_size: B.
+        dims: How many ones.
     """
 
-    def __init__(self, state: Tensor) -> None:
-        self._reuse = is_eager() and type(state) is Tensor and state.device.type == "cpu" and _UNHELD is not None
-        self._spare: Tensor | None = None
+    def __init__(self, times: Tensor, batch_size: int, dims: int) -> None:
+        self.shape = batch_size, dims
+        self.times = times.clone()
+        ones = [1] * dims
+        self.views = self.times.view(-1, 1, *ones).expand(-1, batch_size, *ones).unbind()
+        self._untouched: list[object] | None = None
 
-    def next(self, state: Tensor, base: Tensor, commit: bool) -> Tensor:
-        """A tensor like `state`, perhaps `state` itself; not `base` while the step goes on."""
-        if not self._reuse:
-            return torch.empty_like(state)
-        if (commit or state is not base) and _holders(state) == _UNHELD:
-            out = state
-        elif self._spare is not None and _holders(self._spare) == _UNHELD:
-            out = self._spare
-        else:  # an ordinary tensor even under inference mode: it counts the writes of a step_fn
-            with torch.inference_mode(False):
-                out = native.huge_pages(torch.empty_like(state))
-        self._spare = base if commit and out is not base else None
-        return out
+    def _touches(self) -> list[object]:
+        views = self.views
+        return [self.times._version, _holders(self.times), *map(sys.getrefcount, views), *map(_requires_grad, views)]
+
+    @classmethod
+    def of(cls, table: Table, batch_size: int, dims: int, reuse: bool) -> Clock:
+        """A clock for this table: with `reuse` the one that `back` has put by, or a new one that it may."""
+        if not reuse or table.times.device.type != "cpu" or _storage_use_count is None:
+            return cls(table.times, batch_size, dims)
+        try:
+            clock = table.clocks.pop()  # out of the reach of other threads, and of a sample() in this one's step_fn
+            if clock.shape == (batch_size, dims):
+                return clock
+        except IndexError:
+            pass
+        with torch.inference_mode(False), torch.no_grad():
+            clock = cls(table.times, batch_size, dims)
+        clock._untouched = clock._touches()
+        return clock
+
+    def back(self, table: Table) -> None:
+        """Puts the clock by for the next sample(), unless somebody keeps a time, or wrote to one."""
+        if self._untouched is not None and not table.clocks and self._touches() == self._untouched:
+            table.clocks.append(self)
+
+
+_requires_grad = operator.attrgetter("requires_grad")
+_storage_use_count = getattr(torch._C, "_storage_Use_Count", None)
 
 
 def _holders(tensor: Tensor) -> tuple[int, int, bool]:
     """Who holds a tensor's memory: uses of its storage, of the storage's Python object, other processes."""
     storage = tensor.untyped_storage()
-    return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage), storage.is_shared()
+    assert _storage_use_count is not None
+    return _storage_use_count(storage._cdata), sys.getrefcount(storage), storage.is_shared()
 
 
-# What _holders says of a tensor that nobody else holds; None where it cannot be asked.
-_UNHELD = _holders(torch.empty(1)) if hasattr(torch._C, "_storage_Use_Count") else None
+class Stepper:
+    """Evaluates the velocity and takes the step, with a backend that writes in place; each state is fresh memory.
+
+    On a GPU the caching allocator makes that cheap, and streams hide who else holds a tensor. On the CPU, where fresh
+    memory is the main cost of a large state, `_C.Stepper` does the same, and writes memory again that nobody holds.
+
+    Args:
+        fused_step_: The backend's.
+        velocities: The models.
+        state: The first state.
+        coefficients: The table's.
+        trajectory: The committed states, [B, slots, *x_dims], or None.
+        write_slots: The step writes the trajectory's slot too; else somebody else will.
+    """
+
+    def __init__(
+        self,
+        fused_step_: Callable[..., None],
+        velocities: Velocities,
+        state: Tensor,
+        coefficients: Tensor,
+        trajectory: Tensor | None,
+        write_slots: bool,
+    ) -> None:
+        self._fused_step_ = fused_step_
+        self._velocities = velocities
+        self._coefficients = coefficients
+        self._trajectory = trajectory
+        self._slots = trajectory if write_slots else None
+        self.left: tuple[Tensor, Tensor | None]
+        """After a step that was not taken: the velocities."""
+
+    def step(
+        self,
+        state: Tensor,
+        base: Tensor,
+        t: Tensor,
+        h1: Tensor | None,
+        h2: Tensor | None,
+        h3: Tensor | None,
+        row: int,
+        commit: bool,
+        slot: int,
+        history: Tensor | None,
+    ) -> Tensor | None:
+        """The next state; None, with nothing written, where a velocity is no plain tensor.
+
+        Args:
+            state: The state to evaluate at.
+            base: The state at the start of the step.
+            t: The time to evaluate at.
+            h1, h2, h3: History terms, or None.
+            row: Of the coefficients.
+            commit: The next state is a state of the trajectory, in `slot`.
+            slot: Where; without commit, the slot of base.
+            history: Where h0 + c*base goes, or None.
+        """
+        velocities, trajectory = self._velocities, self._trajectory
+        version = 0 if trajectory is None else state._version
+        v, u = velocities(state, t, row)
+        if trajectory is not None and state._version != version and state is base:
+            rewrite(trajectory, slot - commit, state)
+        if not velocities.fit(v, u):
+            v, u = velocities.shaped(v, u, row)
+            if not velocities.fit(v, u):
+                self.left = v, u
+                return None
+        out = fresh(state)
+        slots = self._slots if commit else None
+        guidance = velocities.guidance
+        self._fused_step_(out, base, v, u, h1, h2, h3, self._coefficients, row, False, guidance, slots, slot, history)
+        return out
+
+
+def rewrite(trajectory: Tensor, slot: int, state: Tensor) -> None:
+    """A model wrote to x, which is a state of the trajectory."""
+    trajectory.select(1, slot).copy_(state)
+
+
+def fresh(state: Tensor) -> Tensor:
+    """A tensor like the state, to be written."""
+    with torch.inference_mode(False):  # an ordinary tensor: it counts the writes of a step_fn
+        return native.huge_pages(torch.empty_like(state))

@@ -13,15 +13,18 @@ one, write such a function and enter it in `SOLVERS`: no kernel changes, and not
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import guidance, time_grids
+from .guidance import Form, Weight
 from .ops.fused_step import COLUMNS
 
 # ---- what a solver takes and returns ----
@@ -63,9 +66,9 @@ class Steps(NamedTuple):
         return Steps(self.first + first, start, end, dt, self.noise_at)
 
 
-def _part(x: Tensor, first: int, last: int) -> Tensor:
+def _part(x: Tensor, first: int, last: int, dim: int = 0) -> Tensor:
     # Not x[first:last], which asks for the device even of a FakeTensor.
-    return x.narrow(0, first, last - first)
+    return x.narrow(dim, first, last - first)
 
 
 class Earlier(NamedTuple):
@@ -246,10 +249,12 @@ def predicting(segments: list[Segment], end: int) -> list[Segment]:
     for segment in segments:
         for stage in segment.stages:
             if bool((stage.time == end).any()):
+                way_out = f"use a time grid that keeps away from t = {end}"
+                if end != segment.steps.noise_at:
+                    way_out += ", or a solver that does not evaluate at a step's end (euler, midpoint, ab2, dpmpp_2m)"
                 raise ValueError(
                     f"what step_fn predicts stands at t = {end} and says nothing of the velocity there, where this "
-                    f"solver evaluates: use a time grid that keeps away from t = {end}, or a solver that does not "
-                    "evaluate at a step's end (euler, midpoint, ab2, dpmpp_2m)"
+                    f"solver evaluates: {way_out}"
                 )
     # 1 / (end - t) at each step's first stage, for what earlier steps have remembered.
     firsts = torch.cat([1 / (end - segment.stages[0].time.double()) for segment in segments])
@@ -272,6 +277,8 @@ def _predicting(segment: Segment, end: int, firsts: Tensor) -> Segment:
         for earlier in stage.earlier:
             key = earlier.stage, earlier.ago
             if earlier.ago:
+                if earlier.stage:
+                    raise NotImplementedError("a prediction, and a solver that reads an earlier step's later stages")
                 before = steps.first - earlier.ago
                 velocities[key] = {key: _part(firsts, before, before + steps.n)}
             for other, coefficient in velocities[key].items():
@@ -320,6 +327,24 @@ class Table(NamedTuple):
     """N."""
     buffers: int
     """How many history buffers the evaluations name."""
+    clocks: list[Any]
+    """Where `sampling.Clock` puts one by."""
+    weights: tuple[float, ...] = ()
+    """With guidance, its weight for each evaluation."""
+
+    def guided(self, form: Form, weight: Weight) -> Table:
+        """This table with guidance: its weights in the columns w0 and w1."""
+        steps = [0, *itertools.accumulate(evaluation.commit for evaluation in self.evaluations)][:-1]
+
+        def times() -> list[float]:
+            on_host = self.times.tolist()
+            return [on_host[evaluation.time] for evaluation in self.evaluations]
+
+        weights = guidance.weights(weight, steps, times)
+        columns = torch.tensor([form.weights(w) for w in weights], dtype=torch.float64, device="cpu").view(-1, 2)
+        rows = self.coefficients
+        parts = [_part(rows, 0, 5, dim=1), columns.to(rows.device, rows.dtype), _part(rows, 7, 8, dim=1)]
+        return self._replace(coefficients=torch.cat(parts, dim=1), weights=weights)
 
 
 def build(
@@ -328,7 +353,6 @@ def build(
     dt: Tensor,
     dtype: torch.dtype,
     device: torch.device,
-    weight: float | None = None,
     noise_at: int = 0,
     predicts: int | None = None,
 ) -> Table:
@@ -340,9 +364,11 @@ def build(
         dt: [N], its step sizes; what is computed from them is float64, and rounded to `dtype` last.
         dtype: Of the coefficients: the arithmetic dtype of the state.
         device: Of the coefficients and times.
-        weight: The guidance weight w; w0 = 1 - w is taken in double, as eager Python does.
         noise_at: The end of time at which the noise is.
         predicts: The end of time whose state step_fn predicts; None: it predicts the velocity.
+
+    Raises:
+        ValueError: the prediction says nothing of the velocity at a time where the solver evaluates.
     """
     n = dt.numel()
     steps = Steps(0, _part(grid, 0, n), _part(grid, 1, n + 1), dt, noise_at)
@@ -379,7 +405,7 @@ def build(
                         write=buffer(step, s) if (step, s) in read else None,
                     )
                 )
-    rows = [_coefficients(segment, weight) for segment in segments]
+    rows = [_coefficients(segment) for segment in segments]
     empty = torch.empty(0, len(COLUMNS), dtype=torch.float64, device=dt.device)
     return Table(
         evaluations=tuple(evaluations),
@@ -387,6 +413,7 @@ def build(
         coefficients=torch.cat([empty, *rows]).to(device, dtype),
         steps=n,
         buffers=max([0, *[e.write + 1 for e in evaluations if e.write is not None]]),
+        clocks=[],
     )
 
 
@@ -401,15 +428,13 @@ def _reads(segments: list[Segment]) -> list[tuple[int, int, int]]:
     ]
 
 
-def _coefficients(segment: Segment, weight: float | None) -> Tensor:
+def _coefficients(segment: Segment) -> Tensor:
     """Rows of a segment in float64: [n * stages, 8]."""
     rows = []
     for stage in segment.stages:
         columns: dict[str, Tensor | float] = dict.fromkeys(COLUMNS, 0.0)
         columns |= {"a": stage.a, "b0": stage.b0, "c": stage.c}
         columns |= {f"b{k}": earlier.b for k, earlier in enumerate(stage.earlier, start=1)}
-        if weight is not None:
-            columns |= {"w0": 1 - weight, "w1": weight}
         filled = [
             column if isinstance(column, Tensor) else torch.full_like(stage.b0, column) for column in columns.values()
         ]
@@ -455,25 +480,47 @@ class _Cache:
 cache = _Cache()
 
 
-def uniform(
-    int_method: str,
-    steps: int,
-    grid_dtype: torch.dtype,
-    dtype: torch.dtype,
-    device: torch.device,
-    weight: float | None,
-    noise_at: int,
-    predicts: int | None,
-    cached: bool,
-) -> Table:
-    """The table on linspace(0, 1, steps + 1), or (1, 0, ...), taken and differenced on `device` in `grid_dtype`."""
+class Request(NamedTuple):
+    """What describes a table on a grid that has a name: the key it is kept under."""
 
-    def make() -> Table:
-        grid = torch.linspace(float(noise_at), 1.0 - noise_at, steps + 1, dtype=grid_dtype, device=device)
-        return build(int_method, grid, torch.diff(grid), dtype, device, weight, noise_at, predicts)
+    int_method: str
+    time_grid: str
+    options: tuple[tuple[str, float], ...]
+    """Of the time grid."""
+    steps: int
+    grid_dtype: torch.dtype
+    """The grid is taken and differenced in this dtype, on `device`."""
+    dtype: torch.dtype
+    device: torch.device
+    noise_at: int
+    predicts: int | None
+    form: str | None = None
+    """The form of guidance, with a weight that is no function."""
+    weight: float | tuple[float, ...] = 0.0
+    signs: tuple[float, ...] = ()
+    """Of the weights: -0.0 == 0.0, and weighs another way."""
 
-    if not cached:
-        return make()
-    sign = None if weight is None else math.copysign(1.0, weight)  # -0.0 == 0.0, and weighs another way
-    key = (int_method, steps, grid_dtype, dtype, device, weight, sign, noise_at, predicts)
-    return cache.get(key, make)
+    def guided(self, form: str, weight: float | tuple[float, ...]) -> Request:
+        """The same with guidance."""
+        entries = weight if isinstance(weight, tuple) else (weight,)
+        return self._replace(form=form, weight=weight, signs=tuple(math.copysign(1.0, w) for w in entries))
+
+    def grid(self) -> Tensor:
+        """The time grid, [T]."""
+        if self.time_grid == "uniform":  # as the published loop takes it, to the bit
+            first = float(self.noise_at)
+            return torch.linspace(first, 1.0 - first, self.steps + 1, dtype=self.grid_dtype, device=self.device)
+        grid = time_grids.time_grid(self.time_grid)(self.steps, noise_at=self.noise_at, **dict(self.options))
+        return grid.to(self.device, self.grid_dtype)
+
+    def make(self) -> Table:
+        """The table."""
+        grid = self.grid()
+        dt = torch.diff(grid)
+        table = build(self.int_method, grid, dt, self.dtype, self.device, self.noise_at, self.predicts)
+        return table if self.form is None else table.guided(guidance.form(self.form), self.weight)
+
+
+def named(request: Request, cached: bool) -> Table:
+    """The table that a request describes, perhaps from the cache."""
+    return cache.get(request, request.make) if cached else request.make()

@@ -209,13 +209,12 @@ def entry(backend: Backend, state: Tensor) -> Entry:
     direct = backend.load() if is_eager() and type(state) is Tensor else None
     if backend.name == "reference":
         return Entry(direct, reference.fused_step)
-    op = torch.ops.flowmatch_kernels.fused_step
     if direct is None and backend.name == choose("auto", state.device.type).name:
-        return Entry(direct, op)  # without a context, which a compiler would have to trace
+        return Entry(direct, torch.ops.flowmatch_kernels.fused_step)  # without a context, which a compiler would have to trace
 
     def chosen_op(*operands: Any) -> Tensor:
         with use_backend(backend.name):
-            return op(*operands)
+            return torch.ops.flowmatch_kernels.fused_step(*operands)
 
     return Entry(direct, chosen_op)
 

@@ -1,7 +1,9 @@
 """The one operation of this package: its contract, its schemas and its fakes.
 
     h0  = v                          unguided (u is None)
-    h0  = w0*u + w1*v                guided, each product and the sum rounded to the velocity's dtype
+    h0  = w0*u + w1*v                guided, as the argument `guidance` says: WEIGHTED,
+    h0  = u + w1*(v - u)             FROM_UNGUIDED,
+    h0  = v + w1*(v - u)             FROM_GUIDED; each product, sum and difference rounded to the velocity's dtype
     out = a*base + b0*h0 + b1*h1 + b2*h2 + b3*h3       left to right, never an FMA
     out is written; so is trajectory[:, slot] = out; so is history = h0 + c*base (h0 alone where c is 0)
 
@@ -28,6 +30,9 @@ NAMESPACE = "flowmatch_kernels"
 #: The columns of a row of coefficients.
 COLUMNS = ("a", "b0", "b1", "b2", "b3", "w0", "w1", "c")
 
+#: How the two velocities of guidance are combined: the argument `guidance`.
+WEIGHTED, FROM_UNGUIDED, FROM_GUIDED = range(3)
+
 #: state dtype -> the velocity dtypes that do not widen it
 VELOCITY_DTYPES = {
     torch.float64: (torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -38,7 +43,7 @@ VELOCITY_DTYPES = {
 
 _OPERANDS = (
     "Tensor base, Tensor v, Tensor? u, Tensor? h1, Tensor? h2, Tensor? h3, "
-    "Tensor coefficients, int row, bool velocity_rounding=False"
+    "Tensor coefficients, int row, bool velocity_rounding=False, int guidance=0"
 )
 FUSED_STEP = f"fused_step({_OPERANDS}) -> Tensor"
 FUSED_STEP_ = (
@@ -73,6 +78,7 @@ def check_operands(
     coefficients: Tensor,
     row: int,
     velocity_rounding: bool = False,
+    guidance: int = WEIGHTED,
     trajectory: Tensor | None = None,
     slot: int = 0,
     history: Tensor | None = None,
@@ -91,6 +97,8 @@ def check_operands(
     arithmetic = arithmetic_dtype(state)
     if (h2 is not None and h1 is None) or (h3 is not None and h2 is None):
         raise ValueError("history terms fill up from h1: h2 needs h1, h3 needs h2")
+    if guidance not in (WEIGHTED, FROM_UNGUIDED, FROM_GUIDED):
+        raise ValueError(f"guidance must be {WEIGHTED}, {FROM_UNGUIDED} or {FROM_GUIDED}, got {guidance}")
     shape, device = base.shape, base.device
     for name, tensor, dtype in (
         ("base", base, state),
@@ -158,11 +166,11 @@ def _fused_step_inplace_fake(*operands: Any) -> None:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    base, v, u, h1, h2, h3, coefficients, row, _ = inputs
+    base, v, u, h1, h2, h3, coefficients, row, _, guidance = inputs
     if coefficients.requires_grad:
         raise NotImplementedError("fused_step has no gradient for its coefficients: detach them")
     ctx.save_for_backward(coefficients)
-    ctx.row = row
+    ctx.row, ctx.guidance = row, guidance
     ctx.dtypes = base.dtype, v.dtype
     ctx.present = u is not None, h1 is not None, h2 is not None, h3 is not None
 
@@ -175,12 +183,15 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     a, b0, b1, b2, b3, w0, w1, _ = coefficients.select(0, ctx.row).unbind()
     gradient = gradient.to(coefficients.dtype)
     to_h0 = b0 * gradient
+    if ctx.guidance != WEIGHTED:  # w1*(v - u), added to one of the two
+        w0, w1 = (1 - w1, w1) if ctx.guidance == FROM_UNGUIDED else (-w1, 1 + w1)
     to_history = [b * gradient if present else None for b, present in zip((b1, b2, b3), history, strict=True)]
     return (
         (a * gradient).to(state),
         (w1 * to_h0 if guided else to_h0).to(velocity),
         (w0 * to_h0).to(velocity) if guided else None,
         *to_history,
+        None,
         None,
         None,
         None,
@@ -198,7 +209,7 @@ def _fused_step_inplace_autograd(*operands: Any) -> None:
         )
     with torch._C._AutoDispatchBelowAutograd():
         torch.ops.flowmatch_kernels.fused_step_(*operands)
-    written = (operands[0], *operands[10:11], *operands[12:13])  # out, trajectory, history
+    written = (operands[0], *operands[11:12], *operands[13:14])  # out, trajectory, history
     torch.autograd.graph.increment_version([x for x in written if x is not None and not x.is_inference()])
 
 

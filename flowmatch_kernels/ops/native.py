@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fused_step import dense
+from .fused_step import WEIGHTED, dense
 
 _DTYPES = {
     torch.float32: 0,
@@ -65,6 +65,9 @@ def _not_built(*operands: Any, **options: Any) -> None:
 #: The `cpu` backend's fused_step_, with the signature of `reference.fused_step_`.
 cpu_fused_step_: Callable[..., None] = _not_built if _C is None else _C.fused_step_cpu
 
+#: The `cpu` backend's `sampling.Stepper`.
+Stepper: Callable[..., Any] = _not_built if _C is None else _C.Stepper
+
 
 def cuda_fused_step_(
     out: Tensor,
@@ -77,6 +80,7 @@ def cuda_fused_step_(
     coefficients: Tensor,
     row: int,
     velocity_rounding: bool = False,
+    guidance: int = WEIGHTED,
     trajectory: Tensor | None = None,
     slot: int = 0,
     history: Tensor | None = None,
@@ -102,6 +106,7 @@ def cuda_fused_step_(
         _DTYPES[base.dtype],
         _DTYPES[v.dtype],
         velocity_rounding,
+        guidance,
         0 if trajectory is None else trajectory.data_ptr(),
         1 if trajectory is None else trajectory.shape[1],
         slot,

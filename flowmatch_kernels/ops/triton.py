@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fused_step import dense
+from .fused_step import FROM_UNGUIDED, WEIGHTED, dense
 
 #: Elements of a block without 16-byte accesses, and threads of every block.
 _SCALAR_BLOCK = 512
@@ -30,6 +30,8 @@ def launch_options(warp_size: int) -> dict[str, object]:
 
 
 _LAUNCH_OPTIONS = launch_options(64 if torch.version.hip else 32)
+
+_WEIGHTED, _FROM_UNGUIDED = tl.constexpr(WEIGHTED), tl.constexpr(FROM_UNGUIDED)
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -176,6 +178,7 @@ def fused_step_kernel(
     slots: tl.int64,
     slot: tl.int64,
     velocity_rounding: tl.constexpr,
+    guidance: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -195,6 +198,7 @@ def fused_step_kernel(
         row, slot: Which row of coefficients, which slot of the trajectory.
         numel, sample, slots: Elements of the state, elements of one sample, slots of the trajectory.
         velocity_rounding: Products b_k*h_k are rounded to V, else to S.
+        guidance: How u and v are combined: WEIGHTED, FROM_UNGUIDED or FROM_GUIDED.
         VECTOR: The alignment class: elements of one access, or 1. With more than 1, numel and sample are
             multiples of VECTOR, and each pointer of VECTOR elements.
         BLOCK: Elements of a block, a power of two up to 1024.
@@ -219,8 +223,9 @@ def fused_step_kernel(
     b0 = tl.load(row_of + 1)
     if u is not None:
         h0_unguided = tl.load(_elements(u, offset, VECTOR), mask, eviction_policy="evict_first")
-        w0 = tl.load(row_of + 5)
         w1 = tl.load(row_of + 6)
+        if guidance == _WEIGHTED:
+            w0 = tl.load(row_of + 5)
     if h1 is not None:
         h1_ = tl.load(_elements(h1, offset, VECTOR), mask, eviction_policy="evict_first")
         b1 = tl.load(row_of + 2)
@@ -238,7 +243,12 @@ def fused_step_kernel(
     if u is not None:
         # Weights in the velocity's own arithmetic dtype: float32 for a float32 velocity of a float64 state.
         W: tl.constexpr = tl.float64 if V == tl.float64 else tl.float32
-        h0 = _sum(_product(w0.to(W), h0_unguided, W, V), _product(w1.to(W), h0, W, V), W, V)
+        if guidance == _WEIGHTED:
+            h0 = _sum(_product(w0.to(W), h0_unguided, W, V), _product(w1.to(W), h0, W, V), W, V)
+        else:
+            difference = _rounded(_widened(h0, W) - _widened(h0_unguided, W), V)
+            from_ = h0_unguided if guidance == _FROM_UNGUIDED else h0
+            h0 = _sum(from_, _product(w1.to(W), difference, W, V), W, V)
 
     result = _rounded(a * _widened(x, A), S)
     result = _sum(result, _product(_as_entered(b0, V, A, velocity_rounding), h0, A, P), A, S)
@@ -290,6 +300,7 @@ def fused_step_(
     coefficients: Tensor,
     row: int,
     velocity_rounding: bool = False,
+    guidance: int = WEIGHTED,
     trajectory: Tensor | None = None,
     slot: int = 0,
     history: Tensor | None = None,
@@ -313,7 +324,17 @@ def fused_step_(
     launch = fused_step_kernel[(-(-numel // block_size),)]
     arguments = (
         *(out, base, v, u, h1, h2, h3, coefficients, trajectory, history),
-        *(row, numel, sample, slots, slot, velocity_rounding, vector, block_size),
+        *(
+            row,
+            numel,
+            sample,
+            slots,
+            slot,
+            velocity_rounding,
+            guidance if u is not None else WEIGHTED,
+            vector,
+            block_size,
+        ),
     )
     if out.is_cuda and out.device.index != torch.cuda.current_device():
         with torch.cuda.device(out.device):

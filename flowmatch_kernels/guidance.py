@@ -1,0 +1,100 @@
+"""Classifier-free guidance: how the velocities with and without the condition become one.
+
+With c the guided velocity and u the unguided one, four forms are in use. Not one is another to the last bit, so
+each is computed as its users write it:
+
+    interpolate      (1 - w)*u + w*c      Guided Flows, arXiv 2311.13443, eq. 6; Alpamayo. The default
+    from_unguided    u + s*(c - u)        s = w; diffusers' image pipelines
+    from_guided      c + s*(c - u)        s = w - 1
+    extrapolate      (1 + r)*c - r*u      r = w - 1; Classifier-Free Diffusion Guidance, arXiv 2207.12598, eq. 6
+
+The kernel knows three of them: extrapolate is its weighted sum, with the weights -r and 1 + r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .arguments import number
+from .ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, WEIGHTED
+
+#: A weight for all evaluations, for each step, or as a function of t.
+Weight = float | tuple[float, ...] | Callable[[float], float]
+
+
+class Form(NamedTuple):
+    """One way to combine the two velocities."""
+
+    kernel: int
+    """The fused step's argument `guidance`."""
+    weights: Callable[[float], tuple[float, float]]
+    """The weight as the user gives it -> w0, w1 of the kernel, taken in double, as eager Python does."""
+    eager: Callable[[float, Tensor, Tensor], Tensor]
+    """(weight, u, c) -> the velocity, as users write it."""
+    guided_alone: float
+    """The weight at which only the guided velocity counts."""
+    unguided_alone: float
+    """The weight at which only the unguided velocity counts."""
+
+
+FORMS = {
+    "interpolate": Form(WEIGHTED, lambda w: (1 - w, w), lambda w, u, c: (1 - w) * u + w * c, 1.0, 0.0),
+    "from_unguided": Form(FROM_UNGUIDED, lambda s: (0.0, s), lambda s, u, c: u + s * (c - u), 1.0, 0.0),
+    "from_guided": Form(FROM_GUIDED, lambda s: (0.0, s), lambda s, u, c: c + s * (c - u), 0.0, -1.0),
+    "extrapolate": Form(WEIGHTED, lambda r: (-r, 1 + r), lambda r, u, c: (1 + r) * c - r * u, 0.0, -1.0),
+}
+
+
+def form(name: str) -> Form:
+    """The form of guidance of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not isinstance(name, str) or name not in FORMS:
+        raise ValueError(f"unknown guidance_form {name!r} (known: {', '.join(FORMS)})")
+    return FORMS[name]
+
+
+def checked(weight: Any, name: str = "inference_guidance_weight") -> Weight:
+    """The weight as a float, a tuple of floats or the function that it is.
+
+    Raises:
+        TypeError: it is none of them, nor what can be made one.
+    """
+    if callable(weight):
+        return weight
+    if isinstance(weight, Tensor) and weight.dim() == 1:
+        weight = weight.tolist()
+    if isinstance(weight, Sequence) and not isinstance(weight, (str, bytes)):
+        return tuple(number(entry, f"{name}[{k}]") for k, entry in enumerate(weight))
+    return number(weight, name, "a number, a number for each step, or a function of t")
+
+
+def weights(weight: Weight, steps: Iterable[int], times: Callable[[], Iterable[float]]) -> tuple[float, ...]:
+    """The weight of each evaluation.
+
+    Args:
+        weight: As `checked` returns it.
+        steps: For each evaluation, the step it belongs to.
+        times: Gives for each evaluation the time; asked only where the weight is a function of it.
+
+    Raises:
+        ValueError: another number of weights than of steps.
+        TypeError: the function returned no number.
+    """
+    steps = tuple(steps)
+    if callable(weight):
+        return tuple(number(weight(t), "what inference_guidance_weight(t) returned") for t in times())
+    if isinstance(weight, tuple):
+        taken = steps[-1] + 1 if steps else 0
+        if len(weight) != taken:
+            raise ValueError(
+                f"inference_guidance_weight must be one number, or one for each of the {taken} steps, "
+                f"got {len(weight)} of them"
+            )
+        return tuple(weight[step] for step in steps)
+    return (weight,) * len(steps)

@@ -2,9 +2,14 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
+
+#include "dlpack.h"
 
 namespace flowmatch_kernels {
 namespace {
@@ -211,159 +216,104 @@ PyMethodDef kFusedStepCpu = {"fused_step_cpu",
 
 // ---- Stepper: the steps of one sample() ----
 
-// Objects of torch's, looked up once, never released.
+// What is torch's, looked up once, never released.
 struct Torch {
-  PyObject* tensor;             // torch.Tensor
-  PyObject* strided;            // torch.strided
-  PyObject* storage_use_count;  // torch._C._storage_Use_Count; null where this torch has none
-  // Uses of the storage of a tensor that nobody else holds, and references of the storage's Python object.
-  std::int64_t uses = 0;
-  Py_ssize_t references = 0;
+  PyObject* tensor;                   // torch.Tensor
+  const dlpack::ExchangeApi* dlpack;  // how to see into one
+  PyObject* storage_use_count;        // torch._C._storage_Use_Count
+  // Of a tensor that nobody else holds: uses of its storage, and references of the storage's Python object.
+  std::int64_t uses;
+  Py_ssize_t references;
 };
 Torch torch_;
 
-struct Holders {
-  std::int64_t uses;
-  Py_ssize_t references;
-  bool shared;  // with another process
-};
+// A tensor's memory, and who holds it.
+class Buffer {
+ public:
+  Buffer(PyObject* tensor, const void* memory)
+      : tensor_(Py_NewRef(tensor)), storage_(storage(tensor)), address_(address(storage_.get())), memory_(memory) {}
 
-// Who holds a tensor's memory.
-Holders holders(PyObject* tensor) {
-  static PyObject* const untyped_storage = interned("untyped_storage");
-  static PyObject* const cdata = interned("_cdata");
-  static PyObject* const is_shared = interned("is_shared");
-  const Object storage(PyObject_CallMethodNoArgs(tensor, untyped_storage));
-  const Object address(PyObject_GetAttr(storage.get(), cdata));
-  const Object uses(PyObject_CallOneArg(torch_.storage_use_count, address.get()));
-  return {integer(uses.get()), Py_REFCNT(storage.get()), is(storage.get(), is_shared)};
-}
-
-// Whether no tensor, storage object, array, view or graph but this one tensor holds its memory.
-bool unheld(PyObject* tensor) {
+  PyObject* tensor() const { return tensor_.get(); }
+  // Uses of the storage: by tensors, views, arrays and graphs.
+  std::int64_t uses() const {
+    const Object count(PyObject_CallOneArg(torch_.storage_use_count, address_.get()));
+    return integer(count.get());
+  }
+  Py_ssize_t references() const { return Py_REFCNT(storage_.get()); }
+  // Whether nobody but this one tensor holds the memory, which is at `now`: whoever shares memory with another process
+  // moves it.
+  bool unheld(const void* now) const {
 #ifdef Py_GIL_DISABLED
-  return false;  // counts of references are not exact
+    return false;  // counts of references are not exact
 #else
-  if (!torch_.storage_use_count) return false;
-  const Holders who = holders(tensor);
-  return who.uses == torch_.uses && who.references == torch_.references && !who.shared;
+    return now == memory_ && references() == torch_.references && uses() == torch_.uses;
 #endif
-}
+  }
 
-// As flowmatch_kernels.sampling.Stepper, with the same names; and it decides which memory each new state is written to.
-// Fresh memory is the main cost of a large state on the CPU: a buffer is written again, but only when nobody can tell.
-struct Stepper {
-  PyObject_HEAD;
-  PyObject* velocities;
-  PyObject* step_fn;           // called from here where there is no guidance, or
-  PyObject* unguided_step_fn;  // this one too, and nothing is skipped; else null
-  PyObject* shape;
-  PyObject* coefficients;
-  PyObject* trajectory;  // or None
-  PyObject* spare;       // a former state, or null
-  PyObject* left;        // (v, u) of a step that was not taken
-  bool guided;
-  bool shared;  // as Velocities.shared
-  Dtype state;
-  Guidance guidance;
-  std::int64_t numel;
-  std::int64_t sample;
-  std::int64_t slots;
-  char* rows;
-  void* slots_memory;  // null where slots are not written here
+ private:
+  static PyObject* storage(PyObject* tensor) {
+    static PyObject* const untyped_storage = interned("untyped_storage");
+    return PyObject_CallMethodNoArgs(tensor, untyped_storage);
+  }
+  static PyObject* address(PyObject* storage) {
+    static PyObject* const cdata = interned("_cdata");
+    return PyObject_GetAttr(storage, cdata);
+  }
+
+  Object tensor_, storage_, address_;
+  const void* memory_;
 };
 
-PyObject* attribute(PyObject* object, const char* name) {
-  PyObject* value = PyObject_GetAttrString(object, name);
-  if (!value) throw PythonError();
-  return value;
+std::int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
+
+// A tensor seen by way of DLPack.
+struct View {
+  dlpack::Tensor tensor;
+  bool seen;  // torch can show it: not sparse, not nested, ...
+
+  explicit View(PyObject* object) {
+    seen = reinterpret_cast<PyObject*>(Py_TYPE(object)) == torch_.tensor &&
+           torch_.dlpack->from_python(object, &tensor) == 0;
+    if (!seen) PyErr_Clear();
+  }
+  void* memory() const { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
+  std::optional<Dtype> dtype() const {
+    if (tensor.code == dlpack::kBFloat && tensor.bits == 16) return Dtype::kBFloat16;
+    if (tensor.code != dlpack::kFloat) return std::nullopt;
+    switch (tensor.bits) {
+      case 16:
+        return Dtype::kFloat16;
+      case 32:
+        return Dtype::kFloat32;
+      case 64:
+        return Dtype::kFloat64;
+      default:
+        return std::nullopt;
+    }
+  }
+  bool contiguous() const {
+    std::int64_t stride = 1;
+    for (int d = tensor.ndim - 1; d >= 0; --d) {
+      if (tensor.shape[d] != 1 && tensor.strides[d] != stride) return false;
+      stride *= tensor.shape[d];
+    }
+    return true;
+  }
+};
+
+// Where a state's memory is now: a step_fn may have moved it.
+void* memory_of(PyObject* state) {
+  const View view(state);
+  if (!view.seen || !view.memory()) {
+    PyErr_SetString(PyExc_ValueError, "fused_step: a state has no memory any more (was its storage resized?)");
+    throw PythonError();
+  }
+  return view.memory();
 }
 
-PyObject* stepper_new(PyTypeObject* type, PyObject* arguments, PyObject*) try {
-  PyObject *fused_step, *velocities, *state, *coefficients, *trajectory;
-  int write_slots;
-  if (!PyArg_ParseTuple(arguments, "OOOOOp:Stepper", &fused_step, &velocities, &state, &coefficients, &trajectory,
-                        &write_slots)) {
-    return nullptr;
-  }
-  const Object made(type->tp_alloc(type, 0));
-  Stepper* self = reinterpret_cast<Stepper*>(made.get());
-  self->velocities = Py_NewRef(velocities);
-  self->coefficients = Py_NewRef(coefficients);
-  self->trajectory = Py_NewRef(trajectory);
-  self->shape = attribute(velocities, "shape");
-  const Object guidance(attribute(velocities, "guidance"));
-  self->guidance = static_cast<Guidance>(integer(guidance.get()));
-  const Object guided(attribute(velocities, "guided"));
-  self->guided = guided.get() != Py_None;
-  self->shared = true;
-  bool direct = !self->guided;
-  if (self->guided) {
-    const Object skip(attribute(guided.get(), "skip"));
-    self->unguided_step_fn = attribute(guided.get(), "unguided_step_fn");
-    direct = !truth(skip.get()) && self->unguided_step_fn != Py_None;
-  }
-  if (direct) self->step_fn = attribute(velocities, "step_fn");
-  static PyObject* const numel_name = interned("numel");
-  const Object numel(PyObject_CallMethodNoArgs(state, numel_name));
-  self->state = python_dtype(state);
-  self->numel = integer(numel.get());
-  self->rows = static_cast<char*>(memory(coefficients));
-  self->slots_memory = write_slots ? memory(trajectory) : nullptr;
-  self->slots = trajectory == Py_None ? 1 : size(trajectory, 1);
-  self->sample = trajectory == Py_None || self->numel == 0 ? self->numel : self->numel / size(state, 0);
-  return Py_NewRef(made.get());
-} catch (const PythonError&) {
-  return nullptr;
-}
-
-void stepper_dealloc(PyObject* object) {
-  Stepper* self = reinterpret_cast<Stepper*>(object);
-  for (PyObject* held : {self->velocities, self->step_fn, self->unguided_step_fn, self->shape, self->coefficients,
-                         self->trajectory, self->spare, self->left}) {
-    Py_XDECREF(held);
-  }
-  PyTypeObject* type = Py_TYPE(object);
-  type->tp_free(object);
-  Py_DECREF(type);
-}
-
-// Whether an attribute of a tensor is this very object; no, where it cannot be asked.
-bool has(PyObject* tensor, PyObject* name, PyObject* wanted) {
-  PyObject* const value = PyObject_GetAttr(tensor, name);
-  if (!value) PyErr_Clear();
-  Py_XDECREF(value);
-  return value == wanted;
-}
-
-// Whether a velocity is a plain tensor of the state's shape, on the CPU, of a dtype that does not widen the state.
-bool fits(const Stepper& self, PyObject* v) {
-  static PyObject* const layout = interned("layout");
-  static PyObject* const is_cpu = interned("is_cpu");
-  static PyObject* const shape = interned("shape");
-  static PyObject* const dtype = interned("dtype");
-  if (reinterpret_cast<PyObject*>(Py_TYPE(v)) != torch_.tensor || !has(v, layout, torch_.strided) ||
-      !has(v, is_cpu, Py_True)) {
-    return false;
-  }
-  PyObject* const size = PyObject_GetAttr(v, shape);
-  if (!size) {  // a nested tensor has none
-    PyErr_Clear();
-    return false;
-  }
-  const int equal = PyObject_RichCompareBool(size, self.shape, Py_EQ);
-  Py_DECREF(size);
-  if (equal < 0) throw PythonError();
-  const Object of(PyObject_GetAttr(v, dtype));
-  for (int k = 0; equal && k < 4; ++k) {
-    if (of.get() == torch_dtypes[k]) return dispatch(self.state, static_cast<Dtype>(k), false, [](auto) {});
-  }
-  return false;
-}
-
-// Whether the kernel can take these velocities, which are of one dtype where there are two.
-bool fit(const Stepper& self, PyObject* v, PyObject* u) {
-  return fits(self, v) && (u == Py_None || (fits(self, u) && python_dtype(u) == python_dtype(v)));
+// A function of flowmatch_kernels.sampling; never released.
+PyObject* sampling(const char* name) {
+  return pybind11::object(pybind11::module_::import("flowmatch_kernels.sampling").attr(name)).release().ptr();
 }
 
 // How often a tensor was written to, as far as PyTorch counts it.
@@ -377,168 +327,294 @@ std::int64_t version(PyObject* tensor) {
   return integer(Object(value).get());
 }
 
-// Two tensors with memory of different addresses.
-bool apart(PyObject* v, PyObject* u) {
-  for (PyObject* tensor : {v, u}) {
-    if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != torch_.tensor) return false;
+// As flowmatch_kernels.sampling.Stepper, with the same names; and it decides which memory each new state is written to.
+// Fresh memory is the main cost of a large state on the CPU: a buffer is written again, but only when nobody can tell.
+class Stepper {
+ public:
+  Stepper(PyObject* velocities, PyObject* state, PyObject* coefficients, PyObject* trajectory, bool write_slots)
+      : velocities_(Py_NewRef(velocities)), coefficients_(Py_NewRef(coefficients)), trajectory_(Py_NewRef(trajectory)) {
+    const View view(state);
+    if (!view.seen || !view.dtype()) {
+      PyErr_SetString(PyExc_TypeError, "Stepper: the state is no plain tensor");
+      throw PythonError();
+    }
+    state_ = *view.dtype();
+    shape_.assign(view.tensor.shape, view.tensor.shape + view.tensor.ndim);
+    numel_ = 1;
+    for (const std::int64_t size : shape_) numel_ *= size;
+    if (numel_) current_.emplace(state, view.memory());
+    rows_ = static_cast<char*>(memory(coefficients));
+    if (trajectory != Py_None && numel_) {
+      slots_ = size(trajectory, 1), sample_ = numel_ / shape_[0];
+      char* const slots_memory = static_cast<char*>(memory(trajectory));
+      const std::int64_t bytes = sample_ * size_of(state_);
+      for (std::int64_t b = 0; b < shape_[0]; ++b) {  // slot 0
+        std::memcpy(slots_memory + b * slots_ * bytes, static_cast<char*>(view.memory()) + b * bytes, bytes);
+      }
+      if (write_slots) slots_memory_ = slots_memory;
+    }
+    static PyObject* const names[] = {interned("guidance"), interned("guided"), interned("skip"),
+                                      interned("unguided_step_fn"), interned("step_fn")};
+    const Object guidance(PyObject_GetAttr(velocities, names[0])), guided(PyObject_GetAttr(velocities, names[1]));
+    guidance_ = static_cast<Guidance>(integer(guidance.get()));
+    guided_ = guided.get() != Py_None;
+    if (guided_) {
+      const Object skip(PyObject_GetAttr(guided.get(), names[2]));
+      unguided_step_fn_.emplace(PyObject_GetAttr(guided.get(), names[3]));
+      direct_ = !truth(skip.get()) && unguided_step_fn_->get() != Py_None;
+    }
+    step_fn_.emplace(PyObject_GetAttr(velocities, names[4]));
   }
-  try {
-    return memory(v) != memory(u);
-  } catch (const PythonError&) {  // sparse
-    PyErr_Clear();
-    return false;
+
+  PyObject* step(PyObject* state, PyObject* base, PyObject* t, PyObject* const h[3], PyObject* row, bool commit,
+                 std::int64_t slot, PyObject* history) {
+    static PyObject* const shaped = interned("shaped");
+    static PyObject* const rewrite = sampling("rewrite");
+    bool wrote = false;
+    Pair pair = evaluate(state, t, row, trajectory_.get() != Py_None && state == base ? &wrote : nullptr);
+    if (wrote) {
+      const Object place(PyLong_FromLongLong(slot - commit));
+      PyObject* const arguments[] = {trajectory_.get(), place.get(), state};
+      const Object done(PyObject_Vectorcall(rewrite, arguments, 3, nullptr));
+    }
+    std::optional<Given> given = fit(pair);
+    if (!given) {
+      PyObject* const arguments[] = {velocities_.get(), pair.v.get(), pair.u.get(), row};
+      Object both(PyObject_VectorcallMethod(shaped, arguments, 4, nullptr));
+      pair = Pair::of(both.get());
+      given = fit(pair);
+      if (!given) {
+        left_ = std::move(both);
+        Py_RETURN_NONE;
+      }
+    }
+    if (numel_ == 0) return Py_NewRef(state);
+    void* const base_memory = memory_of(base);
+    void* const state_memory = state == base ? base_memory : memory_of(state);
+    Object out(next(state, state_memory, base, base_memory, commit));
+    const std::int64_t row_bytes = kColumns * (state_ == Dtype::kFloat64 ? 8 : 4);
+    const Operands o{.out = out.get() == state ? state_memory : memory_of(out.get()),
+                     .base = base_memory,
+                     .v = given->v,
+                     .u = given->u,
+                     .h = {memory(h[0]), memory(h[1]), memory(h[2])},
+                     .row = rows_ + integer(row) * row_bytes,
+                     .trajectory = commit ? slots_memory_ : nullptr,
+                     .history = memory(history),
+                     .numel = numel_,
+                     .sample = sample_,
+                     .slots = slots_,
+                     .slot = slot,
+                     .guidance = guidance_};
+    {
+      std::optional<pybind11::gil_scoped_release> released;  // worth its cost only for a large state
+      if (numel_ > kGrain) released.emplace();
+      run_cpu(o, state_, given->dtype, false);
+    }
+    return out.release();
   }
-}
 
-// Calls a model with a tensor object of its own for the state's memory: x.data, cheaper than detach, which counts the
-// writes to x by itself. Sets `wrote` where it is asked for and the model wrote to x. A new reference.
-PyObject* evaluate(PyObject* model, PyObject* state, PyObject* t, bool* wrote) {
-  static PyObject* const data = interned("data");
-  static PyObject* const names = PyTuple_Pack(2, interned("x"), interned("t"));
-  const Object x(PyObject_GetAttr(state, data));
-  const std::int64_t before = wrote ? version(x.get()) : 0;
-  PyObject* arguments[] = {nullptr, x.get(), t};
-  PyObject* const v = PyObject_Vectorcall(model, arguments + 1, PY_VECTORCALL_ARGUMENTS_OFFSET, names);
-  if (!v) throw PythonError();
-  if (wrote) *wrote = *wrote || version(x.get()) != before;
-  return v;
-}
+  PyObject* left() const { return Py_NewRef(left_ ? left_->get() : Py_None); }
 
-struct Pair {  // references of its own; u may be None
-  Object v;
-  Object u;
+ private:
+  struct Pair {  // u may be None
+    Object v, u;
+    static Pair of(PyObject* tuple) {
+      PyObject *v, *u;
+      if (!PyArg_ParseTuple(tuple, "OO", &v, &u)) throw PythonError();
+      return {Object(Py_NewRef(v)), Object(Py_NewRef(u))};
+    }
+  };
+  struct Given {  // dense velocities
+    const void* v;
+    const void* u;
+    Dtype dtype;
+    std::optional<Object> copies[2];  // where one was not dense
+  };
+
+  // Calls a model with a tensor object of its own for the state's memory: x.data, cheaper than detach, which counts
+  // the writes to x by itself. Sets `wrote` where it is asked for and the model wrote to x. A new reference.
+  static PyObject* call(PyObject* model, PyObject* state, PyObject* t, bool* wrote) {
+    static PyObject* const data = interned("data");
+    static PyObject* const names = PyTuple_Pack(2, interned("x"), interned("t"));
+    const Object x(PyObject_GetAttr(state, data));
+    PyObject* arguments[] = {nullptr, x.get(), t};
+    Object v(PyObject_Vectorcall(model, arguments + 1, PY_VECTORCALL_ARGUMENTS_OFFSET, names));
+    if (wrote) *wrote = *wrote || version(x.get()) != 0;
+    return v.release();
+  }
+
+  // What velocities(state, t, row) gives; mostly without a call of it.
+  Pair evaluate(PyObject* state, PyObject* t, PyObject* row, bool* wrote) {
+    if (!guided_) return {Object(call(step_fn_->get(), state, t, wrote)), Object(Py_NewRef(Py_None))};
+    if (direct_) {
+      Object v(call(step_fn_->get(), state, t, wrote));
+      const std::int64_t before = version(v.get());
+      std::optional<Object> copy;
+      if (shared_) copy = copy_of(v.get(), state);
+      Object u(call(unguided_step_fn_->get(), state, t, wrote));
+      if (version(v.get()) == before && apart(v.get(), u.get())) {
+        shared_ = false;
+      } else {
+        static PyObject* const met = interned("met");
+        const Object number(PyLong_FromLongLong(before));
+        PyObject* const arguments[] = {velocities_.get(), v.get(), u.get(),
+                                       number.get(),      state,   shared_ ? Py_True : Py_False};
+        const Object answer(PyObject_VectorcallMethod(met, arguments, 6, nullptr));
+        shared_ = truth(answer.get());
+      }
+      return {copy ? std::move(*copy) : std::move(v), std::move(u)};
+    }
+    const std::int64_t before = wrote ? version(state) : 0;
+    PyObject* const arguments[] = {state, t, row};
+    const Object pair(PyObject_Vectorcall(velocities_.get(), arguments, 3, nullptr));
+    if (wrote) *wrote = version(state) != before;
+    return Pair::of(pair.get());
+  }
+
+  // v's clone, as long as the next model may write to v; none of x itself, or a view of it, to which it may.
+  std::optional<Object> copy_of(PyObject* v, PyObject* state) const {
+    static PyObject* const clone = interned("clone");
+    if (numel_ == 0) return std::nullopt;
+    const View view(v);
+    if (view.seen) {
+      const char* const begin = static_cast<char*>(memory_of(state));
+      const char* const at = static_cast<char*>(view.memory());
+      if (at >= begin && at < begin + numel_ * size_of(state_)) return std::nullopt;
+    } else if (!PyObject_IsInstance(v, torch_.tensor)) {
+      return std::nullopt;
+    }
+    return Object(PyObject_CallMethodNoArgs(v, clone));
+  }
+
+  // Two tensors with memory at different addresses.
+  static bool apart(PyObject* v, PyObject* u) {
+    const View first(v), second(u);
+    return first.seen && second.seen && first.memory() != second.memory();
+  }
+
+  // Whether a velocity is a plain tensor of the state's shape, on the CPU, of a dtype that does not widen the state.
+  bool fits(const View& v) const {
+    if (!v.seen || v.tensor.device_type != dlpack::kCpu || v.tensor.ndim != static_cast<int>(shape_.size()))
+      return false;
+    if (!std::equal(shape_.begin(), shape_.end(), v.tensor.shape)) return false;
+    const std::optional<Dtype> dtype = v.dtype();
+    return dtype && dispatch(state_, *dtype, false, [](auto) {});
+  }
+
+  // The velocities as the kernel takes them, or nothing, where it cannot.
+  std::optional<Given> fit(const Pair& pair) const {
+    const View v(pair.v.get());
+    if (!fits(v)) return std::nullopt;
+    std::optional<Given> given(std::in_place);
+    given->dtype = *v.dtype();
+    given->v = dense(pair.v.get(), v, given->copies[0]);
+    given->u = nullptr;
+    if (pair.u.get() != Py_None) {
+      const View u(pair.u.get());
+      if (!fits(u) || *u.dtype() != given->dtype) return std::nullopt;
+      given->u = dense(pair.u.get(), u, given->copies[1]);
+    }
+    return given;
+  }
+  static const void* dense(PyObject* v, const View& view, std::optional<Object>& copy) {
+    static PyObject* const is_neg = interned("is_neg");
+    static PyObject* const is_zerotensor = interned("_is_zerotensor");
+    if (view.contiguous() && !is(v, is_neg) && !is(v, is_zerotensor)) return view.memory();
+    copy.emplace(flowmatch_kernels::dense(v));
+    return memory(copy->get());
+  }
+
+  // A tensor for the next state, perhaps `state` itself; not `base` while the step goes on. A new reference.
+  PyObject* next(PyObject* state, void* state_memory, PyObject* base, void* base_memory, bool commit) {
+    static PyObject* const fresh = sampling("fresh");
+    if (!current_ || current_->tensor() != state) current_.emplace(state, state_memory);
+    std::optional<Buffer> out;
+    if ((commit || state != base) && current_->unheld(state_memory)) {
+      if (commit && state != base) {
+        spare_.emplace(base, base_memory);
+      } else {
+        spare_.reset();
+      }
+      return Py_NewRef(state);
+    }
+    if (spare_ && spare_->unheld(memory_of(spare_->tensor()))) {
+      out.emplace(std::move(*spare_));
+    } else {
+      const Object made(PyObject_CallOneArg(fresh, state));
+      out.emplace(made.get(), memory_of(made.get()));
+    }
+    spare_.reset();
+    if (commit) {
+      state == base ? spare_.emplace(std::move(*current_)) : spare_.emplace(base, base_memory);
+    }
+    current_.emplace(std::move(*out));
+    return Py_NewRef(current_->tensor());
+  }
+
+  Object velocities_, coefficients_, trajectory_;
+  std::optional<Object> step_fn_, unguided_step_fn_, left_;
+  std::vector<std::int64_t> shape_;
+  std::optional<Buffer> current_, spare_;
+  Dtype state_;
+  Guidance guidance_;
+  bool guided_ = false;
+  bool direct_ = false;  // two models, both called at every row
+  bool shared_ = true;   // in one buffer, as far as is known: Velocities.shared
+  std::int64_t numel_;
+  std::int64_t sample_ = 1;
+  std::int64_t slots_ = 1;
+  char* rows_;
+  void* slots_memory_ = nullptr;
 };
 
-// (v, u), as velocities(state, t, row) gives them.
-Pair evaluate(Stepper& self, PyObject* state, PyObject* t, PyObject* row, bool* wrote) {
-  static PyObject* const met = interned("met");
-  static PyObject* const shared = interned("shared");
-  const auto ask = [&] {
-    const Object answer(PyObject_GetAttr(self.velocities, shared));
-    self.shared = truth(answer.get());
-  };
-  if (self.step_fn && !self.guided)
-    return {Object(evaluate(self.step_fn, state, t, wrote)), Object(Py_NewRef(Py_None))};
-  if (self.step_fn && !self.shared) {
-    Object v(evaluate(self.step_fn, state, t, wrote));
-    const std::int64_t before = version(v.get());
-    Object u(evaluate(self.unguided_step_fn, state, t, wrote));
-    if (!apart(v.get(), u.get()) || version(v.get()) != before) {
-      const Object number(PyLong_FromLongLong(before));
-      PyObject* const arguments[] = {self.velocities, v.get(), u.get(), number.get(), state};
-      const Object judged(PyObject_VectorcallMethod(met, arguments, 5, nullptr));
-      ask();
+struct StepperObject {
+  PyObject_HEAD;
+  Stepper* stepper;
+};
+
+// Runs f; a C++ exception becomes Python's.
+template <class F>
+PyObject* guard(F&& f) {
+  try {
+    return f();
+  } catch (const PythonError&) {
+  } catch (pybind11::error_already_set& error) {
+    error.restore();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+PyObject* stepper_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
+  return guard([&]() -> PyObject* {
+    PyObject *fused_step, *velocities, *state, *coefficients, *trajectory;
+    int write_slots;
+    if (!PyArg_ParseTuple(arguments, "OOOOOp:Stepper", &fused_step, &velocities, &state, &coefficients, &trajectory,
+                          &write_slots)) {
+      return nullptr;
     }
-    return {std::move(v), std::move(u)};
-  }
-  const std::int64_t before = wrote ? version(state) : 0;
-  PyObject* const arguments[] = {state, t, row};
-  const Object pair(PyObject_Vectorcall(self.velocities, arguments, 3, nullptr));
-  if (wrote) *wrote = *wrote || version(state) != before;
-  ask();
-  PyObject *v, *u;
-  if (!PyArg_ParseTuple(pair.get(), "OO", &v, &u)) throw PythonError();
-  return {Object(Py_NewRef(v)), Object(Py_NewRef(u))};
+    Object made(type->tp_alloc(type, 0));
+    reinterpret_cast<StepperObject*>(made.get())->stepper =
+        new Stepper(velocities, state, coefficients, trajectory, write_slots);
+    return made.release();
+  });
 }
 
-// A function of flowmatch_kernels.sampling; never released.
-PyObject* sampling(const char* name) {
-  return pybind11::object(pybind11::module_::import("flowmatch_kernels.sampling").attr(name)).release().ptr();
+void stepper_dealloc(PyObject* object) {
+  delete reinterpret_cast<StepperObject*>(object)->stepper;
+  PyTypeObject* type = Py_TYPE(object);
+  type->tp_free(object);
+  Py_DECREF(type);
 }
 
-// A tensor for the next state, perhaps `state` itself; not `base` while the step goes on. A new reference.
-PyObject* next_state(Stepper& self, PyObject* state, PyObject* base, bool commit) {
-  static PyObject* const fresh = sampling("fresh");
-  PyObject* out = nullptr;
-  if ((commit || state != base) && unheld(state)) {
-    out = Py_NewRef(state);
-  } else if (self.spare && unheld(self.spare)) {
-    out = Py_NewRef(self.spare);
-  } else {
-    out = PyObject_CallOneArg(fresh, state);
-    if (!out) throw PythonError();
-  }
-  PyObject* const former = self.spare;
-  self.spare = commit && out != base ? Py_NewRef(base) : nullptr;
-  Py_XDECREF(former);
-  return out;
-}
-
-PyObject* stepper_step(PyObject* object, PyObject* const* p, Py_ssize_t count) try {
-  static PyObject* const shaped = interned("shaped");
-  static PyObject* const rewrite = sampling("rewrite");
-  enum { kState, kBase, kT, kH1, kH2, kH3, kRow, kCommit, kSlot, kHistory, kCount };
-  if (count != kCount) {
-    PyErr_Format(PyExc_TypeError, "step takes %d arguments, got %zd", static_cast<int>(kCount), count);
-    return nullptr;
-  }
-  Stepper& self = *reinterpret_cast<Stepper*>(object);
-  PyObject *const state = p[kState], *const base = p[kBase];
-  const bool commit = truth(p[kCommit]), slots = self.trajectory != Py_None;
-  const std::int64_t slot = integer(p[kSlot]);
-  bool wrote = false;
-  Pair pair = evaluate(self, state, p[kT], p[kRow], slots && state == base ? &wrote : nullptr);
-  if (wrote) {
-    const Object number(PyLong_FromLongLong(slot - commit));
-    PyObject* const arguments[] = {self.trajectory, number.get(), state};
-    const Object done(PyObject_Vectorcall(rewrite, arguments, 3, nullptr));
-  }
-  if (!fit(self, pair.v.get(), pair.u.get())) {
-    PyObject* const arguments[] = {self.velocities, pair.v.get(), pair.u.get(), p[kRow]};
-    Object both(PyObject_VectorcallMethod(shaped, arguments, 4, nullptr));
-    PyObject *v, *u;
-    if (!PyArg_ParseTuple(both.get(), "OO", &v, &u)) return nullptr;
-    if (!fit(self, v, u)) {
-      Py_XDECREF(self.left);
-      self.left = Py_NewRef(both.get());
-      Py_RETURN_NONE;
-    }
-    pair = {Object(Py_NewRef(v)), Object(Py_NewRef(u))};
-  }
-  Object out(next_state(self, state, base, commit));
-  if (self.numel == 0) return out.release();
-
-  const Object v(dense(pair.v.get()));
-  const Object u(pair.u.get() == Py_None ? Py_NewRef(Py_None) : dense(pair.u.get()));
-  const std::int64_t row_bytes = kColumns * (self.state == Dtype::kFloat64 ? 8 : 4);
-  void* const written = memory(out.get());
-  const Operands o{.out = written,
-                   .base = base == out.get() ? written : memory(base),
-                   .v = memory(v.get()),
-                   .u = memory(u.get()),
-                   .h = {memory(p[kH1]), memory(p[kH2]), memory(p[kH3])},
-                   .row = self.rows + integer(p[kRow]) * row_bytes,
-                   .trajectory = commit ? self.slots_memory : nullptr,
-                   .history = memory(p[kHistory]),
-                   .numel = self.numel,
-                   .sample = self.sample,
-                   .slots = self.slots,
-                   .slot = slot,
-                   .guidance = self.guidance};
-  if (!o.out || !o.base || !o.v) {
-    PyErr_SetString(PyExc_ValueError, "fused_step: an operand has no memory (was a storage resized?)");
-    return nullptr;
-  }
-  const Dtype velocity = python_dtype(v.get());
-  {
-    std::optional<pybind11::gil_scoped_release> released;  // worth its cost only for a large state
-    if (self.numel > kGrain) released.emplace();
-    run_cpu(o, self.state, velocity, false);
-  }
-  return out.release();
-} catch (const PythonError&) {
-  return nullptr;
-} catch (pybind11::error_already_set& error) {
-  error.restore();
-  return nullptr;
-} catch (const std::exception& error) {
-  PyErr_SetString(PyExc_RuntimeError, error.what());
-  return nullptr;
-}
-
-PyObject* stepper_left(PyObject* object, void*) {
-  PyObject* const left = reinterpret_cast<Stepper*>(object)->left;
-  return Py_NewRef(left ? left : Py_None);
+PyObject* stepper_step(PyObject* object, PyObject* const* p, Py_ssize_t count) {
+  return guard([&]() -> PyObject* {
+    if (count != 10) return PyErr_Format(PyExc_TypeError, "step takes 10 arguments, got %zd", count);
+    return reinterpret_cast<StepperObject*>(object)->stepper->step(p[0], p[1], p[2], p + 3, p[6], truth(p[7]),
+                                                                   integer(p[8]), p[9]);
+  });
 }
 
 PyMethodDef kStepperMethods[] = {
@@ -548,7 +624,8 @@ PyMethodDef kStepperMethods[] = {
     {nullptr, nullptr, 0, nullptr}};
 
 PyGetSetDef kStepperAttributes[] = {
-    {"left", stepper_left, nullptr, "After a step that was not taken: the velocities.", nullptr},
+    {"left", [](PyObject* object, void*) { return reinterpret_cast<StepperObject*>(object)->stepper->left(); }, nullptr,
+     "After a step that was not taken: the velocities.", nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr}};
 
 PyType_Slot kStepperSlots[] = {
@@ -562,7 +639,7 @@ PyType_Slot kStepperSlots[] = {
                        "nobody else holds.")},
     {0, nullptr}};
 
-PyType_Spec kStepper = {"flowmatch_kernels._C.Stepper", sizeof(Stepper), 0, Py_TPFLAGS_DEFAULT, kStepperSlots};
+PyType_Spec kStepper = {"flowmatch_kernels._C.Stepper", sizeof(StepperObject), 0, Py_TPFLAGS_DEFAULT, kStepperSlots};
 
 }  // namespace
 
@@ -583,16 +660,23 @@ void add_direct_cpu(pybind11::module_& m) {
   const auto torch = pybind11::module_::import("torch");
   const char* const names[] = {"float32", "float64", "bfloat16", "float16"};
   for (int k = 0; k < 4; ++k) torch_dtypes[k] = pybind11::object(torch.attr(names[k])).release().ptr();
-  torch_.tensor = pybind11::object(torch.attr("Tensor")).release().ptr();
-  torch_.strided = pybind11::object(torch.attr("strided")).release().ptr();
-  if (pybind11::hasattr(torch.attr("_C"), "_storage_Use_Count")) {
-    torch_.storage_use_count = pybind11::object(torch.attr("_C").attr("_storage_Use_Count")).release().ptr();
-    const pybind11::object own = torch.attr("empty")(1, pybind11::arg("device") = "cpu");
-    const Holders who = holders(own.ptr());
-    torch_.uses = who.uses, torch_.references = who.references;
+  // Without any of these the loop's own Stepper serves.
+  const pybind11::object tensor = torch.attr("Tensor"), internals = torch.attr("_C");
+  if (pybind11::hasattr(tensor, dlpack::kAttribute) && pybind11::hasattr(internals, "_storage_Use_Count")) {
+    const pybind11::object capsule = tensor.attr(dlpack::kAttribute);
+    auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsule));
+    if (!api) throw pybind11::error_already_set();
+    if (api->major == dlpack::kMajor && api->from_python) {
+      torch_.tensor = pybind11::object(tensor).release().ptr();
+      torch_.dlpack = api;
+      torch_.storage_use_count = pybind11::object(internals.attr("_storage_Use_Count")).release().ptr();
+      const pybind11::object own = torch.attr("empty")(1, pybind11::arg("device") = "cpu");
+      const Buffer buffer(own.ptr(), nullptr);
+      torch_.uses = buffer.uses(), torch_.references = buffer.references();
+      m.attr("Stepper") = pybind11::reinterpret_steal<pybind11::object>(PyType_FromSpec(&kStepper));
+    }
   }
   m.attr("fused_step_cpu") =
       pybind11::reinterpret_steal<pybind11::object>(PyCFunction_NewEx(&kFusedStepCpu, nullptr, nullptr));
-  m.attr("Stepper") = pybind11::reinterpret_steal<pybind11::object>(PyType_FromSpec(&kStepper));
 }
 }  // namespace flowmatch_kernels

@@ -13,6 +13,8 @@ def count(value: Any, name: str) -> int:
         TypeError: it is no int.
         ValueError: it is negative.
     """
+    if type(value) is int and value >= 0:
+        return value
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -30,6 +32,8 @@ def number(value: Any, name: str, wanted: str = "a number") -> float:
     Raises:
         TypeError: it is none.
     """
+    if type(value) is float:
+        return value
     try:
         if isinstance(value, (bool, str)):
             raise TypeError

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import __version__
 from .ops import native, reference
 from .ops.dispatch import BACKENDS, available_backends
-from .ops.fused_step import COLUMNS, VELOCITY_DTYPES, arithmetic_dtype
+from .ops.fused_step import COLUMNS, FROM_GUIDED, FROM_UNGUIDED, VELOCITY_DTYPES, WEIGHTED, arithmetic_dtype
 
 #: The integer dtype that shows a floating-point dtype's bits.
 _BITS = {
@@ -134,6 +134,7 @@ class _Operands(NamedTuple):
     coefficients: Tensor
     row: int
     velocity_rounding: bool
+    guidance: int
     trajectory: Tensor | None
     slot: int
     history: Tensor | None
@@ -141,18 +142,20 @@ class _Operands(NamedTuple):
 
 def _cases(device: torch.device) -> Iterator[tuple[str, _Operands]]:
     generator = torch.Generator().manual_seed(0)
+    sets: list[tuple[bool, int | None, int, bool]]
+    sets = [*itertools.product((False, True), (None, WEIGHTED), range(4), (False, True))]
+    sets += [(False, FROM_UNGUIDED, 1, True), (False, FROM_GUIDED, 0, True)]
     for state, velocities in VELOCITY_DTYPES.items():
-        for velocity, velocity_rounding, guided in itertools.product(velocities, (False, True), (False, True)):
-            for terms, writes in itertools.product(range(4), (False, True)):
-                # An odd sample, so that slots are not aligned; more than a strip or a block in all.
-                operands = _operands(
-                    (5, 257), state, velocity, velocity_rounding, guided, terms, writes, device, generator
-                )
-                yield (
-                    f"state {state}, velocity {velocity}, velocity_rounding={velocity_rounding}, "
-                    f"guided={guided}, {terms} history terms, trajectory and history written={writes}",
-                    operands,
-                )
+        for velocity, (velocity_rounding, guidance, terms, writes) in itertools.product(velocities, sets):
+            # An odd sample, so that slots are not aligned; more than a strip or a block in all.
+            operands = _operands(
+                (5, 257), state, velocity, velocity_rounding, guidance, terms, writes, device, generator
+            )
+            yield (
+                f"state {state}, velocity {velocity}, velocity_rounding={velocity_rounding}, "
+                f"guidance={guidance}, {terms} history terms, trajectory and history written={writes}",
+                operands,
+            )
 
 
 def _operands(
@@ -160,7 +163,7 @@ def _operands(
     state: torch.dtype,
     velocity: torch.dtype,
     velocity_rounding: bool,
-    guided: bool,
+    guidance: int | None,
     terms: int,
     writes: bool,
     device: torch.device,
@@ -183,13 +186,14 @@ def _operands(
         unwritten(state, *shape),
         random(state, *shape),
         random(velocity, *shape),
-        random(velocity, *shape) if guided else None,
+        None if guidance is None else random(velocity, *shape),
         history[0],
         history[1],
         history[2],
         coefficients,
         1,
         velocity_rounding,
+        guidance or WEIGHTED,
         unwritten(state, shape[0], 3, shape[1]) if writes else None,
         1,
         unwritten(arithmetic, *shape) if writes else None,

@@ -230,11 +230,13 @@ class FlowMatching(BaseDiffusion):
         temperature = number(temperature, "temperature")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {generator!r:.60}")
-        for name, hook in (("constraint", constraint), ("callback", callback)):
-            if hook is not None and not callable(hook):
-                raise TypeError(f"{name} must be callable, got {hook!r:.60}")
+        if constraint is not None and not callable(constraint):
+            raise TypeError(f"constraint must be callable, got {constraint!r:.60}")
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be callable, got {callback!r:.60}")
         over = _progress_bar() if progress else iter
-        eager = dispatch.may_cache()
+        eager = dispatch.is_eager()
+        cached = eager and not (device.type == "cuda" and dispatch.is_capturing())
         dtype = self._state_dtype(dtype, noise, batch_size, device)
         chosen = dispatch.choose(backend or self.backend, device.type)
         table = self._table(
@@ -246,10 +248,10 @@ class FlowMatching(BaseDiffusion):
             device,
             guidance_form or self.guidance_form,
             weight,
-            eager,
+            cached,
         )
 
-        clock = Clock.of(table, batch_size, len(self.x_dims), reuse=eager)
+        clock = Clock.of(table, batch_size, len(self.x_dims), reuse=cached)
         grad = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # a context manager takes ten times as long
         try:
@@ -259,6 +261,7 @@ class FlowMatching(BaseDiffusion):
                 clock.views,
                 step_fn,
                 chosen,
+                eager,
                 return_all_steps,
                 guided,
                 constraint,
@@ -271,7 +274,8 @@ class FlowMatching(BaseDiffusion):
         if trajectory is None and callback is None:
             clock.back(table)
             return x
-        time_steps = clock.times.narrow(0, 0, taken + 1).clone()
+        time_steps = clock.times if len(clock.views) == taken + 1 else clock.times.narrow(0, 0, taken + 1)
+        time_steps = time_steps.clone()
         clock.back(table)
         return (x, time_steps) if callback is None else Sample(x, time_steps, stopped=taken < table.steps)
 
@@ -344,15 +348,14 @@ class FlowMatching(BaseDiffusion):
     ) -> torch.dtype:
         """The state's dtype, with `noise` checked against it, the batch and the device."""
         if noise is not None:
-            shape = (batch_size, *self.x_dims)
             if not isinstance(noise, Tensor):
-                raise TypeError(f"noise must be a tensor {list(shape)}, got {noise!r:.60}")
+                raise TypeError(f"noise must be a tensor {[batch_size, *self.x_dims]}, got {noise!r:.60}")
             if not noise.is_floating_point():
                 raise TypeError(f"noise must be floating point, got {noise.dtype}")
-            if noise.shape != shape:
-                raise ValueError(f"noise must be [batch_size, *x_dims] = {list(shape)}, got {list(noise.shape)}")
-            same = noise.device.type == device.type
-            if not same or (device.type != "cpu" and device.index not in (None, noise.device.index)):
+            if noise.shape != (batch_size, *self.x_dims):
+                wanted = [batch_size, *self.x_dims]
+                raise ValueError(f"noise must be [batch_size, *x_dims] = {wanted}, got {list(noise.shape)}")
+            if noise.device != device and (device.index is not None or noise.device.type != device.type):
                 raise ValueError(f"noise is on {noise.device}, and device is {device}: move one to the other")
         if dtype is None:
             dtype = torch.get_default_dtype() if noise is None else noise.dtype
@@ -373,27 +376,28 @@ class FlowMatching(BaseDiffusion):
         cached: bool,
     ) -> Table:
         """The solver's table on the grid that the arguments describe, with the weights of guidance."""
-        solvers.solver(int_method)
         steps = count(inference_step, "inference_step") if inference_step is not None else 0
         steps = steps or count(self.num_inference_steps, "num_inference_steps")
         arithmetic = arithmetic_dtype(dtype)
-        predicts = {"velocity": None, "data": 1 - self.noise_at, "noise": self.noise_at}[self.prediction_type]
+        predicts = None
+        if self.prediction_type != "velocity":
+            predicts = self.noise_at if self.prediction_type == "noise" else 1 - self.noise_at
+        # A weight that is a function is asked at each sample(), and what it says is not kept.
         request = Request(
             int_method,
             self.time_grid if isinstance(self.time_grid, str) else "uniform",
-            tuple(self.time_grid_options.items()),
+            tuple(self.time_grid_options.items()) if self.time_grid_options else (),
             steps,
             torch.get_default_dtype(),
             arithmetic,
             device,
             self.noise_at,
             predicts,
+            *(() if weight is None or callable(weight) else (form, weight, solvers.signs(weight))),
         )
-        if isinstance(self.time_grid, str) and time_steps is None and step_sizes is None:
-            if weight is None or callable(weight):
-                table = solvers.named(request, cached)
-                return table if weight is None else table.guided(guidance.form(form), weight)
-            return solvers.named(request.guided(form, weight), cached)
+        if time_steps is None and step_sizes is None and isinstance(self.time_grid, str):
+            table = solvers.named(request, cached)
+            return table.guided(guidance.form(form), weight) if callable(weight) else table
 
         if time_steps is not None:
             grid = _grid(time_steps, "time_steps")
@@ -430,16 +434,24 @@ class FlowMatching(BaseDiffusion):
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             with torch.inference_mode(False):  # an ordinary tensor: it counts the writes of a step_fn
                 return self._noise(batch_size, device, dtype, noise, generator, temperature)
-        if noise is not None:
-            state = noise.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+        if noise is not None and noise.dtype is dtype:
+            state = noise.clone(memory_format=torch.contiguous_format)
+        elif noise is not None:
+            state = noise.to(dtype, memory_format=torch.contiguous_format)
         else:
             where = device if generator is None else generator.device
-            state = torch.randn(batch_size, *self.x_dims, dtype=dtype, device=where, generator=generator).to(device)
+            state = torch.randn(batch_size, *self.x_dims, dtype=dtype, device=where, generator=generator)
+            state = state.detach().to(device)  # whoever saw the draw keeps what it saw
         return state if temperature == 1.0 else state * temperature
+
+
+_CPU = torch.device("cpu")
 
 
 def _resolved(device: torch.device | str) -> torch.device:
     """The device, with its index: "cuda" means the current one, which may change later."""
+    if device == "cpu":
+        return _CPU
     try:
         device = torch.device(device)
     except TypeError:

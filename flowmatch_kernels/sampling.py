@@ -13,7 +13,7 @@ from torch import Tensor
 from .base import StepFn
 from .guidance import Form
 from .ops import native, reference
-from .ops.dispatch import Backend, entry, is_eager
+from .ops.dispatch import Backend, functional, in_place, is_eager
 from .ops.fused_step import VELOCITY_DTYPES, WEIGHTED, arithmetic_dtype
 from .solvers import Evaluation, Table
 
@@ -47,6 +47,7 @@ def integrate(
     times: Sequence[Tensor],
     step_fn: StepFn,
     backend: Backend,
+    eager: bool = True,
     return_all_steps: bool = False,
     guided: Guided | None = None,
     constraint: Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -61,55 +62,57 @@ def integrate(
         times: For each entry of `table.times` the time as step_fn sees it, [B, 1, ..., 1].
         step_fn: The velocity; with guidance the guided one, which is called first, or both.
         backend: What takes the steps.
+        eager: Plain eager mode, where steps are taken in place.
         return_all_steps: Keep the states.
         guided: Combine the velocities of two models; None: there is one.
         constraint: (x, t) -> what a committed state x becomes.
         callback: (step, t, x), called after each committed step; True ends the sampling.
         over: Wraps the evaluations (a progress bar).
     """
-    fused_step_, fused_step = entry(backend, state)
-    state = state.detach()  # an object of our own: whoever saw the draw keeps what it saw
+    fused_step_ = in_place(backend, state) if eager else None
+    if fused_step_ is None:
+        state = state.detach()  # an object of our own: whoever saw the draw keeps what it saw
     velocities = Velocities(state, step_fn, guided, table.weights)
-    coefficients = table.coefficients
 
-    stepper = None  # takes a step in place; where that cannot be, steps are functional
+    step = None  # takes a step in place; where that cannot be, steps are functional
     history = [state] * table.buffers  # places, filled before they are read
     trajectory: Tensor | None = None  # one tensor, written slot by slot
     states: list[Tensor] | None = [state] if return_all_steps else None  # of functional steps: stacked at the end
     if fused_step_ is not None:
         if return_all_steps:
             trajectory = native.huge_pages(state.new_empty((state.shape[0], table.steps + 1, *state.shape[1:])))
-            trajectory.select(1, 0).copy_(state)
             states = None
         if table.buffers:
             dtype = arithmetic_dtype(state.dtype)
             history = [torch.empty_like(state, dtype=dtype) for _ in range(table.buffers)]
-        kind = native.Stepper if fused_step_ is native.cpu_fused_step_ else Stepper
-        stepper = kind(fused_step_, velocities, state, coefficients, trajectory, constraint is None)
+        own = native.Stepper if fused_step_ is native.cpu_fused_step_ else None
+        stepper = (own or Stepper)(fused_step_, velocities, state, table.coefficients, trajectory, constraint is None)
+        step = stepper.step
 
     base, slot, out = state, 0, None
     for row, (time, commit, read, write) in enumerate(over(table.evaluations)):
         h1, h2, h3 = (*(history[k] for k in read), None, None, None)[:3] if read else NO_TERMS
         into = None if write is None else history[write]
         slot += commit
-        if stepper is not None:
-            out = stepper.step(state, base, times[time], h1, h2, h3, row, commit, slot, into)
+        if step is not None:
+            out = step(state, base, times[time], h1, h2, h3, row, commit, slot, into)
         if out is None:  # a tensor subclass, a mode, a transform or a compiler: nothing is written
-            v, u = velocities(state, times[time], row) if stepper is None else stepper.left
-            stepper = None
+            v, u = velocities(state, times[time], row) if step is None else stepper.left
+            step = None
             if trajectory is not None:
                 states, trajectory = list(trajectory.unbind(1)[: slot + 1 - commit]), None
             if not velocities.fit(v, u):
                 v, u = velocities.shaped(v, u, row)
-            out = fused_step(base, v, u, h1, h2, h3, coefficients, row, False, velocities.guidance)
+            operands = base, v, u, h1, h2, h3, table.coefficients, row
+            out = functional(backend, state)(*operands, False, velocities.guidance)
             if write is not None:
-                history[write] = reference.remember(base, v, u, coefficients, row, velocities.guidance)
-            del v, u
+                history[write] = reference.remember(base, v, u, table.coefficients, row, velocities.guidance)
+            del v, u, operands
         state, out = out, None
         if not commit:
             continue
         if constraint is not None:
-            state = constrained(constraint, state, times[slot], in_place=stepper is not None)
+            state = constrained(constraint, state, times[slot], in_place=step is not None)
             if trajectory is not None:
                 trajectory.select(1, slot).copy_(state)
         if states is not None:
@@ -250,17 +253,18 @@ class Velocities:
         self.shared = pair.holds(u, copied=self.shared)
         return v, u
 
-    def met(self, v: Tensor, u: Tensor, version: int, state: Tensor) -> None:
+    def met(self, v: Tensor, u: Tensor, version: int, state: Tensor, copied: bool) -> bool:
         """Two velocities that stand in one buffer, or may: what `__call__` makes of them. `_C.Stepper` asks.
 
         Args:
-            v, u: The velocities; v was not copied.
+            v, u: The velocities.
             version: v's, before u was evaluated.
             state: What they were evaluated at.
+            copied: v was copied before.
         """
         if u is None:
             self._check(u, "unguided_step_fn")
-        self.shared = SharedBuffer(v, state, version).holds(u, copied=False)
+        return SharedBuffer(v, state, version).holds(u, copied)
 
     def fits(self, v: Tensor) -> bool:
         """Whether a backend can take v as it is, as nearly every velocity can be."""
@@ -417,8 +421,8 @@ class Stepper:
         velocities: The models.
         state: The first state.
         coefficients: The table's.
-        trajectory: The committed states, [B, slots, *x_dims], or None.
-        write_slots: The step writes the trajectory's slot too; else somebody else will.
+        trajectory: The committed states, [B, slots, *x_dims], of which this writes slot 0; or None.
+        write_slots: A step writes its slot too; else somebody else will.
     """
 
     def __init__(
@@ -435,6 +439,8 @@ class Stepper:
         self._coefficients = coefficients
         self._trajectory = trajectory
         self._slots = trajectory if write_slots else None
+        if trajectory is not None:
+            rewrite(trajectory, 0, state)
         self.left: tuple[Tensor, Tensor | None]
         """After a step that was not taken: the velocities."""
 
@@ -481,7 +487,7 @@ class Stepper:
 
 
 def rewrite(trajectory: Tensor, slot: int, state: Tensor) -> None:
-    """A model wrote to x, which is a state of the trajectory."""
+    """Puts the state in its slot: the first one, or one that a model has written to."""
     trajectory.select(1, slot).copy_(state)
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -448,14 +447,11 @@ class _Cache:
     capacity = 64
 
     def __init__(self) -> None:
-        self._tables: OrderedDict[Hashable, Table] = OrderedDict()
+        self._tables: dict[Hashable, Table] = {}
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], Table]) -> Table:
-        with self._lock:
-            table = self._tables.get(key)
-            if table is not None:
-                self._tables.move_to_end(key)
+        table = self._tables.get(key)
         if table is None:
             # Ordinary tensors even under inference mode: who comes next may not be under it.
             with torch.inference_mode(False), torch.no_grad():
@@ -465,7 +461,7 @@ class _Cache:
             with self._lock:
                 self._tables[key] = table
                 while len(self._tables) > self.capacity:
-                    self._tables.popitem(last=False)
+                    del self._tables[next(iter(self._tables))]  # the one that is here longest
         if table.coefficients.is_cuda:  # dropped, its memory must outlive what this stream still has to do with it
             stream = torch.cuda.current_stream(table.coefficients.device)
             table.coefficients.record_stream(stream)
@@ -500,11 +496,6 @@ class Request(NamedTuple):
     signs: tuple[float, ...] = ()
     """Of the weights: -0.0 == 0.0, and weighs another way."""
 
-    def guided(self, form: str, weight: float | tuple[float, ...]) -> Request:
-        """The same with guidance."""
-        entries = weight if isinstance(weight, tuple) else (weight,)
-        return self._replace(form=form, weight=weight, signs=tuple(math.copysign(1.0, w) for w in entries))
-
     def grid(self) -> Tensor:
         """The time grid, [T]."""
         if self.time_grid == "uniform":  # as the published loop takes it, to the bit
@@ -519,6 +510,13 @@ class Request(NamedTuple):
         dt = torch.diff(grid)
         table = build(self.int_method, grid, dt, self.dtype, self.device, self.noise_at, self.predicts)
         return table if self.form is None else table.guided(guidance.form(self.form), self.weight)
+
+
+def signs(weight: float | tuple[float, ...]) -> tuple[float, ...]:
+    """The sign of each weight, as `Request` takes them."""
+    return (
+        tuple([math.copysign(1.0, w) for w in weight]) if isinstance(weight, tuple) else (math.copysign(1.0, weight),)
+    )
 
 
 def named(request: Request, cached: bool) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import logging
@@ -145,10 +146,10 @@ def choose(name: str, device_type: str) -> Backend:
 
 
 def _choice(name: str, device_type: str) -> str:
-    if check_name(name) == "auto":
-        name = _chosen.get() or check_name(os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
+    if name == "auto":
+        name = _chosen.get() or os.environ.get(ENVIRONMENT_VARIABLE) or name
     if name != "auto":
-        reason = _cannot_serve(BACKENDS[name], device_type)
+        reason = _cannot_serve(BACKENDS[check_name(name)], device_type)
         if reason is not None:
             raise RuntimeError(f"backend {name!r} was asked for and cannot be used: {reason}")
         return name
@@ -185,9 +186,9 @@ def is_eager() -> bool:
     )
 
 
-def may_cache() -> bool:
-    """Whether a tensor made now may serve later calls: not in other modes, nor from or for a CUDA graph."""
-    return is_eager() and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+def is_capturing() -> bool:
+    """Within the capture of a CUDA graph, which holds on to what is made."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _transforming() -> bool:
@@ -195,28 +196,24 @@ def _transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
 
 
-class Entry(NamedTuple):
-    """How a step is taken: in place by the backend itself, or functionally."""
+def in_place(backend: Backend, state: Tensor) -> Callable[..., None] | None:
+    """The backend's own fused_step_, for a plain tensor in eager mode; None for a tensor subclass."""
+    return backend.load() if type(state) is Tensor else None
 
-    fused_step_: Callable[..., None] | None
-    """The backend's own, for plain tensors in eager mode; None in any other mode."""
-    fused_step: Callable[..., Tensor]
+
+def functional(backend: Backend, state: Tensor) -> Callable[..., Tensor]:
     """The registered op, or the reference, which every mode and transform sees through."""
-
-
-def entry(backend: Backend, state: Tensor) -> Entry:
-    """How to take steps from this state with this backend."""
-    direct = backend.load() if is_eager() and type(state) is Tensor else None
     if backend.name == "reference":
-        return Entry(direct, reference.fused_step)
-    if direct is None and backend.name == choose("auto", state.device.type).name:
-        return Entry(direct, torch.ops.flowmatch_kernels.fused_step)  # without a context, which a compiler would have to trace
+        return reference.fused_step
+    if backend.name == choose("auto", state.device.type).name:
+        op: Callable[..., Tensor] = torch.ops.flowmatch_kernels.fused_step
+        return op  # without a context, which a compiler would have to trace
+    return functools.partial(_op_by, backend.name)
 
-    def chosen_op(*operands: Any) -> Tensor:
-        with use_backend(backend.name):
-            return torch.ops.flowmatch_kernels.fused_step(*operands)
 
-    return Entry(direct, chosen_op)
+def _op_by(backend: str, *operands: Any) -> Tensor:
+    with use_backend(backend):
+        return torch.ops.flowmatch_kernels.fused_step(*operands)
 
 
 # ---- the kernels of the registered ops ----

@@ -65,8 +65,8 @@ def _not_built(*operands: Any, **options: Any) -> None:
 #: The `cpu` backend's fused_step_, with the signature of `reference.fused_step_`.
 cpu_fused_step_: Callable[..., None] = _not_built if _C is None else _C.fused_step_cpu
 
-#: The `cpu` backend's `sampling.Stepper`.
-Stepper: Callable[..., Any] = _not_built if _C is None else _C.Stepper
+#: The `cpu` backend's `sampling.Stepper`; None where this torch lacks what it needs.
+Stepper: Callable[..., Any] | None = getattr(_C, "Stepper", None)
 
 
 def cuda_fused_step_(

@@ -366,15 +366,25 @@ class Stepper {
     step_fn_.emplace(PyObject_GetAttr(velocities, names[4]));
   }
 
-  PyObject* step(PyObject* state, PyObject* base, PyObject* t, PyObject* const h[3], PyObject* row, bool commit,
+  // `evaluation` is flowmatch_kernels.solvers.Evaluation, `slot` that of base.
+  PyObject* step(PyObject* state, PyObject* base, PyObject* times, PyObject* row, PyObject* evaluation,
                  std::int64_t slot, PyObject* history) {
+    const auto field = [&](Py_ssize_t k) { return PyTuple_GET_ITEM(evaluation, k); };
+    const bool commit = truth(field(1));
+    const Object t(PySequence_GetItem(times, integer(field(0))));
+    const auto place = [&](PyObject* number) { return Object(PySequence_GetItem(history, integer(number))); };
+    const void* h[3] = {};
+    for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(field(2)); ++k) {
+      h[k] = memory(place(PyTuple_GET_ITEM(field(2), k)).get());
+    }
+    void* const remembered = field(3) == Py_None ? nullptr : memory(place(field(3)).get());
     static PyObject* const shaped = interned("shaped");
     static PyObject* const rewrite = sampling("rewrite");
     bool wrote = false;
-    Pair pair = evaluate(state, t, row, trajectory_.get() != Py_None && state == base ? &wrote : nullptr);
+    Pair pair = evaluate(state, t.get(), row, trajectory_.get() != Py_None && state == base ? &wrote : nullptr);
     if (wrote) {
-      const Object place(PyLong_FromLongLong(slot - commit));
-      PyObject* const arguments[] = {trajectory_.get(), place.get(), state};
+      const Object number(PyLong_FromLongLong(slot));
+      PyObject* const arguments[] = {trajectory_.get(), number.get(), state};
       const Object done(PyObject_Vectorcall(rewrite, arguments, 3, nullptr));
     }
     std::optional<Given> given = fit(pair);
@@ -397,14 +407,14 @@ class Stepper {
                      .base = base_memory,
                      .v = given->v,
                      .u = given->u,
-                     .h = {memory(h[0]), memory(h[1]), memory(h[2])},
+                     .h = {h[0], h[1], h[2]},
                      .row = rows_ + integer(row) * row_bytes,
                      .trajectory = commit ? slots_memory_ : nullptr,
-                     .history = memory(history),
+                     .history = remembered,
                      .numel = numel_,
                      .sample = sample_,
                      .slots = slots_,
-                     .slot = slot,
+                     .slot = slot + commit,
                      .guidance = guidance_};
     {
       std::optional<pybind11::gil_scoped_release> released;  // worth its cost only for a large state
@@ -611,15 +621,18 @@ void stepper_dealloc(PyObject* object) {
 
 PyObject* stepper_step(PyObject* object, PyObject* const* p, Py_ssize_t count) {
   return guard([&]() -> PyObject* {
-    if (count != 10) return PyErr_Format(PyExc_TypeError, "step takes 10 arguments, got %zd", count);
-    return reinterpret_cast<StepperObject*>(object)->stepper->step(p[0], p[1], p[2], p + 3, p[6], truth(p[7]),
-                                                                   integer(p[8]), p[9]);
+    if (count != 7 || !PyTuple_Check(p[4]) || PyTuple_GET_SIZE(p[4]) != 4 ||
+        !PyTuple_Check(PyTuple_GET_ITEM(p[4], 2)) || PyTuple_GET_SIZE(PyTuple_GET_ITEM(p[4], 2)) > 3) {
+      return PyErr_Format(PyExc_TypeError, "step takes 7 arguments, the fifth an Evaluation");
+    }
+    Stepper& stepper = *reinterpret_cast<StepperObject*>(object)->stepper;
+    return stepper.step(p[0], p[1], p[2], p[3], p[4], integer(p[5]), p[6]);
   });
 }
 
 PyMethodDef kStepperMethods[] = {
     {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(stepper_step)), METH_FASTCALL,
-     "step(state, base, t, h1, h2, h3, row, commit, slot, history)\n--\n\n"
+     "step(state, base, times, row, evaluation, slot, history)\n--\n\n"
      "As flowmatch_kernels.sampling.Stepper.step."},
     {nullptr, nullptr, 0, nullptr}};
 

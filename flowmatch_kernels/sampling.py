@@ -17,8 +17,6 @@ from .ops.dispatch import Backend, functional, in_place, is_eager
 from .ops.fused_step import VELOCITY_DTYPES, WEIGHTED, arithmetic_dtype
 from .solvers import Evaluation, Table
 
-NO_TERMS = (None, None, None)
-
 
 class Guided(NamedTuple):
     """How sample() was asked to guide."""
@@ -90,31 +88,30 @@ def integrate(
         step = stepper.step
 
     base, slot, out = state, 0, None
-    for row, (time, commit, read, write) in enumerate(over(table.evaluations)):
-        h1, h2, h3 = (*(history[k] for k in read), None, None, None)[:3] if read else NO_TERMS
-        into = None if write is None else history[write]
-        slot += commit
+    for row, evaluation in enumerate(over(table.evaluations)):
         if step is not None:
-            out = step(state, base, times[time], h1, h2, h3, row, commit, slot, into)
+            out = step(state, base, times, row, evaluation, slot, history)
         if out is None:  # a tensor subclass, a mode, a transform or a compiler: nothing is written
+            time, _, read, write = evaluation
             v, u = velocities(state, times[time], row) if step is None else stepper.left
             step = None
             if trajectory is not None:
-                states, trajectory = list(trajectory.unbind(1)[: slot + 1 - commit]), None
+                states, trajectory = list(trajectory.unbind(1)[: slot + 1]), None
             if not velocities.fit(v, u):
                 v, u = velocities.shaped(v, u, row)
-            operands = base, v, u, h1, h2, h3, table.coefficients, row
+            operands = (base, v, u, *terms(history, read), table.coefficients, row)
             out = functional(backend, state)(*operands, False, velocities.guidance)
             if write is not None:
                 history[write] = reference.remember(base, v, u, table.coefficients, row, velocities.guidance)
             del v, u, operands
         state, out = out, None
-        if not commit:
+        if not evaluation.commit:
             continue
+        slot += 1
         if constraint is not None:
             state = constrained(constraint, state, times[slot], in_place=step is not None)
             if trajectory is not None:
-                trajectory.select(1, slot).copy_(state)
+                rewrite(trajectory, slot, state)
         if states is not None:
             states.append(state)
         base = state
@@ -448,42 +445,44 @@ class Stepper:
         self,
         state: Tensor,
         base: Tensor,
-        t: Tensor,
-        h1: Tensor | None,
-        h2: Tensor | None,
-        h3: Tensor | None,
+        times: Sequence[Tensor],
         row: int,
-        commit: bool,
+        evaluation: Evaluation,
         slot: int,
-        history: Tensor | None,
+        history: Sequence[Tensor],
     ) -> Tensor | None:
         """The next state; None, with nothing written, where a velocity is no plain tensor.
 
         Args:
             state: The state to evaluate at.
             base: The state at the start of the step.
-            t: The time to evaluate at.
-            h1, h2, h3: History terms, or None.
+            times: For each time of the table, the time as step_fn sees it.
             row: Of the coefficients.
-            commit: The next state is a state of the trajectory, in `slot`.
-            slot: Where; without commit, the slot of base.
-            history: Where h0 + c*base goes, or None.
+            evaluation: The row's other half.
+            slot: The slot of base; a step that commits writes the next one.
+            history: The history buffers.
         """
         velocities, trajectory = self._velocities, self._trajectory
+        time, commit, read, write = evaluation
         version = 0 if trajectory is None else state._version
-        v, u = velocities(state, t, row)
+        v, u = velocities(state, times[time], row)
         if trajectory is not None and state._version != version and state is base:
-            rewrite(trajectory, slot - commit, state)
+            rewrite(trajectory, slot, state)
         if not velocities.fit(v, u):
             v, u = velocities.shaped(v, u, row)
             if not velocities.fit(v, u):
                 self.left = v, u
                 return None
         out = fresh(state)
-        slots = self._slots if commit else None
-        guidance = velocities.guidance
-        self._fused_step_(out, base, v, u, h1, h2, h3, self._coefficients, row, False, guidance, slots, slot, history)
+        operands = (out, base, v, u, *terms(history, read), self._coefficients, row, False, velocities.guidance)
+        into = None if write is None else history[write]
+        self._fused_step_(*operands, self._slots if commit else None, slot + commit, into)
         return out
+
+
+def terms(history: Sequence[Tensor], read: Sequence[int]) -> tuple[Tensor | None, ...]:
+    """h1, h2 and h3: the history buffers that a row reads."""
+    return (*(history[k] for k in read), None, None, None)[:3]
 
 
 def rewrite(trajectory: Tensor, slot: int, state: Tensor) -> None:

@@ -501,8 +501,8 @@ class Request(NamedTuple):
         if self.time_grid == "uniform":  # as the published loop takes it, to the bit
             first = float(self.noise_at)
             return torch.linspace(first, 1.0 - first, self.steps + 1, dtype=self.grid_dtype, device=self.device)
-        grid = time_grids.time_grid(self.time_grid)(self.steps, noise_at=self.noise_at, **dict(self.options))
-        return grid.to(self.device, self.grid_dtype)
+        make, options = time_grids.time_grid(self.time_grid), dict(self.options)
+        return make(self.steps, noise_at=self.noise_at, dtype=self.grid_dtype, **options).to(self.device)
 
     def make(self) -> Table:
         """The table."""

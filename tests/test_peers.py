@@ -99,7 +99,7 @@ def _scheduler(steps, shift, sigmas, **options):
 def test_shifted_is_diffusers_sigmas(steps, shift, noise_at):
     # invert_sigmas: 1 - sigma, from 0 to 1.
     sigmas = _scheduler(steps, shift, "given", invert_sigmas=noise_at == 0).sigmas
-    grid = time_grids.shifted(steps, shift=shift, noise_at=noise_at)
+    grid = time_grids.shifted(steps, shift=shift, noise_at=noise_at, dtype=torch.float64)
     # They are computed in float32, in five roundings of 2^-25 at most each; seen: 2.9 * 2^-24.
     torch.testing.assert_close(grid, sigmas.double(), rtol=0, atol=4 * 2**-24)
 
@@ -108,13 +108,13 @@ def test_shifted_is_diffusers_sigmas(steps, shift, noise_at):
 def test_shift_is_exp_of_flux_mu(mu):
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 28, 28), mu=mu)
-    grid = time_grids.shifted(28, shift=math.exp(mu), noise_at=1)
+    grid = time_grids.shifted(28, shift=math.exp(mu), noise_at=1, dtype=torch.float64)
     torch.testing.assert_close(grid, scheduler.sigmas.double(), rtol=0, atol=4 * 2**-24)
 
 
 def test_diffusers_own_choice_of_sigmas_is_another():
     # What shifted()'s docstring says of set_timesteps without sigmas: its range is shifted already.
-    own, ours = _scheduler(28, 3.0, "own").sigmas, time_grids.shifted(28, shift=3.0, noise_at=1)
+    own, ours = _scheduler(28, 3.0, "own").sigmas, time_grids.shifted(28, shift=3.0, noise_at=1, dtype=torch.float64)
     assert own[-2].item() == pytest.approx(0.009, abs=5e-4)
     assert ours[-2].item() == pytest.approx(0.1, abs=1e-12)
 

@@ -22,6 +22,14 @@ GRIDS = [
     ("power", {"power": 0.5}, math.sqrt),
     ("power", {"power": 3}, lambda u: u * u * u),
 ]
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    """Grids in float64, so that their equations can be compared closely; conftest puts the default back."""
+    torch.set_default_dtype(torch.float64)
+
+
 every_grid = pytest.mark.parametrize("name, options, equation", GRIDS)
 
 
@@ -60,12 +68,12 @@ def test_more_steps_near_the_noise():
 
 
 @pytest.mark.parametrize("noise_at", [0, 1])
-def test_uniform_is_linspace_in_float64(noise_at):
+def test_uniform_is_linspace(noise_at):
     for steps in (1, 4, 10, 50):
         want = torch.linspace(noise_at, 1 - noise_at, steps + 1, dtype=torch.float64)
         assert torch.equal(uniform(steps, noise_at=noise_at), want)
-    # And so not the published loop's steps, the differences of float32's linspace.
-    assert (torch.diff(uniform(10)).float() != torch.diff(torch.linspace(0, 1, 11))).any()
+    torch.set_default_dtype(torch.float32)
+    assert torch.equal(uniform(10), torch.linspace(0, 1, 11))  # the published loop's
 
 
 def test_neutral_options_are_uniform():
@@ -103,21 +111,31 @@ def test_callers_get_their_own(name, options, equation):
 def test_sample_takes_it(name, options, equation):
     for noise_at in (0, 1):
         fm = FlowMatching(2, "midpoint", noise_at=noise_at)
-        grid = TIME_GRIDS[name](8, noise_at=noise_at, **options)
+        grid = TIME_GRIDS[name](8, noise_at=noise_at, dtype=torch.float32, **options)
         towards = 1 - 2 * noise_at
-        x = fm.sample(
-            3, lambda x, t, k=towards: torch.full_like(x, k), noise=torch.zeros(3, 2), time_steps=grid.float()
-        )
-        torch.testing.assert_close(x, torch.ones(3, 2), rtol=0, atol=1e-6)  # eight roundings of float32
+        noise = torch.zeros(3, 2, dtype=torch.float32)
+        x = fm.sample(3, lambda x, t, k=towards: torch.full_like(x, k), noise=noise, time_steps=grid)
+        torch.testing.assert_close(x, torch.ones_like(noise), rtol=0, atol=1e-6)  # eight roundings of float32
 
 
 @every_grid
-def test_defaults_of_torch_do_not_matter(name, options, equation):
-    want = TIME_GRIDS[name](5, **options)
-    torch.set_default_dtype(torch.float16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounded_once_to_a_dtype(name, options, equation, dtype):
+    want = TIME_GRIDS[name](5, **options).to(dtype)
     with torch.device("meta"):
-        got = TIME_GRIDS[name](5, **options)
-    assert got.device.type == "cpu" and got.dtype == torch.float64 and torch.equal(got, want)
+        got = TIME_GRIDS[name](5, **options, dtype=dtype)
+        torch.set_default_dtype(dtype)
+        assert torch.equal(TIME_GRIDS[name](5, **options), got)
+    assert got.device.type == "cpu" and got.dtype == dtype
+    if name == "uniform":
+        want = torch.linspace(0, 1, 6, dtype=dtype, device="cpu")
+    assert torch.equal(got, want)
+
+
+def test_entries_that_meet_in_float32_only():
+    power(8000, noise_at=1)
+    with pytest.raises(ValueError, match=r"8000 steps so close together that torch.float32 cannot"):
+        power(8000, noise_at=1, dtype=torch.float32)
 
 
 def test_examples_run():

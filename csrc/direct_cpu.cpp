@@ -231,7 +231,10 @@ Torch torch_;
 class Buffer {
  public:
   Buffer(PyObject* tensor, const void* memory)
-      : tensor_(Py_NewRef(tensor)), storage_(storage(tensor)), address_(address(storage_.get())), memory_(memory) {}
+      : tensor_(Py_NewRef(tensor)), storage_(storage(tensor)), address_(address(storage_.get())), memory_(memory) {
+    static PyObject* const is_shared = interned("is_shared");
+    if (is(storage_.get(), is_shared)) memory_ = nullptr;
+  }
 
   PyObject* tensor() const { return tensor_.get(); }
   // Uses of the storage: by tensors, views, arrays and graphs.
@@ -240,13 +243,13 @@ class Buffer {
     return integer(count.get());
   }
   Py_ssize_t references() const { return Py_REFCNT(storage_.get()); }
-  // Whether nobody but this one tensor holds the memory, which is at `now`: whoever shares memory with another process
-  // moves it.
+  // Whether nobody but this one tensor holds the memory, which is at `now`: who shares it with another process from here
+  // on, moves it.
   bool unheld(const void* now) const {
 #ifdef Py_GIL_DISABLED
     return false;  // counts of references are not exact
 #else
-    return now == memory_ && references() == torch_.references && uses() == torch_.uses;
+    return memory_ && now == memory_ && references() == torch_.references && uses() == torch_.uses;
 #endif
   }
 
@@ -261,7 +264,7 @@ class Buffer {
   }
 
   Object tensor_, storage_, address_;
-  const void* memory_;
+  const void* memory_;  // null where another process may hold it
 };
 
 std::int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }

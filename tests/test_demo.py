@@ -15,11 +15,14 @@ pytest.importorskip("tqdm", reason="the demo needs pip install .[demo]")
 import torch  # noqa: E402
 
 from flowmatch_kernels import FlowMatching  # noqa: E402
-from flowmatch_kernels.demo import command, published_loop, timing  # noqa: E402
-from flowmatch_kernels.demo.comparison import same_bits  # noqa: E402
+from flowmatch_kernels.demo import command, published_loop, solver_comparison, timing  # noqa: E402
+from flowmatch_kernels.demo.comparison import Comparison, same_bits  # noqa: E402
 from flowmatch_kernels.demo.distance import sliced_wasserstein  # noqa: E402
 from flowmatch_kernels.demo.flights import Flights, IncrementScaling, total_turn  # noqa: E402
 from flowmatch_kernels.demo.network import VelocityNetwork, train  # noqa: E402
+from flowmatch_kernels.demo.solver_comparison import Point, SolverComparison, observed_order  # noqa: E402
+from flowmatch_kernels.demo.solver_picture import LOOKS, spread  # noqa: E402
+from flowmatch_kernels.solvers import SOLVERS  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +153,104 @@ def test_training_lowers_the_loss_and_stops_with_the_clock():
     assert train(flow_matching, network, states, 5000, seconds=0.2)[1] < 5000
 
 
+# ---- the solvers, beside each other ----
+
+
+@pytest.fixture
+def solver_comparison_of(flights):
+    """Makes the comparison of the solvers on a velocity, with 20 trajectories a draw."""
+    few = Flights(flights.train, flights.test[:20], flights.dt_seconds)
+
+    def make(step_fn, x_dims=(64, 2)):
+        scaling = IncrementScaling(flights.train)
+        comparison = Comparison(FlowMatching(x_dims), step_fn, scaling, few, torch.device("cpu"), seed=3)
+        return SolverComparison(comparison)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("solver", "spent"),
+    [
+        ("euler", [5, 10, 20, 40]),
+        ("midpoint", [4, 10, 20, 40]),
+        ("heun", [4, 10, 20, 40]),
+        ("rk4", [4, 8, 20, 40]),
+        ("rk4_classic", [4, 8, 20, 40]),
+        ("ab2", [5, 10, 20, 40]),
+        ("ab3", [5, 10, 20, 40]),
+        ("dpmpp_2m", [5, 10, 20, 40]),
+    ],
+)
+def test_solvers_spend_the_evaluations_that_the_table_says(solver, spent, solver_comparison_of):
+    calls = []
+
+    def step_fn(*, x, t):
+        calls.append(t)
+        return -x
+
+    comparison = solver_comparison_of(step_fn)
+    assert len(comparison.converged) == solver_comparison.DRAWS * 20 and len(calls) >= 200
+    calls.clear()
+    points = comparison.curve(solver)
+    assert [point.budget for point in points] == [5, 10, 20, 40]
+    assert [point.evaluations for point in points] == spent
+    assert len(calls) == sum(spent)
+
+
+def test_every_solver_has_a_look_of_its_own():
+    assert set(LOOKS) == set(SOLVERS)
+    assert len({look.colour for look in LOOKS.values()}) == len({look.marker for look in LOOKS.values()}) == len(LOOKS)
+
+
+def test_solver_error_is_the_distance_to_the_exact_solution(solver_comparison_of):
+    comparison = solver_comparison_of(lambda x, t: x)  # dx/dt = x: e * noise
+    scaling = comparison.comparison.scaling
+    noise = comparison.noise.double()
+    exact = scaling.positions(math.e * noise)
+    # rk4's step on it is exp's series to the fourth power: off by e * 50 * h^5 / 120 = 4e-9; the rest is float32.
+    torch.testing.assert_close(comparison.converged.double(), exact, rtol=0, atol=1e-3)
+    for point in comparison.curve("euler"):
+        off = scaling.positions((1 + 1 / point.evaluations) ** point.evaluations * noise) - exact
+        assert point.error == pytest.approx(off.norm(dim=-1).square().mean().sqrt().item(), rel=1e-4)
+
+
+def test_solver_distance_is_the_mean_over_the_draws(solver_comparison_of):
+    comparison = solver_comparison_of(lambda x, t: 0 * x)  # the samples are the noise
+    draws = comparison.comparison.scaling.positions(comparison.noise).split(20)
+    assert len(draws) == solver_comparison.DRAWS and not torch.equal(draws[0], draws[1])
+    mean = sum(sliced_wasserstein(draw, comparison.comparison.flights.test) for draw in draws) / len(draws)
+    assert comparison.curve("euler")[0].distance == pytest.approx(mean, rel=1e-9)
+    assert comparison.converged_distance == pytest.approx(mean, rel=1e-9)
+
+
+def test_a_budget_below_one_step_has_no_point(solver_comparison_of, monkeypatch):
+    monkeypatch.setattr(solver_comparison, "BUDGETS", (3, 4))
+    assert [point.budget for point in solver_comparison_of(lambda x, t: -x).curve("rk4")] == [4]
+
+
+def test_observed_order():
+    points = [Point(evaluations, evaluations, 1.0, 7.0 * evaluations**-3.0) for evaluations in (4, 8, 20)]
+    assert observed_order(points) == pytest.approx(3)
+    assert observed_order([*points[:2], Point(20, 20, 1.0, points[1].error)]) == 0
+    assert math.isnan(observed_order(points[:1]))
+
+
+@pytest.mark.parametrize(
+    ("heights", "expected"),
+    [
+        ([], []),
+        ([0.2, 0.5, 0.8], [0.2, 0.5, 0.8]),
+        ([0.5, 0.5], [0.45, 0.55]),
+        ([0.5, 0.52, 0.54, 0.9], [0.42, 0.52, 0.62, 0.9]),
+        ([0.0, 0.0], [0.0, 0.1]),  # kept inside below
+        ([1.0, 1.0], [0.9, 1.0]),  # and above
+    ],
+)
+def test_labels_are_spread_as_little_as_can_be(heights, expected):
+    assert spread(heights, 0.1, 0.0, 1.0) == pytest.approx(expected)
+
+
 # ---- the command ----
 
 
@@ -180,6 +281,36 @@ def test_demo_prints_the_table_and_writes_the_picture(tmp_path, capsys, few_roun
     assert width > 1200 and height > 900 and out.stat().st_size > 100_000
 
 
+def test_demo_compares_the_solvers_and_writes_their_picture(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(solver_comparison, "BUDGETS", (5, 10))
+    monkeypatch.setattr(solver_comparison, "DRAWS", 1)
+    monkeypatch.setattr(solver_comparison, "CONVERGED_STEPS", 10)
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    assert command.run(arguments("--train-steps", 2, "--compare-solvers", "--device", "cpu")) == 0
+    output = capsys.readouterr().out
+    assert "Device cpu (1 thread)," in output and torch.get_num_threads() == threads
+    quality, error = output.split("Distance to held-out, km")[1].split("Distance to the converged trajectories, km")
+    for table, last in [(quality, 0), (error, 1)]:
+        rows = {row[0]: row[1:] for row in map(str.split, table.splitlines()) if row and row[0] in SOLVERS}
+        assert list(rows) == list(SOLVERS)
+        assert rows["rk4"][1::2][:2] == ["(4)", "(8)"] and len(rows["euler"]) == 2 + last
+        numbers = [float(cell) for row in rows.values() for cell in row if "(" not in cell]
+        assert len(numbers) == len(SOLVERS) * (2 + last) and all(map(math.isfinite, numbers))
+    assert "converged: " in quality and "floor: " in quality and "demo-solvers.png" in output
+    assert [path.name for path in tmp_path.iterdir()] == ["demo-solvers.png"]
+    header = (tmp_path / "demo-solvers.png").read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = int.from_bytes(header[16:20]), int.from_bytes(header[20:24])
+    assert width > 1500 and height > 900 and 40_000 < (tmp_path / "demo-solvers.png").stat().st_size < 250_000
+
+
+def test_demo_compares_either_solvers_or_loops(capsys):
+    with pytest.raises(SystemExit):
+        arguments("--compare-solvers", "--steps", "5")
+    assert "not allowed with" in capsys.readouterr().err
+
+
 def test_demo_returns_1_where_the_bits_differ(tmp_path, capsys, monkeypatch, few_rounds):
     honest = published_loop.sample
     monkeypatch.setattr(published_loop, "sample", lambda *args: torch.nextafter(honest(*args), torch.tensor(9.0)))
@@ -195,6 +326,7 @@ def test_demo_returns_1_where_the_bits_differ(tmp_path, capsys, monkeypatch, few
         (["--device", "nonsense"], "nonsense"),
         (["--device", "cpu", "--backend", "cuda"], "cuda"),
         (["--out", "no/such/folder/p.png"], "folder"),
+        (["--out", "no/such/folder/p.png", "--compare-solvers"], "folder"),
     ],
 )
 def test_demo_refuses_before_it_trains(options, reason, capsys, tmp_path, monkeypatch):

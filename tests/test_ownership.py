@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import io
+import itertools
 import os
 import threading
 import weakref
@@ -299,6 +300,28 @@ def test_what_is_kept_never_changes(way, run, where):
     out.fill_(7.0)
     for k, (clone, read) in enumerate(kept):
         assert_same_bits(read().detach(), clone, f"state {k}, kept by {way}, after the result is written")
+    CLASS_ATTRIBUTE.states.clear()
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("int_method", ["midpoint", "rk4", "ab3"])
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_kept_never_changes_where_steps_have_stages(way, int_method, every):
+    """A step then has a base beside the state, and two buffers take turns."""
+    kept, count = [], itertools.count()
+
+    def keeper(x, t):
+        if next(count) % every == 0:
+            kept.append((x.clone(), WAYS[way](x)))
+        return velocity(x, t)
+
+    noise = torch.randn(BATCH, *DIMS)
+    out = FlowMatching(DIMS, int_method).sample(BATCH, keeper, noise=noise)
+    wanted = FlowMatching(DIMS, int_method, backend="reference").sample(BATCH, velocity, noise=noise)
+    assert_same_bits(out, wanted)
+    out.fill_(7.0)
+    for k, (clone, read) in enumerate(kept):
+        assert_same_bits(read().detach(), clone, f"state {k}, kept by {way}")
     CLASS_ATTRIBUTE.states.clear()
 
 

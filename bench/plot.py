@@ -1,0 +1,114 @@
+"""Draws the plots from a run's JSON: `python -m bench.plot bench/results/bench.json`, PNG files beside it.
+
+bench.png: for each task and shape, each contestant's time as a share of the published loop's; steps.png: time by steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+Row = dict[str, Any]
+
+PUBLISHED = "published loop"
+
+#: What is drawn, in this order, and its colour. Of those by hand, and of ours, the fastest.
+SERIES = {
+    "torchdiffeq": "#8c6bb1",
+    "flow_matching": "#b59fd1",
+    "diffusers": "#d9a441",
+    "compiled update": "#7fbf9b",
+    "best by hand": "#2b8cbe",
+    "ours": "#d7301f",
+}
+TASKS = ("final", "trajectory", "guided", "guided trajectory", "midpoint", "rk4")
+
+
+def fastest(rows: list[Row]) -> dict[str, float]:
+    """The microseconds of each series, of the rows of one work."""
+    found: dict[str, float] = {}
+    for row in rows:
+        if "median_us" not in row:
+            continue
+        name = {"hand": "best by hand", "ours": "ours"}.get(row["kind"], row["contestant"])
+        found[name] = min(row["median_us"], found.get(name, row["median_us"]))
+    return found
+
+
+def plain(rows: list[Row]) -> list[Row]:
+    """Rows of the base point: float32, a free step_fn, the noise passed in."""
+    return [row for row in rows if row["velocity"] == "float32" and not row["network"] and not row["drawn"]]
+
+
+def by_task(rows: list[Row]) -> Figure:
+    """A panel for each task, a group of bars for each shape: above or below the published loop's time, which is 1."""
+    rows = [row for row in plain(rows) if row["steps"] == 10]
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    for axes, task in zip(figure.subplots(2, 3, sharey=True).flat, TASKS, strict=True):
+        group = [row for row in rows if row["task"] == task]
+        shapes = list(dict.fromkeys(tuple(row["shape"]) for row in group))
+        for place, shape in enumerate(shapes):
+            spans = fastest([row for row in group if tuple(row["shape"]) == shape])
+            for k, (name, colour) in enumerate(SERIES.items()):
+                if name in spans:
+                    share = spans[name] / spans[PUBLISHED]
+                    axes.bar(place + (k - 2.5) * 0.14, share - 1, 0.13, bottom=1, color=colour)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set(title=task, yscale="log", xticks=range(len(shapes)))
+        axes.set_xticklabels([textwrap.fill(str(list(shape)), 12) for shape in shapes], fontsize=8)
+    figure.supylabel("time / published loop's: less is better")
+    figure.legend(
+        handles=[Patch(color=colour, label=name) for name, colour in SERIES.items()],
+        loc="outside lower center",
+        ncols=len(SERIES),
+        frameon=False,
+    )
+    return figure
+
+
+def by_steps(rows: list[Row]) -> Figure:
+    """A panel for each shape that was timed at several counts of steps, final states only."""
+    rows = [row for row in plain(rows) if row["task"] == "final"]
+    shapes = list(dict.fromkeys(tuple(row["shape"]) for row in rows if row["steps"] != 10))
+    figure = Figure(figsize=(4.5 * len(shapes), 3.6), layout="constrained")
+    for axes, shape in zip(figure.subplots(1, len(shapes), squeeze=False).flat, shapes, strict=True):
+        group = [row for row in rows if tuple(row["shape"]) == shape]
+        counts = sorted({row["steps"] for row in group})
+        spans = [fastest([row for row in group if row["steps"] == n]) for n in counts]
+        for name, colour in {PUBLISHED: "black", **SERIES}.items():
+            points = [(n, span[name]) for n, span in zip(counts, spans, strict=True) if name in span]
+            if len(points) > 1:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=colour, label=name)
+        axes.set(title=str(list(shape)), xscale="log", yscale="log", xlabel="steps", ylabel="microseconds")
+        axes.set_xticks(counts, labels=map(str, counts), minor=False)
+        axes.minorticks_off()
+        axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.plot", description="plots from the JSON of a run")
+    parser.add_argument("results", type=Path, help="bench.json")
+    chosen = parser.parse_args(arguments)
+    found = json.loads(chosen.results.read_text())
+    machine = f"{found['head']['CPU']}, torch {found['head']['torch'].split(',')[0]}, {found['head']['when'][:10]}"
+    for name, draw in (("bench", by_task), ("steps", by_steps)):
+        figure = draw(found["results"])
+        figure.suptitle(
+            f"ten steps, a step_fn that costs nothing; {machine}" if name == "bench" else machine, fontsize=9
+        )
+        path = chosen.results.with_name(f"{name}.png")
+        figure.savefig(path, dpi=150)
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""The targets: what ours must reach on two cores, ten steps, a free step_fn; ratios of medians of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+
+from flowmatch_kernels.ops.dispatch import BACKENDS, choose
+from flowmatch_kernels.ops.fused_step import COLUMNS
+
+from .contestants import ours
+from .measure import Timing, in_turn, peak_bytes
+from .work import Plan, Problem, Work
+
+CPU = torch.device("cpu")
+
+
+class Target(NamedTuple):
+    """One row of the table."""
+
+    work: str
+    against: str
+    at_most: float
+    measured: float | None
+    """The ratio; None: it could not be measured."""
+    how: str = ""
+
+    def json(self) -> dict[str, Any]:
+        """As the results hold it; `met` is None where nothing was measured."""
+        measured = None if self.measured is None else round(self.measured, 3)
+        return self._asdict() | {"measured": measured, "met": None if measured is None else measured <= self.at_most}
+
+
+def table(plan: Plan, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every target; ratios are of the run's own `rows`, the last five are measured here."""
+
+    def row(shape: tuple[int, ...], task: str, kind: str, at_most: float, drawn: bool = False) -> Target:
+        work = Work(shape, task, drawn=drawn)
+        name = {"published": "published loop", "hand": "best by hand", "bare": "bare loop: draw, grid, calls"}[kind]
+        best, against = best_by_hand(rows, work) if kind == "hand" else (None, median(rows, work, kind))
+        mine = median(rows, work, "ours")
+        measured = None if mine is None or against is None else mine / against
+        return Target(str(work), name, at_most, measured, best or "")
+
+    small, large = plan.small, plan.large
+    found = [
+        row(small, "final", "published", 1 / 5),
+        row(small, "final", "hand", 1.1),
+        row(small, "trajectory", "published", 1 / 5),
+        row(small, "guided", "published", 1 / 7),
+        row(small, "final", "bare", 3.2, drawn=True),
+        row(large, "final", "published", 1 / 3),
+        row(large, "final", "hand", 1.05),
+        row(large, "trajectory", "published", 0.45),
+        row(large, "trajectory", "hand", 0.6),
+        row(large, "guided", "published", 1 / 3),
+        *triad(plan),
+        trajectory_memory(large),
+        cost_per_step(plan),
+    ]
+    return [target.json() for target in found]
+
+
+def median(rows: list[dict[str, Any]], work: Work, kind: str) -> float | None:
+    """The median of the contestants of this kind that `auto` means, in microseconds; of ours the chosen backend's."""
+    name = f"ours, {choose('auto', 'cpu').name}"
+    spans = [row["median_us"] for row in _of(rows, work, kind) if kind != "ours" or row["contestant"] == name]
+    return min(spans, default=None)
+
+
+def best_by_hand(rows: list[dict[str, Any]], work: Work) -> tuple[str | None, float | None]:
+    """The fastest of those by hand, and its median in microseconds."""
+    found = min(_of(rows, work, "hand"), key=lambda row: row["median_us"], default=None)
+    return (None, None) if found is None else (found["contestant"], found["median_us"])
+
+
+def _of(rows: list[dict[str, Any]], work: Work, kind: str) -> list[dict[str, Any]]:
+    wanted = work.json()
+    return [r for r in rows if r["kind"] == kind and "median_us" in r and all(r[k] == v for k, v in wanted.items())]
+
+
+def triad(plan: Plan) -> list[Target]:
+    """The kernel itself, called directly, against `torch.add(a, b, alpha=s, out=c)`: 12 bytes a float each.
+
+    Both read two buffers and write a third, or, in place, write the first; all three warm, and filled.
+    """
+    backend = choose("auto", "cpu").name
+    fused_step_ = BACKENDS[backend].load()
+    a, b, c = (torch.randn(plan.triad) for _ in range(3))
+    coefficients = torch.zeros(1, len(COLUMNS))
+    coefficients[0, :2] = torch.tensor([1.0, 1e-3])
+    nothing = (None,) * 4
+    timings = in_turn(
+        {
+            "step": lambda: fused_step_(c, a, b, *nothing, coefficients, 0),
+            "triad": lambda: torch.add(a, b, alpha=1e-3, out=c),
+            "step in place": lambda: fused_step_(c, c, b, *nothing, coefficients, 0),
+            "triad in place": lambda: c.add_(b, alpha=1e-3),
+        },
+        3 * plan.seconds,
+        plan.least_runs,
+    )
+    work = f"one fused step, {plan.triad} floats, nothing optional"
+    rate = 12e-9 * plan.triad / timings["triad"].median
+    return [
+        Target(work, "triad, same bytes", 1.1, _ratio(timings, "step", "triad"), f"{backend}; triad {rate:.1f} GB/s"),
+        Target(f"{work}, in place", "triad in place", 1.1, _ratio(timings, "step in place", "triad in place"), backend),
+    ]
+
+
+def _ratio(timings: dict[str, Timing], mine: str, other: str) -> float:
+    return timings[mine].median / timings[other].median
+
+
+def trajectory_memory(shape: tuple[int, ...]) -> Target:
+    """The memory that a call adds at its highest, against the trajectory and two states."""
+    work = Work(shape, "trajectory")
+    sample = ours("auto", Problem(work, CPU))
+    sample()
+    peak = peak_bytes(sample)
+    allowed = (work.steps + 1 + 2) * work.state_bytes
+    measured = None if peak is None else round(peak / allowed, 2)  # the kernel counts pages, some of them not ours
+    return Target(f"{work}: peak memory", "the trajectory and two states", 1.0, measured)
+
+
+def cost_per_step(plan: Plan) -> Target:
+    """The cost of one step more, between neighbouring counts of steps: the largest against the smallest.
+
+    What a call costs once, the checks of its arguments and its noise, is not a step's.
+    """
+    samples: dict[int, Callable[[], object]] = {
+        n: ours("auto", Problem(Work(plan.small, steps=n), CPU)) for n in plan.steps
+    }
+    timings = in_turn(samples, 3 * plan.seconds, plan.least_runs)
+    more = {f"{m} to {n}": (timings[n].median - timings[m].median) / (n - m) * 1e6 for m, n in pairwise(plan.steps)}
+    spans = ", ".join(f"{steps}: {us:.2f} us" for steps, us in more.items())
+    work = f"{list(plan.small)}: one step more, {plan.steps[0]} to {plan.steps[-1]:,} steps"
+    least, most = min(more.values()), max(more.values())
+    return Target(work, "the cheapest", 1.1, most / least if least > 0 else None, spans)  # else all was noise

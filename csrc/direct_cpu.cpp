@@ -79,6 +79,11 @@ bool is(PyObject* tensor, PyObject* method) {
   return answer.get() == Py_True;
 }
 
+bool is_true(PyObject* tensor, PyObject* attribute) {
+  const Object answer(PyObject_GetAttr(tensor, attribute));
+  return answer.get() == Py_True;
+}
+
 // torch.float32, ... in the order of Dtype. Filled when the module is imported, never released.
 PyObject* torch_dtypes[4];
 
@@ -243,8 +248,8 @@ class Buffer {
     return integer(count.get());
   }
   Py_ssize_t references() const { return Py_REFCNT(storage_.get()); }
-  // Whether nobody but this one tensor holds the memory, which is at `now`: who shares it with another process from here
-  // on, moves it.
+  // Whether nobody but this one tensor holds the memory, which is at `now`: who shares it with another process from
+  // here on, moves it.
   bool unheld(const void* now) const {
 #ifdef Py_GIL_DISABLED
     return false;  // counts of references are not exact
@@ -655,6 +660,41 @@ PyType_Slot kStepperSlots[] = {
                        "nobody else holds.")},
     {0, nullptr}};
 
+// Whether a clock is as it was made: its times are the original's, and of its views nobody holds one, or its memory, or
+// has left a mark on it.
+PyObject* untouched(PyObject*, PyObject* const* p, Py_ssize_t count) {
+  return guard([&]() -> PyObject* {
+    if (count != 6 || !PyTuple_Check(p[2])) {
+      return PyErr_Format(PyExc_TypeError,
+                          "untouched takes times, original, views (a tuple), batch_size, dims and uses");
+    }
+    static PyObject* const requires_grad = interned("requires_grad");
+    const View times(p[0]), original(p[1]);
+    const std::int64_t batch_size = integer(p[3]), dims = integer(p[4]), bytes = times.seen ? times.tensor.bits / 8 : 0;
+    if (!times.seen || !original.seen || times.tensor.shape[0] != original.tensor.shape[0] ||
+        std::memcmp(times.memory(), original.memory(), original.tensor.shape[0] * bytes) != 0) {
+      Py_RETURN_FALSE;
+    }
+    const Buffer buffer(p[0], nullptr);
+    if (buffer.references() != torch_.references || buffer.uses() != integer(p[5])) Py_RETURN_FALSE;
+    for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(p[2]); ++k) {
+      PyObject* const view = PyTuple_GET_ITEM(p[2], k);
+      PyObject** const attributes = _PyObject_GetDictPtr(view);
+      const bool marked = is_true(view, requires_grad) || (attributes && *attributes && PyDict_Size(*attributes));
+      const View t(view);
+      bool same = t.seen && t.memory() == static_cast<char*>(times.memory()) + k * bytes && t.tensor.ndim == dims + 1 &&
+                  t.tensor.shape[0] == batch_size && (batch_size < 2 || t.tensor.strides[0] == 0);
+      for (int d = 1; same && d < t.tensor.ndim; ++d) same = t.tensor.shape[d] == 1;
+      if (Py_REFCNT(view) != 1 || marked || !same) Py_RETURN_FALSE;
+    }
+    Py_RETURN_TRUE;
+  });
+}
+
+PyMethodDef kUntouched = {
+    "untouched", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(untouched)), METH_FASTCALL,
+    "untouched(times, original, views, batch_size, dims, uses)\n--\n\nFor flowmatch_kernels.sampling.Clock."};
+
 PyType_Spec kStepper = {"flowmatch_kernels._C.Stepper", sizeof(StepperObject), 0, Py_TPFLAGS_DEFAULT, kStepperSlots};
 
 }  // namespace
@@ -689,6 +729,10 @@ void add_direct_cpu(pybind11::module_& m) {
       const pybind11::object own = torch.attr("empty")(1, pybind11::arg("device") = "cpu");
       const Buffer buffer(own.ptr(), nullptr);
       torch_.uses = buffer.uses(), torch_.references = buffer.references();
+#ifndef Py_GIL_DISABLED  // counts of references are not exact there
+      m.attr("untouched") =
+          pybind11::reinterpret_steal<pybind11::object>(PyCFunction_NewEx(&kUntouched, nullptr, nullptr));
+#endif
       m.attr("Stepper") = pybind11::reinterpret_steal<pybind11::object>(PyType_FromSpec(&kStepper));
     }
   }

@@ -209,6 +209,9 @@ class FlowMatching(BaseDiffusion):
         device = _resolved(device)
         if not callable(step_fn):
             raise TypeError(f"step_fn must be callable, got {step_fn!r:.60}")
+        if guidance_form is None:
+            guidance_form = self.guidance_form
+        form = guidance.form(guidance_form)
         guided = weight = None
         if self.use_classifier_free_guidance if use_classifier_free_guidance is None else use_classifier_free_guidance:
             if not combined_guidance and unguided_step_fn is None:
@@ -218,7 +221,6 @@ class FlowMatching(BaseDiffusion):
                 raise ValueError(f"combined_guidance, where step_fn returns both velocities, and {other}: pass one")
             if not combined_guidance and not callable(unguided_step_fn):
                 raise TypeError(f"unguided_step_fn must be callable, got {unguided_step_fn!r:.60}")
-            form = guidance.form(guidance_form or self.guidance_form)
             guided = Guided(form, unguided_step_fn, skip_irrelevant_model)
             if inference_guidance_weight is None:
                 inference_guidance_weight = self.inference_guidance_weight
@@ -246,7 +248,7 @@ class FlowMatching(BaseDiffusion):
             step_sizes,
             dtype,
             device,
-            guidance_form or self.guidance_form,
+            guidance_form,
             weight,
             cached,
         )
@@ -376,6 +378,7 @@ class FlowMatching(BaseDiffusion):
         cached: bool,
     ) -> Table:
         """The solver's table on the grid that the arguments describe, with the weights of guidance."""
+        solvers.solver(int_method)
         steps = count(inference_step, "inference_step") if inference_step is not None else 0
         steps = steps or count(self.num_inference_steps, "num_inference_steps")
         arithmetic = arithmetic_dtype(dtype)
@@ -414,11 +417,7 @@ class FlowMatching(BaseDiffusion):
             grid = request.grid()
         dt = torch.diff(grid) if step_sizes is None else _step_sizes(step_sizes, grid.numel() - 1).to(grid.device)
         table = solvers.build(int_method, grid, dt, arithmetic, device, self.noise_at, predicts)
-        if not table.coefficients.isfinite().all():
-            raise ValueError(
-                f"{int_method} has no finite coefficients on this time grid, {grid.tolist()!s:.200}: it needs one that "
-                f"runs from the noise, at t = {self.noise_at}, to the data, with neither end of time inside it"
-            )
+        solvers.check_finite(table, int_method, self.noise_at)
         return table if weight is None else table.guided(guidance.form(form), weight)
 
     def _noise(

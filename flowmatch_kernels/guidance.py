@@ -1,7 +1,7 @@
 """Classifier-free guidance: how the velocities with and without the condition become one.
 
-With c the guided velocity and u the unguided one, four forms are in use. Not one is another to the last bit, so
-each is computed as its users write it:
+With c the guided velocity and u the unguided one, four forms are in use. They round differently, so each is
+computed as its users write it:
 
     interpolate      (1 - w)*u + w*c      Guided Flows, arXiv 2311.13443, eq. 6; Alpamayo. The default
     from_unguided    u + s*(c - u)        s = w; diffusers' image pipelines

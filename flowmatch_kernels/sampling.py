@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -110,6 +108,10 @@ def integrate(
         slot += 1
         if constraint is not None:
             state = constrained(constraint, state, times[slot], in_place=step is not None)
+            if type(state) is not Tensor and trajectory is not None:
+                states, trajectory = list(trajectory.unbind(1)[:slot]), None
+            if type(state) is not Tensor:
+                step = None
             if trajectory is not None:
                 rewrite(trajectory, slot, state)
         if states is not None:
@@ -132,21 +134,27 @@ def constrained(constraint: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Te
         ValueError: it returned another shape, or a tensor on another device.
     """
     y = constraint(x.detach(), t)
-    wanted = f"a tensor {list(x.shape)}, {x.dtype}, on {x.device}"
     if not isinstance(y, Tensor):
-        raise TypeError(f"constraint returned {_described(y)}; wanted {wanted}")
+        raise TypeError(f"constraint returned {_described(y)}; {_like(x)}")
     if y.layout is not torch.strided or y.is_nested:
-        raise TypeError(f"constraint returned a tensor of layout {_layout(y)}; wanted {wanted}")
+        raise TypeError(f"constraint returned a tensor of layout {_layout(y)}; {_like(x)}")
     if y.dtype != x.dtype:
-        raise TypeError(f"constraint returned a tensor of {y.dtype}; wanted {wanted}")
+        raise TypeError(f"constraint returned a tensor of {y.dtype}; {_like(x)}")
     if y.shape != x.shape:
-        raise ValueError(f"constraint returned a tensor of shape {list(y.shape)}; wanted {wanted}")
+        raise ValueError(f"constraint returned a tensor of shape {list(y.shape)}; {_like(x)}")
     if y.device != x.device:
-        raise ValueError(f"constraint returned a tensor on {y.device}; wanted {wanted}")
+        raise ValueError(f"constraint returned a tensor on {y.device}; {_like(x)}")
     y = _plain(y)
-    if in_place and type(y) is Tensor and y.is_contiguous() and not y.is_neg() and y.data_ptr() == x.data_ptr():
+    if not in_place:
+        return y.detach().clone(memory_format=torch.contiguous_format)
+    if type(y) is Tensor and y.is_contiguous() and not y.is_neg() and y.data_ptr() == x.data_ptr():
         return x
-    return y.detach().clone(memory_format=torch.contiguous_format)
+    with torch.inference_mode(False):  # an ordinary tensor: it counts the writes of a step_fn
+        return y.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _like(x: Tensor) -> str:
+    return f"wanted a tensor {list(x.shape)}, {x.dtype}, on {x.device}"
 
 
 def stops(answer: object) -> bool:
@@ -343,7 +351,9 @@ class Velocities:
 
 def _plain(x: Tensor) -> Tensor:
     """A Parameter, or a tensor with a name tag, as the tensor that it is."""
-    return x.as_subclass(Tensor) if type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ else x
+    if type(x) is Tensor or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return x
+    return x.as_subclass(Tensor)
 
 
 def _layout(x: Tensor) -> str:
@@ -368,16 +378,12 @@ class Clock:
         self.times = times.clone()
         ones = [1] * dims
         self.views = self.times.view(-1, 1, *ones).expand(-1, batch_size, *ones).unbind()
-        self._untouched: list[object] | None = None
-
-    def _touches(self) -> list[object]:
-        views = self.views
-        return [self.times._version, _holders(self.times), *map(sys.getrefcount, views), *map(_requires_grad, views)]
+        self._uses: int | None = None  # of its memory, where it may serve again
 
     @classmethod
     def of(cls, table: Table, batch_size: int, dims: int, reuse: bool) -> Clock:
         """A clock for this table: with `reuse` the one that `back` has put by, or a new one that it may."""
-        if not reuse or table.times.device.type != "cpu" or _storage_use_count is None:
+        if not reuse or table.times.device.type != "cpu" or native.untouched is None:
             return cls(table.times, batch_size, dims)
         try:
             clock = table.clocks.pop()  # out of the reach of other threads, and of a sample() in this one's step_fn
@@ -387,24 +393,15 @@ class Clock:
             pass
         with torch.inference_mode(False), torch.no_grad():
             clock = cls(table.times, batch_size, dims)
-        clock._untouched = clock._touches()
+        clock._uses = torch._C._storage_Use_Count(clock.times.untyped_storage()._cdata)
         return clock
 
     def back(self, table: Table) -> None:
-        """Puts the clock by for the next sample(), unless somebody keeps a time, or wrote to one."""
-        if self._untouched is not None and not table.clocks and self._touches() == self._untouched:
-            table.clocks.append(self)
-
-
-_requires_grad = operator.attrgetter("requires_grad")
-_storage_use_count = getattr(torch._C, "_storage_Use_Count", None)
-
-
-def _holders(tensor: Tensor) -> tuple[int, int, bool]:
-    """Who holds a tensor's memory: uses of its storage, of the storage's Python object, other processes."""
-    storage = tensor.untyped_storage()
-    assert _storage_use_count is not None
-    return _storage_use_count(storage._cdata), sys.getrefcount(storage), storage.is_shared()
+        """Puts the clock by for the next sample(), unless somebody wrote to a time, keeps one, or left a mark on it."""
+        if self._uses is not None and not table.clocks:
+            assert native.untouched is not None
+            if native.untouched(self.times, table.times, self.views, *self.shape, self._uses):
+                table.clocks.append(self)
 
 
 class Stepper:

@@ -520,5 +520,32 @@ def signs(weight: float | tuple[float, ...]) -> tuple[float, ...]:
 
 
 def named(request: Request, cached: bool) -> Table:
-    """The table that a request describes, perhaps from the cache."""
-    return cache.get(request, request.make) if cached else request.make()
+    """The table that a request describes, perhaps from the cache.
+
+    Raises:
+        ValueError: the solver cannot use the grid (asked where the table is kept, and so in plain eager mode).
+    """
+
+    def checked() -> Table:
+        table = request.make()
+        check_finite(table, request.int_method, request.noise_at)
+        return table
+
+    return cache.get(request, checked) if cached else request.make()
+
+
+def check_finite(table: Table, int_method: str, noise_at: int) -> None:
+    """Raises where a solver cannot use a time grid.
+
+    Raises:
+        ValueError: a coefficient is not finite.
+    """
+    rows = table.coefficients
+    if not rows.is_meta and not (
+        _part(rows, 0, 5, dim=1).isfinite().all() and _part(rows, 7, 8, dim=1).isfinite().all()
+    ):
+        grid = _part(table.times, 0, table.steps + 1).tolist()
+        raise ValueError(
+            f"{int_method} has no finite coefficients on this time grid, {grid!s:.200}: it needs one that runs from "
+            f"the noise, at t = {noise_at}, to the data, with neither end of time inside it, and entries that differ"
+        )

@@ -20,6 +20,7 @@ def module():
     return torch.nn.Identity()
 
 
+GRID = torch.linspace(0, 1, 5)
 CONSTRUCTOR = {
     "x_dims empty": ({"x_dims": []}, ValueError, ["x_dims", "positive", r"\[\]"]),
     "x_dims empty tuple": ({"x_dims": ()}, ValueError, ["x_dims", "positive", r"\(\)"]),
@@ -41,6 +42,39 @@ CONSTRUCTOR = {
     "int_method": ({"int_method": "eulr"}, ValueError, ["^Invalid integration method: eulr", "known.*euler"]),
     "int_method None": ({"int_method": None}, ValueError, ["Invalid integration method: None", "euler"]),
     "sampler": ({"train_timestep_sampler": "normal"}, ValueError, ["train_timestep_sampler", "uniform", "normal"]),
+    "guidance_form": (
+        {"guidance_form": "cfg"}, ValueError,
+        ["guidance_form 'cfg'", "known: interpolate, from_unguided, from_guided, extrapolate"],
+    ),
+    "guidance_form None": ({"guidance_form": None}, ValueError, ["guidance_form None", "known: interpolate"]),
+    "guidance_form a list": ({"guidance_form": ["interpolate"]}, ValueError, ["guidance_form", "known: interpolate"]),
+    "time_grid": (
+        {"time_grid": "karras"}, ValueError, ["Invalid time grid: karras", "known: uniform, shifted, cosine, power"]
+    ),
+    "time_grid None": ({"time_grid": None}, ValueError, ["Invalid time grid: None", "known: uniform"]),
+    "time_grid a tensor": ({"time_grid": torch.rand(3)}, ValueError, ["Invalid time grid: ", "known: uniform"]),
+    "another grid's option": ({"time_grid": "cosine", "time_grid_options": {"shift": 3.0}}, TypeError, ["shift"]),
+    "an option of no grid": ({"time_grid_options": {"shift": 3.0}}, TypeError, ["shift"]),
+    "an option misspelt": ({"time_grid": "shifted", "time_grid_options": {"shfit": 3.0}}, TypeError, ["shfit"]),
+    "an option that is an argument": (
+        {"time_grid": "shifted", "time_grid_options": {"noise_at": 1}}, TypeError, ["noise_at"]
+    ),
+    "an option's value": (
+        {"time_grid": "shifted", "time_grid_options": {"shift": -3.0}}, ValueError,
+        ["shift", "greater than 0", r"-3\.0"],
+    ),
+    "an option's type": (
+        {"time_grid": "power", "time_grid_options": {"power": "2"}}, TypeError, ["power must be a number", "'2'"]
+    ),
+    "options for a function": (
+        {"time_grid": lambda n: GRID, "time_grid_options": {"shift": 3.0}}, ValueError,
+        ["time_grid_options", "bind them"],
+    ),
+    "prediction_type": ({"prediction_type": "score"}, ValueError, ["'velocity', 'data' or 'noise'", "'score'"]),
+    "prediction_type None": ({"prediction_type": None}, ValueError, ["'velocity', 'data' or 'noise'", "None"]),
+    "noise_at": ({"noise_at": 2}, ValueError, ["noise_at must be 0 or 1", "got 2"]),
+    "noise_at None": ({"noise_at": None}, ValueError, ["noise_at must be 0 or 1", "None"]),
+    "noise_at 0.5": ({"noise_at": 0.5}, ValueError, ["noise_at must be 0 or 1", r"0\.5"]),
     "backend": ({"backend": "cudda"}, ValueError, ["cudda", "known: auto, triton, cuda, cpu, reference"]),
     "backend None": ({"backend": None}, ValueError, ["None", "known: auto"]),
     "keyword": ({"num_steps": 3}, TypeError, ["num_steps"]),
@@ -60,7 +94,7 @@ def assert_says(raised, words):
         assert re.search(word, str(raised.value)), f"{raised.value} does not say {word}"
 
 
-GRID = torch.linspace(0, 1, 5)
+GUIDED = {"use_classifier_free_guidance": True, "unguided_step_fn": good}
 SAMPLE = {
     "batch_size negative": ({"batch_size": -1}, ValueError, ["batch_size", "negative", "-1"]),
     "batch_size float": ({"batch_size": 4.0}, TypeError, ["batch_size", "int", r"4\.0"]),
@@ -72,6 +106,7 @@ SAMPLE = {
     "inference_step string": ({"inference_step": "5"}, TypeError, ["inference_step", "int", "'5'"]),
     "inference_step bool": ({"inference_step": False}, TypeError, ["inference_step", "int", "False"]),
     "int_method": ({"int_method": "NAME"}, ValueError, ["^Invalid integration method: NAME", "known.*euler"]),
+    "int_method a list": ({"int_method": ["euler"]}, ValueError, [r"Invalid integration method: \['euler'\]"]),
     "int_method number": ({"int_method": 3}, ValueError, ["Invalid integration method: 3", "euler"]),
     "backend unknown": ({"backend": "vulkan"}, ValueError, ["vulkan", "known: auto, triton, cuda, cpu, ref"]),
     "backend unusable": ({"backend": "cuda"}, RuntimeError, ["'cuda'", "cannot be used", "cpu"]),
@@ -92,6 +127,74 @@ SAMPLE = {
         {"use_classifier_free_guidance": True, "unguided_step_fn": good, "inference_guidance_weight": "x"},
         TypeError, ["inference_guidance_weight", "number", "'x'"],
     ),
+    "weights too few": (
+        GUIDED | {"inference_guidance_weight": [1.5] * 9}, ValueError,
+        ["inference_guidance_weight", "one for each of the 10 steps", "got 9 of them"],
+    ),
+    "weights too many": (
+        GUIDED | {"inference_guidance_weight": torch.ones(5), "inference_step": 4}, ValueError,
+        ["inference_guidance_weight", "each of the 4 steps", "got 5 of them"],
+    ),
+    "weights for each evaluation": (
+        GUIDED | {"inference_guidance_weight": (1.5,) * 20, "int_method": "heun"}, ValueError,
+        ["each of the 10 steps", "got 20 of them"],
+    ),
+    "weights for a grid": (
+        GUIDED | {"inference_guidance_weight": (1.5,) * 5, "time_steps": GRID}, ValueError,
+        ["each of the 4 steps", "got 5 of them"],
+    ),
+    "no weights": (GUIDED | {"inference_guidance_weight": []}, ValueError, ["each of the 10 steps", "got 0 of them"]),
+    "weights that hold a string": (
+        GUIDED | {"inference_guidance_weight": [1.5, "x"] * 5}, TypeError, [r"inference_guidance_weight\[1\]", "'x'"]
+    ),
+    "weights that hold None": (
+        GUIDED | {"inference_guidance_weight": [None] * 10}, TypeError, [r"inference_guidance_weight\[0\]", "None"]
+    ),
+    "weights that hold tensors": (
+        GUIDED | {"inference_guidance_weight": [torch.ones(2)] * 10}, TypeError, [r"inference_guidance_weight\[0\]"]
+    ),
+    "weights 2-D": (
+        GUIDED | {"inference_guidance_weight": torch.ones(10, 4)}, TypeError,
+        ["inference_guidance_weight", "a number for each step, or a function of t"],
+    ),
+    "weight bool": (
+        GUIDED | {"inference_guidance_weight": True}, TypeError, ["inference_guidance_weight must be a number", "True"]
+    ),
+    "weight complex": (
+        GUIDED | {"inference_guidance_weight": 1j}, TypeError, ["inference_guidance_weight must be a number", "1j"]
+    ),
+    "a function that returns None": (
+        GUIDED | {"inference_guidance_weight": lambda t: None}, TypeError,
+        [r"inference_guidance_weight\(t\) returned must be a number", "None"],
+    ),
+    "a function that returns a string": (
+        GUIDED | {"inference_guidance_weight": str}, TypeError, [r"inference_guidance_weight\(t\) returned", "'0.0'"]
+    ),
+    "a function that returns a pair": (
+        GUIDED | {"inference_guidance_weight": lambda t: (t, t)}, TypeError, [r"inference_guidance_weight\(t\)"]
+    ),
+    "guidance_form": (
+        GUIDED | {"guidance_form": "cfg"}, ValueError,
+        ["guidance_form 'cfg'", "known: interpolate, from_unguided, from_guided, extrapolate"],
+    ),
+    "combined_guidance without guidance": (
+        {"combined_guidance": True}, ValueError, ["combined_guidance needs use_classifier_free_guidance=True"]
+    ),
+    "combined_guidance, guidance off": (
+        {"combined_guidance": True, "use_classifier_free_guidance": False, "unguided_step_fn": good}, ValueError,
+        ["combined_guidance needs use_classifier_free_guidance=True"],
+    ),
+    "combined_guidance and unguided_step_fn": (
+        GUIDED | {"combined_guidance": True}, ValueError, ["combined_guidance", "unguided_step_fn", "pass one"]
+    ),
+    "combined_guidance and skip_irrelevant_model": (
+        {"use_classifier_free_guidance": True, "combined_guidance": True, "skip_irrelevant_model": True}, ValueError,
+        ["combined_guidance", "skip_irrelevant_model", "pass one"],
+    ),
+    "constraint": ({"constraint": V}, TypeError, ["constraint must be callable", "tensor"]),
+    "constraint a string": ({"constraint": "clamp"}, TypeError, ["constraint must be callable", "'clamp'"]),
+    "callback": ({"callback": 3}, TypeError, ["callback must be callable", "3"]),
+    "callback True": ({"callback": True}, TypeError, ["callback must be callable", "True"]),
     "noise shape": ({"noise": torch.zeros(4, 2, 3)}, ValueError, ["noise", r"\[4, 3, 2\]", r"\[4, 2, 3\]"]),
     "noise batch": ({"noise": torch.zeros(1, 3, 2)}, ValueError, ["noise", r"\[4, 3, 2\]", r"\[1, 3, 2\]"]),
     "noise rank": ({"noise": torch.zeros(24)}, ValueError, ["noise", r"\[4, 3, 2\]", r"\[24\]"]),
@@ -151,6 +254,40 @@ def test_sample(case):
     assert torch.equal(before[0], torch.get_rng_state()), "noise was drawn before the arguments were checked"
     assert torch.equal(before[1], generator.get_state()), "noise was drawn before the arguments were checked"
     assert not calls, "step_fn was called before the arguments were checked"
+
+
+RETURNED_GRIDS = {
+    "too few": (lambda n: torch.linspace(0, 1, n), ValueError, ["10 entries for 10 steps", "wanted 11"]),
+    "too many": (lambda n: torch.linspace(0, 1, n + 2), ValueError, ["12 entries for 10 steps", "wanted 11"]),
+    "not monotonic": (lambda n: torch.linspace(0, 3, n + 1).sin(), ValueError, ["strictly monotonic"]),
+    "repeated": (lambda n: torch.linspace(0, 1, n + 1).clamp(max=0.5), ValueError, ["strictly monotonic"]),
+    "NaN": (lambda n: torch.linspace(0, 1, n + 1).log().log(), ValueError, ["NaN", "nan"]),
+    "infinite": (lambda n: torch.linspace(0, 1, n + 1).log(), ValueError, ["finite", "inf"]),
+    "2-D": (lambda n: torch.linspace(0, 1, n + 1)[None], ValueError, ["1-D", r"\[1, 11\]"]),
+    "one entry": (lambda n: torch.zeros(1), ValueError, ["two or more", r"\[1\]"]),
+    "integers": (lambda n: torch.arange(n + 1), TypeError, ["floating point", "int64"]),
+    "None": (lambda n: None, TypeError, ["tensor or a sequence", "None"]),
+    "a string": (lambda n: "uniform", TypeError, ["tensor or a sequence", "uniform"]),
+}
+
+
+@pytest.mark.parametrize("case", RETURNED_GRIDS)
+def test_time_grid_returns(case):
+    grid, error, words = RETURNED_GRIDS[case]
+    before, calls = torch.get_rng_state(), []
+    with pytest.raises(error) as raised:
+        FlowMatching((3, 2), time_grid=grid).sample(4, lambda x, t: calls.append(x))
+    assert_says(raised, ["time_grid returned", *words])
+    assert torch.equal(before, torch.get_rng_state()) and not calls
+
+
+def test_inference_step_with_a_grid_by_name():
+    """inference_step= counts, time_steps= is counted."""
+    for keywords in ({"time_grid": "shifted"}, {"time_grid": lambda n: 1 / 0}):
+        with pytest.raises(ValueError, match=r"inference_step is 5, and time_steps has 5 entries, 4 steps"):
+            FlowMatching((3, 2), **keywords).sample(4, good, inference_step=5, time_steps=GRID)
+    with pytest.raises(ValueError, match=r"step_sizes must hold 3 entries"):
+        FlowMatching((3, 2), time_grid="cosine").sample(4, good, inference_step=3, step_sizes=[0.1] * 10)
 
 
 def test_guidance_from_the_constructor():

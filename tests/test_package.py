@@ -10,7 +10,16 @@ import pytest
 import torch
 
 import flowmatch_kernels
-from flowmatch_kernels import base, flow_matching, sampling, solvers
+from flowmatch_kernels import (
+    arguments,
+    base,
+    constraints,
+    flow_matching,
+    guidance,
+    sampling,
+    solvers,
+    time_grids,
+)
 from flowmatch_kernels.ops import dispatch, fused_step, native, reference
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -135,7 +144,7 @@ x = torch.randn(4, 3, 2)
 op = torch.ops.flowmatch_kernels.fused_step
 torch.library.opcheck(op.default, (x, x, x, None, None, None, table, 1, False))
 out, slots = torch.empty_like(x), torch.zeros(4, 2, 3, 2)
-torch.ops.flowmatch_kernels.fused_step_(out, x, x, x, None, None, None, table, 1, False, slots, 1, None)
+torch.ops.flowmatch_kernels.fused_step_(out, x, x, x, None, None, None, table, 1, False, 0, slots, 1, None)
 assert torch.equal(out, op(x, x, x, None, None, None, table, 1, False)) and torch.equal(slots[:, 1], out)
 for bad in ((x, x.double()), (x, x[0]), (x.int(), x)):
     try:
@@ -190,7 +199,7 @@ print("ok")
 
 
 def test_public_names():
-    wanted = ["BaseDiffusion", "FlowMatching", "StepFn", "available_backends", "use_backend"]
+    wanted = ["BaseDiffusion", "FlowMatching", "Sample", "StepFn", "available_backends", "inpaint", "use_backend"]
     assert sorted(flowmatch_kernels.__all__) == sorted(wanted)
     for name in wanted:
         assert getattr(flowmatch_kernels, name).__doc__
@@ -209,6 +218,9 @@ def test_signatures():
         "inference_guidance_weight": 1.0,
         "use_classifier_free_guidance": False,
         # Beyond upstream's.
+        "guidance_form": "interpolate",
+        "time_grid": "uniform",
+        "time_grid_options": None,
         "prediction_type": "velocity",
         "noise_at": 0,
         "backend": "auto",
@@ -224,15 +236,29 @@ def test_signatures():
         "unguided_step_fn": None,
         "use_classifier_free_guidance": None,
         "inference_guidance_weight": None,
+        "guidance_form": None,
+        "combined_guidance": False,
+        "skip_irrelevant_model": False,
         "temperature": 1.0,
         "noise": None,
         "generator": None,
         "dtype": None,
         "time_steps": None,
         "step_sizes": None,
+        "constraint": None,
+        "callback": None,
         "progress": False,
         "backend": None,
     }
+
+
+def test_signatures_of_the_rest():
+    assert list(inspect.signature(flowmatch_kernels.inpaint).parameters) == ["known", "mask", "noise", "noise_at"]
+    assert flowmatch_kernels.Sample._fields == ("x", "time_steps", "stopped")
+    parameters = inspect.signature(flowmatch_kernels.FlowMatching.nfe).parameters
+    assert {n: p.default for n, p in parameters.items() if n != "self"} == dict.fromkeys(
+        ("inference_step", "int_method", "guided")
+    )
 
 
 def test_base_is_abstract():
@@ -250,7 +276,21 @@ def test_base_is_abstract():
 
 @pytest.mark.parametrize(
     "module",
-    [flowmatch_kernels, base, flow_matching, sampling, solvers, dispatch, fused_step, native, reference],
+    [
+        flowmatch_kernels,
+        arguments,
+        base,
+        constraints,
+        flow_matching,
+        guidance,
+        sampling,
+        solvers,
+        time_grids,
+        dispatch,
+        fused_step,
+        native,
+        reference,
+    ],
     ids=lambda module: module.__name__,
 )
 def test_examples_in_docstrings(module):
@@ -260,5 +300,7 @@ def test_examples_in_docstrings(module):
 
 def test_there_are_examples():
     finder = doctest.DocTestFinder()
-    examples = [e for m in (flow_matching, dispatch) for t in finder.find(m) for e in t.examples]
-    assert len(examples) >= 4
+    examples = [
+        e for m in (flow_matching, dispatch, constraints, time_grids) for t in finder.find(m) for e in t.examples
+    ]
+    assert len(examples) >= 11

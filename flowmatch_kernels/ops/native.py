@@ -68,6 +68,9 @@ cpu_fused_step_: Callable[..., None] = _not_built if _C is None else _C.fused_st
 #: The `cpu` backend's `sampling.Stepper`; None where this torch lacks what it needs.
 Stepper: Callable[..., Any] | None = getattr(_C, "Stepper", None)
 
+#: (times, original, views, batch_size, dims, uses) -> whether a `sampling.Clock` is as it was made; None as above.
+untouched: Callable[..., bool] | None = getattr(_C, "untouched", None)
+
 
 def cuda_fused_step_(
     out: Tensor,

@@ -23,8 +23,11 @@ from typing import NamedTuple
 
 import torch
 
-from flowmatch_kernels.ops.fused_step import VELOCITY_DTYPES, arithmetic_dtype
+from flowmatch_kernels.ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, VELOCITY_DTYPES, WEIGHTED, arithmetic_dtype
 from flowmatch_kernels.solvers import SOLVERS, build
+
+#: The forms of guidance, by name.
+GUIDANCE = {WEIGHTED: "weighted", FROM_UNGUIDED: "from unguided", FROM_GUIDED: "from guided"}
 
 
 class Specialisation(NamedTuple):
@@ -32,7 +35,8 @@ class Specialisation(NamedTuple):
 
     state: torch.dtype
     velocity: torch.dtype
-    guided: bool = False
+    guidance: int | None = None
+    """The form of guidance: WEIGHTED, FROM_UNGUIDED or FROM_GUIDED; None: there is no u."""
     terms: int = 0
     """History terms read: h1..h3."""
     trajectory: bool = False
@@ -40,6 +44,11 @@ class Specialisation(NamedTuple):
     """Is the history written?"""
     velocity_rounding: bool = False
     aligned: bool = True
+
+    @property
+    def guided(self) -> bool:
+        """Is u present?"""
+        return self.guidance is not None
 
     @property
     def operands(self) -> str:
@@ -66,8 +75,8 @@ class Specialisation(NamedTuple):
 
     @property
     def coefficients(self) -> int:
-        """How many coefficients of the row are used: a, b0..b3, w0 and w1, c."""
-        return 2 + self.terms + 2 * self.guided + self.history
+        """How many coefficients of the row are used: a, b0..b3, w0 (by WEIGHTED alone) and w1, c."""
+        return 2 + self.terms + self.guided + (self.guidance == WEIGHTED) + self.history
 
 
 class Access(NamedTuple):
@@ -103,6 +112,7 @@ class Row(NamedTuple):
     arch: str
     state: str
     velocity: str
+    guidance: str
     operands: str
     aligned: bool
     registers: int
@@ -127,10 +137,19 @@ class Kernel(NamedTuple):
     compile: Callable[[Specialisation, str], Code]
     unavailable: Callable[[], str | None]
     """Why it cannot be compiled here, or None."""
+    forms: tuple[int, ...]
+    """The forms of guidance that are compilations of their own; all others are in the code of the first."""
 
 
-def picked_by_sample() -> list[Specialisation]:
-    """Every specialisation that `sample()` can pick: all solvers, guidance, trajectory, dtypes, alignments."""
+def picked_by_sample(forms: Iterable[int] = GUIDANCE) -> list[Specialisation]:
+    """Every specialisation that `sample()` can pick: all solvers, guidance, trajectory, dtypes, alignments.
+
+    But of the forms of guidance by differences two for each dtypes and alignment, with the fewest and the most
+    operands: a difference in the place of a second product changes little else.
+
+    Args:
+        forms: The forms of guidance wanted.
+    """
     grid = torch.linspace(0, 1, 9)
     steps = {
         (len(evaluation.read), evaluation.write is not None, evaluation.commit and all_steps)
@@ -138,13 +157,14 @@ def picked_by_sample() -> list[Specialisation]:
         for evaluation in build(name, grid, torch.diff(grid), torch.float32, grid.device).evaluations
         for all_steps in (False, True)
     }
+    fewest_and_most = min(steps), max(steps)
     return [
-        Specialisation(state, velocity, guided, terms, trajectory, history, aligned=aligned)
+        Specialisation(state, velocity, guidance, terms, trajectory, history, aligned=aligned)
         for aligned in (True, False)
         for state, velocities in VELOCITY_DTYPES.items()
         for velocity in velocities
-        for guided in (False, True)
-        for terms, history, trajectory in sorted(steps)
+        for guidance in (None, *forms)
+        for terms, history, trajectory in (sorted(steps) if guidance in (None, WEIGHTED) else fewest_and_most)
     ]
 
 
@@ -158,6 +178,7 @@ def measure(kernel: str, arch: str, specialisation: Specialisation) -> Row:
         arch=arch,
         state=_name(specialisation.state),
         velocity=_name(specialisation.velocity),
+        guidance=_form(specialisation.guidance, KERNELS[kernel].forms),
         operands=specialisation.operands,
         aligned=specialisation.aligned,
         registers=code.registers,
@@ -171,6 +192,12 @@ def measure(kernel: str, arch: str, specialisation: Specialisation) -> Row:
         least_bytes_per_element=sum(specialisation.reads) + sum(specialisation.writes),
         instructions_per_element=len(instructions(code.machine)) / code.elements,
     )
+
+
+def _form(guidance: int | None, forms: tuple[int, ...]) -> str:
+    if guidance is None:
+        return "-"
+    return GUIDANCE[guidance] if len(forms) > 1 else "any"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -263,11 +290,12 @@ def disassembled(cubin: bytes) -> tuple[str, dict[str, int]]:
 def contractions(assembly: str) -> list[str]:
     """The lines of PTX or AMD assembly that hold a floating-point multiply-add.
 
-    Three things look like one and are none. PTX for sm_80 has no addition of bfloat16 and writes x*1.0 + y, which
-    rounds once, as the sum does. AMD writes a float32 product that is then rounded to float16 as x*y + -0.0
-    (v_fma_mixlo_f16), and divides 64-bit integers by way of float32 reciprocals and the constants 2^32 and -2^32.
+    Three things look like one and are none. PTX for sm_80 has no addition of bfloat16 and writes x*1.0 + y, or
+    y*-1.0 + x, which rounds once, as the sum and the difference do. AMD writes a float32 product that is then rounded
+    to float16 as x*y + -0.0 (v_fma_mixlo_f16), and divides 64-bit integers by way of float32 reciprocals and the
+    constants 2^32 and -2^32.
     """
-    ones = set(re.findall(r"mov\.b(?:16|32)\s+(%\w+), (?:0x3F80|0x3F803F80|16256|1065369472);", assembly))
+    ones = set(re.findall(rf"mov\.b(?:16|32)\s+(%\w+), (?:{'|'.join(_ONES)});", assembly))
     found = []
     for line in assembly.splitlines():
         if addition := re.search(r"\bfma\.rn\.bf16(?:x2)?\s+%\w+, (%\w+), (%\w+), %\w+;", line):
@@ -279,6 +307,8 @@ def contractions(assembly: str) -> list[str]:
     return found
 
 
+#: 1.0 and -1.0 in bfloat16, once and twice.
+_ONES = ("0x3F80", "0x3F803F80", "16256", "1065369472", "0xBF80", "0xBF80BF80", "-16512", "-1082081408")
 _MULTIPLY_ADD = re.compile(r"\bfma\.|\bmad\.(?:\w+\.)*f(?:16|32|64)|^\tv_(?:pk_|dual_)?(?:fma|mac|mad_f|mad_mix)")
 
 
@@ -307,6 +337,7 @@ def compile_triton(specialisation: Specialisation, arch: str) -> Code:
     constants: dict[str, object] = {name: None for name, type_ in types.items() if type_ is None}
     constants |= {
         "velocity_rounding": specialisation.velocity_rounding,
+        "guidance": specialisation.guidance or WEIGHTED,
         "VECTOR": vector,
         "BLOCK": backend.block(vector),
     }
@@ -370,8 +401,10 @@ def _cuda_unavailable() -> str | None:
 CUDA_ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "sm_121")
 
 KERNELS = {
-    "triton": Kernel(("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"), compile_triton, _triton_unavailable),
-    "cuda": Kernel(CUDA_ARCHS, _compile_cuda, _cuda_unavailable),
+    "triton": Kernel(
+        ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"), compile_triton, _triton_unavailable, tuple(GUIDANCE)
+    ),
+    "cuda": Kernel(CUDA_ARCHS, _compile_cuda, _cuda_unavailable, (WEIGHTED,)),
 }
 
 # ---- the table ----
@@ -382,7 +415,7 @@ def rows(kernels: Iterable[str], archs: Iterable[str] | None = None, jobs: int |
     work = [
         (kernel, arch, specialisation)
         for kernel in kernels
-        for arch, specialisation in product(KERNELS[kernel].archs, picked_by_sample())
+        for arch, specialisation in product(KERNELS[kernel].archs, picked_by_sample(KERNELS[kernel].forms))
         if archs is None or arch in archs
     ]
     with ProcessPoolExecutor(jobs or os.cpu_count()) as pool:

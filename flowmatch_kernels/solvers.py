@@ -511,6 +511,12 @@ class Request(NamedTuple):
         table = build(self.int_method, grid, dt, self.dtype, self.device, self.noise_at, self.predicts)
         return table if self.form is None else table.guided(guidance.form(self.form), self.weight)
 
+    def make_checked(self) -> Table:
+        """The table, if the solver can use its grid."""
+        table = self.make()
+        check_finite(table, self.int_method, self.noise_at)
+        return table
+
 
 def signs(weight: float | tuple[float, ...]) -> tuple[float, ...]:
     """The sign of each weight, as `Request` takes them."""
@@ -526,12 +532,7 @@ def named(request: Request, cached: bool) -> Table:
         ValueError: the solver cannot use the grid (asked where the table is kept, and so in plain eager mode).
     """
 
-    def checked() -> Table:
-        table = request.make()
-        check_finite(table, request.int_method, request.noise_at)
-        return table
-
-    return cache.get(request, checked) if cached else request.make()
+    return cache.get(request, request.make_checked) if cached else request.make()
 
 
 def check_finite(table: Table, int_method: str, noise_at: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 
 from flowmatch_kernels.ops.dispatch import BACKENDS
-from flowmatch_kernels.ops.fused_step import arithmetic_dtype
+from flowmatch_kernels.ops.fused_step import WEIGHTED, arithmetic_dtype
 
 GUARD = 64  # elements: a multiple of 16 bytes for every dtype
 
@@ -76,7 +76,7 @@ def run(
     state: torch.dtype,
     velocity: torch.dtype,
     rounding: bool,
-    combination: tuple[bool, int, int | None, str | int | None, bool],
+    combination: tuple[int | None, int, int | None, str | int | None, bool],
     *,
     seed: int = 0,
     aligned: bool = True,
@@ -84,7 +84,7 @@ def run(
     layouts: tuple[str, str] = ("contiguous", "contiguous"),
 ) -> dict[str, Tensor]:
     """All that a backend writes for one of `operands.combinations()`, brought to the CPU."""
-    guided, terms, slots, history, c = combination
+    guidance, terms, slots, history, c = combination
     generator = torch.Generator().manual_seed(seed)
     arithmetic = arithmetic_dtype(state)
 
@@ -100,7 +100,7 @@ def run(
         return moved
 
     base, v = drawn(state), velocity_drawn(layouts[0])
-    u = velocity_drawn(layouts[1]) if guided else None
+    u = None if guidance is None else velocity_drawn(layouts[1])
     h = [drawn(arithmetic) for _ in range(terms)]
     table = coefficients(arithmetic, generator, c=c).to(device)
     read = [base.tensor, v, *[x for x in (u, table) if x is not None], *[x.tensor for x in h]]
@@ -114,7 +114,7 @@ def run(
         kept = h[history] if isinstance(history, int) else Guarded(list(shape), arithmetic, device, aligned)
     step(
         *(out.tensor, base.tensor, v, u, *[x.tensor for x in h], *[None] * (3 - terms)),
-        *(table, seed % 3, rounding),
+        *(table, seed % 3, rounding, guidance or WEIGHTED),
         *(None if trajectory is None else trajectory.tensor, slot),
         None if kept is None else kept.tensor,
     )

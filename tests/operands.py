@@ -5,10 +5,20 @@ import math
 
 import torch
 
+from flowmatch_kernels.ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, WEIGHTED
+
 INTEGERS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16}
 INTEGERS[torch.float16] = torch.int16
 LAYOUTS = ("contiguous", "misaligned", "sliced", "transposed", "channels_last", "expanded")
 GUARD = 64
+FORMS = (WEIGHTED, FROM_UNGUIDED, FROM_GUIDED)
+#: Guidance as users write it, the kernel's form of it, and w0 and w1; NaN for a weight that is not to be read.
+FORMULAS = {
+    "(1-w)*u+w*v": (lambda u, v, w: (1 - w) * u + w * v, WEIGHTED, lambda w: (1 - w, w)),
+    "(1+w)*v-w*u": (lambda u, v, w: (1 + w) * v - w * u, WEIGHTED, lambda w: (-w, 1 + w)),
+    "u+w*(v-u)": (lambda u, v, w: u + w * (v - u), FROM_UNGUIDED, lambda w: (float("nan"), w)),
+    "v+w*(v-u)": (lambda u, v, w: v + w * (v - u), FROM_GUIDED, lambda w: (float("nan"), w)),
+}
 
 
 def bits(x):
@@ -111,8 +121,13 @@ def coefficients(arithmetic, generator, rows=3, c=True):
 
 
 def combinations():
-    """guided, history terms, slots or None, what history is (None, "new", or the h it overwrites), c."""
-    for guided, terms, slots in itertools.product((False, True), range(4), (None, 1, 4)):
+    """guidance or None, history terms, slots or None, what history is (None, "new", or the h it overwrites), c.
+
+    The two forms of guidance by differences meet every other operand but the slots, which take turns.
+    """
+    for guidance, terms, slots in itertools.product((None, *FORMS), range(4), (None, 1, 4)):
+        if guidance in (FROM_UNGUIDED, FROM_GUIDED) and slots != (None, 1, 4)[(guidance + terms) % 3]:
+            continue
         for history in (None, "new", *range(terms)):
             for c in (True, False) if history is not None else (True,):
-                yield guided, terms, slots, history, c
+                yield guidance, terms, slots, history, c

@@ -13,6 +13,8 @@ import numpy
 import pytest
 import torch
 from operands import (
+    FORMS,
+    FORMULAS,
     LAYOUTS,
     Guarded,
     assert_same_bits,
@@ -25,7 +27,7 @@ from operands import (
 )
 
 from flowmatch_kernels.ops import native, reference
-from flowmatch_kernels.ops.fused_step import VELOCITY_DTYPES, arithmetic_dtype
+from flowmatch_kernels.ops.fused_step import VELOCITY_DTYPES, WEIGHTED, arithmetic_dtype
 
 PAIRS = [(state, velocity) for state, narrower in VELOCITY_DTYPES.items() for velocity in narrower]
 SHAPES = [(0,), (1,), (31,), (1023,), (1024,), (1025,), (0, 3), (6, 0), (1, 7), (6, 64, 2), (3, 5, 7, 11)]
@@ -40,7 +42,8 @@ def name(parameter):
 def run(step, shape, state, velocity, rounding, combination, row=1, slot=None, layouts=("contiguous",) * 2,
         in_place=False, seed=0):  # fmt: skip
     """Everything a backend writes for one set of operands: out, trajectory, history; all guarded."""
-    guided, terms, slots, history, c = combination
+    guidance, terms, slots, history, c = combination
+    guided = guidance is not None
     generator = torch.Generator().manual_seed(seed)
     arithmetic = arithmetic_dtype(state)
     base = Guarded(shape, state, values(shape, state, generator))
@@ -66,6 +69,7 @@ def run(step, shape, state, velocity, rounding, combination, row=1, slot=None, l
         table,
         row,
         rounding,
+        guidance if guided else FORMS[seed % 3],  # without u it counts for nothing
         None if trajectory is None else trajectory.tensor,
         slot,
         None if kept is None else kept.tensor,
@@ -121,7 +125,8 @@ def test_layouts_of_the_velocity(shape, state, velocity):
         if any(laid_out(torch.zeros(shape), layout) is None for layout in layouts):
             continue
         slots = 3 if shape else None
-        compare(shape, state, velocity, False, (True, 1, slots, "new", True), layouts=layouts)
+        guidance = FORMS[sum(map(LAYOUTS.index, layouts)) % 3]
+        compare(shape, state, velocity, False, (guidance, 1, slots, "new", True), layouts=layouts)
         tried += 1
     assert tried >= 4
 
@@ -139,16 +144,16 @@ def test_layouts_are_what_they_say():
 @pytest.mark.parametrize("slots, slot", [(1, 0), (2, 0), (2, 1), (11, 0), (11, 4), (11, 10)])
 @pytest.mark.parametrize("shape", [(1, 5), (6, 64, 2), (3, 1025), (1025, 1), (40, 1000)], ids=str)
 def test_slots(shape, slots, slot):
-    compare(shape, torch.float32, torch.bfloat16, False, (False, 0, slots, None, True), slot=slot)
+    compare(shape, torch.float32, torch.bfloat16, False, (None, 0, slots, None, True), slot=slot)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("state, velocity", PAIRS, ids=name)
 def test_large_and_threaded(state, velocity, threads):
     torch.set_num_threads(threads)
-    rounding = velocity == torch.bfloat16
-    compare((PRIME,), state, velocity, rounding, (True, 1, None, "new", True))
-    compare((17, 58_823), state, velocity, False, (False, 0, 2, None, True), in_place=True)
+    rounding, guidance = velocity == torch.bfloat16, FORMS[PAIRS.index((state, velocity)) % 3]
+    compare((PRIME,), state, velocity, rounding, (guidance, 1, None, "new", True))
+    compare((17, 58_823), state, velocity, False, (None, 0, 2, None, True), in_place=True)
 
 
 def test_threads_give_one_result():
@@ -156,7 +161,7 @@ def test_threads_give_one_result():
     for threads in (1, 2):
         torch.set_num_threads(threads)
         results.append(run(native.cpu_fused_step_, (PRIME,), torch.float32, torch.float16, False,
-                           (True, 3, 1, 2, True)))  # fmt: skip
+                           (WEIGHTED, 3, 1, 2, True)))  # fmt: skip
     for key in results[0]:
         assert_same_bits(results[1][key], results[0][key], key)
 
@@ -203,16 +208,81 @@ def test_definition_python_float(dtype, dt):
 
 
 @pytest.mark.parametrize("w", WEIGHTS)
+@pytest.mark.parametrize("formula", FORMULAS)
 @pytest.mark.parametrize("state, velocity", PAIRS, ids=name)
-def test_definition_guidance(state, velocity, w):
+def test_definition_guidance(state, velocity, formula, w):
     x, v, u = drawn(97, 31, dtype=state), *(drawn(97, 31, dtype=velocity, seed=s) for s in (2, 3))
     arithmetic = arithmetic_dtype(state)
-    table = plain_row(arithmetic, b0=0.1, w0=1 - w, w1=w)
-    guided = (1 - w) * u + w * v
+    combined, guidance, weights = FORMULAS[formula]
+    w0, w1 = weights(w)
+    table = plain_row(arithmetic, b0=0.1, w0=w0, w1=w1)
+    guided = combined(u, v, w)
+    assert guided.dtype == velocity
     step = torch.tensor([[0.1]], dtype=arithmetic)
     wanted = (x + 0.1 * guided) if state == velocity else x + step * guided
-    assert_same_bits(reference_step(x, v, table, u), wanted)
-    assert_same_bits(reference.remember(x, v, u, table, 0), guided.to(arithmetic))
+    assert_same_bits(reference_step(x, v, table, u, guidance=guidance), wanted)
+    assert_same_bits(reference.remember(x, v, u, table, 0, guidance), guided.to(arithmetic))
+
+
+def pairs_of_special_values(dtype):
+    """Each of a dtype's special values, 3 and -1/3 with each other."""
+    x = torch.cat([special_values(dtype), torch.tensor([3.0, -1 / 3]).to(dtype)])
+    return x.repeat_interleave(len(x)), x.repeat(len(x))
+
+
+@pytest.mark.parametrize("step", [native.cpu_fused_step_, reference.fused_step_], ids=["cpu", "reference"])
+@pytest.mark.parametrize("formula", FORMULAS)
+@pytest.mark.parametrize("velocity", VELOCITY_DTYPES, ids=name)
+def test_definition_guidance_of_special_values(velocity, formula, step):
+    """-0.0 + 1*h0 is h0, for every h0: the guided velocity itself, of all special values, weights too."""
+    v, u = pairs_of_special_values(velocity)
+    combined, guidance, weights = FORMULAS[formula]
+    arithmetic = arithmetic_dtype(velocity)
+    specials = [-0.0, -1.0, float("inf"), -float("inf"), float("nan"), torch.finfo(velocity).max]
+    for w in [*WEIGHTS, *specials, torch.finfo(velocity).tiny]:
+        w0, w1 = weights(w)
+        table = plain_row(arithmetic, b0=1.0, w0=w0, w1=w1)
+        out, kept = torch.full_like(v, float("nan")), torch.full(v.shape, float("nan"), dtype=arithmetic)
+        step(out, torch.full_like(v, -0.0), v, u, None, None, None, table, 0, False, guidance, None, 0, kept)
+        wanted = combined(u, v, w)
+        assert_same_bits(out, wanted, f"w {w}")
+        assert_same_bits(kept, wanted.to(arithmetic), f"w {w}")
+
+
+@pytest.mark.parametrize("dtype", VELOCITY_DTYPES, ids=name)
+def test_a_difference_is_a_sum(dtype):
+    """a - b is a + (-b) and (-b) + a, and -(r*b) is (-r)*b: so (1+r)*v - r*u needs no form of its own."""
+    special, random = pairs_of_special_values(dtype), (drawn(97, 31, dtype=dtype), drawn(97, 31, dtype=dtype, seed=2))
+    for a, b in (special, random):
+        assert_same_bits(a + (-b), a - b)
+        assert_same_bits((-b) + a, a - b)
+        for r in [*WEIGHTS, -0.0, float("inf"), torch.finfo(dtype).tiny]:
+            assert_same_bits((-r) * b, -(r * b), f"r {r}")
+
+
+@pytest.mark.parametrize("dtype", VELOCITY_DTYPES, ids=name)
+def test_the_formulas_of_guidance_are_told_apart(dtype):
+    """By bits, on the operands above; so is each from itself with an FMA, or with one rounding less."""
+    v, u = (drawn(97, 31, dtype=dtype, seed=s) for s in (2, 3))
+    w = 1 / 3
+    results = {formula: combined(u, v, w) for formula, (combined, *_) in FORMULAS.items()}
+    if dtype == torch.float64:
+        wide, factor = numpy.longdouble, numpy.longdouble(w)
+    else:
+        wide, factor = numpy.float64, numpy.float64(torch.tensor(w).item())
+
+    def widened(x):
+        return (x if dtype == torch.float64 else x.double()).numpy().astype(wide)
+
+    with numpy.errstate(all="ignore"):
+        for formula, x in (("u+w*(v-u)", u), ("v+w*(v-u)", v)):
+            fma = widened(x) + factor * widened(v - u)
+            results[f"{formula}, FMA"] = torch.from_numpy(fma.astype("float64")).to(dtype)
+            product = factor * (widened(v) - widened(u))
+            rounded = torch.from_numpy(product.astype("float64")).to(dtype)
+            results[f"{formula}, the difference not rounded"] = x + rounded
+    for (one, x), (other, y) in itertools.combinations(results.items(), 2):
+        assert (bits(x) != bits(y)).float().mean() > 0.005, f"{one} and {other} agree on these operands"
 
 
 @pytest.mark.parametrize("velocity", [torch.bfloat16, torch.float16], ids=name)
@@ -341,13 +411,13 @@ def test_coefficients_of_every_kind(state, velocity):
     v, u = (values((64,), velocity, generator) for _ in range(2))
     h = [values((64,), arithmetic, generator) for _ in range(3)]
     specials = special_values(arithmetic)
-    for _ in range(64):
+    for seed in range(64):
         table = specials[torch.randint(len(specials), (1, 8), generator=generator)]
         for rounding in (False, True):
             results = []
             for step in (native.cpu_fused_step_, reference.fused_step_):
                 out, kept = torch.full_like(x, float("nan")), torch.full_like(h[0], float("nan"))
-                step(out, x, v, u, *h, table, 0, rounding, None, 0, kept)
+                step(out, x, v, u, *h, table, 0, rounding, FORMS[seed % 3], None, 0, kept)
                 results.append((out, kept))
             assert_same_bits(results[0][0], results[1][0])
             assert_same_bits(results[0][1], results[1][1])
@@ -359,7 +429,7 @@ def test_flush_denormal(state, velocity):
     torch.set_num_threads(1)
     if not torch.set_flush_denormal(True):
         pytest.skip("this CPU cannot flush denormals")
-    for combination in ((False, 0, None, None, True), (True, 2, 3, "new", True)):
+    for combination in ((None, 0, None, None, True), *((guidance, 2, 3, "new", True) for guidance in FORMS)):
         compare((3, 1025), state, velocity, False, combination)
 
 
@@ -383,9 +453,10 @@ static bool told(const char* feature) {
 extern "C" const char* set_name() { return flowmatch_kernels::instruction_set(); }
 extern "C" int step(void* out, void* base, void* v, void* u, void* h1, void* h2, void* h3, void* row,
                     void* trajectory, void* history, long numel, long sample, long slots, long slot, int state,
-                    int velocity, int rounding) {
-  const flowmatch_kernels::Operands o{out, base, v,          u,       {h1, h2, h3}, row,
-                                      trajectory, history, numel, sample,  slots,        slot};
+                    int velocity, int rounding, int guidance) {
+  const flowmatch_kernels::Operands o{out,        base,    v,     u,      {h1, h2, h3}, row,
+                                      trajectory, history, numel, sample, slots,        slot,
+                                      static_cast<flowmatch_kernels::Guidance>(guidance)};
   return flowmatch_kernels::fused_step_cpu(o, static_cast<flowmatch_kernels::Dtype>(state),
                                            static_cast<flowmatch_kernels::Dtype>(velocity), rounding, 0, numel);
 }
@@ -435,7 +506,7 @@ def test_every_instruction_set(kernel_library, instruction_set, monkeypatch):
     def address(tensor):
         return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
-    def step(out, base, v, u, h1, h2, h3, table, row, rounding, trajectory, slot, history):
+    def step(out, base, v, u, h1, h2, h3, table, row, rounding, guidance, trajectory, slot, history):
         if base.numel() == 0:
             return
         long, dtypes = ctypes.c_long, native._DTYPES
@@ -448,6 +519,7 @@ def test_every_instruction_set(kernel_library, instruction_set, monkeypatch):
             dtypes[base.dtype],
             dtypes[v.dtype],
             int(rounding),
+            guidance,
         )
 
     for (state, velocity), rounding, shape in itertools.product(

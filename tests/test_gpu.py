@@ -25,11 +25,11 @@ from gpu_operands import (
     no_synchronisation,
     run,
 )
-from operands import LAYOUTS, assert_same_bits, bits, combinations, laid_out, values
+from operands import FORMS, FORMULAS, LAYOUTS, assert_same_bits, bits, combinations, laid_out, values
 
 from flowmatch_kernels import FlowMatching, available_backends, use_backend
 from flowmatch_kernels.ops import dispatch, reference
-from flowmatch_kernels.ops.fused_step import COLUMNS, VELOCITY_DTYPES, arithmetic_dtype
+from flowmatch_kernels.ops.fused_step import COLUMNS, FROM_UNGUIDED, VELOCITY_DTYPES, WEIGHTED, arithmetic_dtype
 
 gpu = pytest.mark.gpu
 DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
@@ -123,7 +123,7 @@ def test_sizes_and_ranks(place, shape):
         shape = tuple(min(size, 5003) for size in shape)
     pairs = [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.float64, torch.float32)]
     for state, velocity in pairs:
-        for seed, combination in enumerate([(False, 0, None, None, True), (True, 1, 3, "new", True)]):
+        for seed, combination in enumerate([(None, 0, None, None, True), (FROM_UNGUIDED, 1, 3, "new", True)]):
             for aligned in (True, False):
                 check(place, shape, state, velocity, False, combination, seed=seed, aligned=aligned)
 
@@ -134,7 +134,7 @@ def test_layouts_of_the_velocity(place, shape):
     for layouts in itertools.product(LAYOUTS, LAYOUTS):
         if any(laid_out(torch.zeros(shape), layout) is None for layout in layouts):
             continue
-        combination = (True, 1, 3, "new", True)
+        combination = (FORMS[sum(map(LAYOUTS.index, layouts)) % 3], 1, 3, "new", True)
         check(place, shape, torch.float32, torch.bfloat16, False, combination, layouts=layouts)
 
 
@@ -155,9 +155,10 @@ def row(dtype, device, **columns):
     return table.to(device)
 
 
-def stepped(place, base, v, table, u=None, h=(), velocity_rounding=False):
+def stepped(place, base, v, table, u=None, h=(), velocity_rounding=False, guidance=WEIGHTED):
     out = torch.full_like(base, torch.nan)
-    place.fused_step_(out, base, v, u, *h, *[None] * (3 - len(h)), table, 0, velocity_rounding, None, 0, None)
+    terms = [*h, *[None] * (3 - len(h))]
+    place.fused_step_(out, base, v, u, *terms, table, 0, velocity_rounding, guidance, None, 0, None)
     return out.cpu()
 
 
@@ -186,17 +187,19 @@ def test_eager_python_float(place, dtype):
 
 
 @placed(PLACES)
+@pytest.mark.parametrize("formula", FORMULAS)
 @pytest.mark.parametrize("state, velocity", PAIRS, ids=name)
-def test_eager_guidance(place, state, velocity):
-    """(1 - w)*u + w*v in the velocity's dtype: three roundings."""
+def test_eager_guidance(place, state, velocity, formula):
+    """The four published formulas in the velocity's dtype, with Python floats as weights: each rounds as written."""
+    combined, guidance, weights = FORMULAS[formula]
     x, v, u = drawn(place.device, state, 1), drawn(place.device, velocity, 2), drawn(place.device, velocity, 3)
     arithmetic = arithmetic_dtype(state)
     for w in (0.0, 1.0, 1.5, 7.1, -0.3, 1 / 3):
-        guided = (1 - w) * u + w * v
+        guided, (w0, w1) = combined(u, v, w), weights(w)
         step = torch.tensor([[0.1]], dtype=arithmetic, device=place.device)
         wanted = x + 0.1 * guided if state == velocity else x + step * guided
-        table = row(arithmetic, place.device, b0=0.1, w0=1 - w, w1=w)
-        assert_same_bits(stepped(place, x, v, table, u), wanted.cpu(), f"w {w}")
+        table = row(arithmetic, place.device, b0=0.1, w0=w0, w1=w1)
+        assert_same_bits(stepped(place, x, v, table, u, guidance=guidance), wanted.cpu(), f"w {w}")
 
 
 @placed(PLACES)
@@ -616,7 +619,7 @@ def test_over_2_to_the_31(place, rest):
     base, v, out = random(), random(), torch.full((2, sample), torch.nan, dtype=torch.float16, device=place.device)
     trajectory = torch.full((2, 1, sample), torch.nan, dtype=torch.float16, device=place.device)
     table = row(torch.float32, place.device, b0=0.1)
-    place.fused_step_(out, base, v, None, None, None, None, table, 0, False, trajectory, 0, None)
+    place.fused_step_(out, base, v, None, None, None, None, table, 0, False, 0, trajectory, 0, None)
     flat = [x.view(-1) for x in (out, trajectory, base, v)]
     for start in range(0, numel, part):
         got, slot, x, velocity = (tensor[start : start + part] for tensor in flat)
@@ -652,21 +655,23 @@ def test_auto(device, monkeypatch):
 
 
 @placed(PLACES)
-def test_registered_ops(place):
+@pytest.mark.parametrize("guidance", FORMS)
+def test_registered_ops(place, guidance):
     """fused_step and fused_step_ under PyTorch's dispatcher, checked by opcheck, compiled, and differentiated."""
     op, op_ = torch.ops.flowmatch_kernels.fused_step, torch.ops.flowmatch_kernels.fused_step_
     base, v, u, h1 = (drawn(place.device, torch.float32, seed, (6, 64, 2)).nan_to_num(0, 0, 0) for seed in range(4))
     table = row(torch.float32, place.device, b0=0.1, b1=0.3, w0=-0.7, w1=1.7)
-    operands = (v, u, h1, None, None, table, 0)
+    operands = (v, u, h1, None, None, table, 0, False, guidance)
+    guided = ((1 - 1.7) * u + 1.7 * v, u + 1.7 * (v - u), v + 1.7 * (v - u))[guidance]
     with use_backend(place.backend):
         wanted = reference.fused_step(base, *operands)
         assert_same_bits(op(base, *operands).cpu(), wanted.cpu())
         out, trajectory = torch.full_like(base, torch.nan), base.new_zeros(6, 3, 64, 2)
         history = torch.full_like(base, torch.nan)
-        op_(out, base, *operands, False, trajectory, 1, history)
+        op_(out, base, *operands, trajectory, 1, history)
         assert_same_bits(out.cpu(), wanted.cpu())
         assert_same_bits(trajectory[:, 1].cpu(), wanted.cpu())
-        assert_same_bits(history.cpu(), ((1 - 1.7) * u + 1.7 * v).cpu())
+        assert_same_bits(history.cpu(), guided.cpu())
         torch.library.opcheck(op.default, (base, *operands))
         compiled = torch.compile(lambda x: op(x, *operands), fullgraph=True, backend="aot_eager")
         assert_same_bits(compiled(base).cpu(), wanted.cpu())

@@ -1,20 +1,23 @@
 """The two registered ops: opcheck, fakes, compile, export, gradients, and what they refuse."""
 
+import inspect
+import itertools
+
 import pytest
 import torch
-from operands import assert_same_bits, values
+from operands import FORMS, assert_same_bits, values
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flowmatch_kernels.ops import dispatch, reference
-from flowmatch_kernels.ops.fused_step import VELOCITY_DTYPES, arithmetic_dtype
+from flowmatch_kernels.ops import dispatch, native, reference
+from flowmatch_kernels.ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, VELOCITY_DTYPES, WEIGHTED, arithmetic_dtype
 
 OP, OP_ = torch.ops.flowmatch_kernels.fused_step, torch.ops.flowmatch_kernels.fused_step_
 ORDER = [argument.name for argument in OP_.default._schema.arguments]
 COMPILERS = ["aot_eager", "inductor"]
 
 
-def operands(state=torch.float32, velocity=None, guided=True, terms=3, shape=(2, 3, 5), device="cpu", **replaced):
-    """What the ops take, by name; `replaced` puts another value in the place of one."""
+def operands(state=torch.float32, velocity=None, guidance=WEIGHTED, terms=3, shape=(2, 3, 5), **replaced):
+    """What the ops take, by name; `guidance` None is no u; `replaced` puts another value in the place of one."""
     generator = torch.Generator().manual_seed(0)
     velocity, arithmetic = velocity or state, arithmetic_dtype(state)
 
@@ -22,9 +25,9 @@ def operands(state=torch.float32, velocity=None, guided=True, terms=3, shape=(2,
         return values(shape, dtype, generator, special=False)
 
     table = torch.randn(3, 8, generator=generator, dtype=arithmetic)
-    names = {"base": draw(state), "v": draw(velocity), "u": draw(velocity) if guided else None}
+    names = {"base": draw(state), "v": draw(velocity), "u": None if guidance is None else draw(velocity)}
     names |= {f"h{k + 1}": draw(arithmetic) if k < terms else None for k in range(3)}
-    names |= {"coefficients": table, "row": 1, "velocity_rounding": False}
+    names |= {"coefficients": table, "row": 1, "velocity_rounding": False, "guidance": guidance or WEIGHTED}
     return names | replaced
 
 
@@ -49,15 +52,17 @@ PAIRS = [(state, velocity) for state, narrower in VELOCITY_DTYPES.items() for ve
 
 
 @pytest.mark.parametrize("state, velocity", PAIRS, ids=str)
-@pytest.mark.parametrize("guided, terms", [(False, 0), (True, 3)])
-def test_opcheck_functional(state, velocity, guided, terms):
-    names = operands(state, velocity, guided, terms)
+@pytest.mark.parametrize("guidance, terms", [(None, 0), (WEIGHTED, 3), (FROM_UNGUIDED, 1), (FROM_GUIDED, 0)])
+def test_opcheck_functional(state, velocity, guidance, terms):
+    names = operands(state, velocity, guidance, terms)
     torch.library.opcheck(OP.default, tuple(names.values()))
 
 
-@pytest.mark.parametrize("guided, terms", [(False, 0), (True, 3), (True, 1)])
-def test_opcheck_with_gradients(guided, terms):
-    names = operands(guided=guided, terms=terms)
+@pytest.mark.parametrize(
+    "guidance, terms", [(None, 0), (WEIGHTED, 3), (WEIGHTED, 1), (FROM_UNGUIDED, 1), (FROM_GUIDED, 3)]
+)
+def test_opcheck_with_gradients(guidance, terms):
+    names = operands(guidance=guidance, terms=terms)
     for name in ("base", "v", "u", "h1", "h2", "h3"):
         if names[name] is not None:
             names[name].requires_grad_()
@@ -67,14 +72,15 @@ def test_opcheck_with_gradients(guided, terms):
 @pytest.mark.parametrize("state, velocity", PAIRS, ids=str)
 @pytest.mark.parametrize("full", [False, True], ids=["few", "every_operand"])
 def test_opcheck_in_place(state, velocity, full):
-    names = operands(state, velocity, guided=full, terms=3 if full else 0)
+    guidance = FORMS[PAIRS.index((state, velocity)) % 3] if full else None
+    names = operands(state, velocity, guidance, terms=3 if full else 0)
     names |= written(state, slots=4 if full else 0, history=full)
     torch.library.opcheck(OP_.default, tuple(names[name] for name in ORDER))
 
 
 def test_op_equals_reference():
-    for state, velocity in PAIRS:
-        names = operands(state, velocity)
+    for (state, velocity), guidance in itertools.product(PAIRS, FORMS):
+        names = operands(state, velocity, guidance)
         wanted = reference.fused_step(**names)
         assert_same_bits(OP(**names), wanted)
         into = written(state)
@@ -82,8 +88,29 @@ def test_op_equals_reference():
         assert_same_bits(into["out"], wanted)
         assert_same_bits(into["trajectory"][:, 2], wanted)
         assert not into["trajectory"][:, [0, 1, 3]].any()
-        remembered = reference.remember(names["base"], names["v"], names["u"], names["coefficients"], names["row"])
+        read = [names[name] for name in ("base", "v", "u", "coefficients", "row", "guidance")]
+        remembered = reference.remember(*read)
         assert_same_bits(into["history"], remembered)
+
+
+def test_guidance_without_an_unguided_velocity():
+    """It counts for nothing, for the gradient too."""
+    results = []
+    for guidance in FORMS:
+        names = operands(guidance=None) | {"guidance": guidance}
+        v = names["v"].requires_grad_()
+        results.append((OP(**names).detach(), *torch.autograd.grad(OP(**names).sum(), v)))
+    for result in results[1:]:
+        for got, wanted in zip(result, results[0], strict=True):
+            assert_same_bits(got, wanted)
+
+
+def test_guidance_is_weighted_by_default():
+    names = operands()
+    given = [x for name, x in names.items() if name != "guidance"]
+    assert_same_bits(OP(*given), OP(**names))
+    for function in (reference.fused_step, reference.fused_step_, native.cpu_fused_step_, native.cuda_fused_step_):
+        assert inspect.signature(function).parameters["guidance"].default == WEIGHTED
 
 
 @pytest.mark.parametrize("layout", ["negative", "zero", "transposed", "expanded"])
@@ -122,7 +149,7 @@ def test_fake(device):
 @pytest.mark.parametrize("full", [False, True], ids=["few", "every_operand"])
 def test_compile(compiler, full):
     torch._dynamo.reset()
-    names = operands(guided=full, terms=3 if full else 0)
+    names = operands(guidance=FROM_UNGUIDED if full else None, terms=3 if full else 0)
 
     def functional(base, v):
         return OP(**(names | {"base": base * 2, "v": v})) + 1
@@ -172,10 +199,10 @@ def test_export():
     assert_same_bits(program.module()(*other), OP(other[0], other[1], None, None, None, None, other[2], 0))
 
 
-@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("guidance", [None, *FORMS])
 @pytest.mark.parametrize("terms", range(4))
-def test_gradcheck(guided, terms):
-    names = operands(torch.float64, guided=guided, terms=terms)
+def test_gradcheck(guidance, terms):
+    names = operands(torch.float64, guidance=guidance, terms=terms)
     differentiable = [k for k in ("base", "v", "u", "h1", "h2", "h3") if names[k] is not None]
     inputs = tuple(names[k].requires_grad_() for k in differentiable)
 
@@ -186,14 +213,15 @@ def test_gradcheck(guided, terms):
     assert torch.autograd.gradgradcheck(step, inputs)
 
 
-def test_gradient_equals_the_expression():
+@pytest.mark.parametrize("guidance", FORMS)
+def test_gradient_equals_the_expression(guidance):
     """Through a narrower, guided and expanded velocity: each gradient has its operand's shape and dtype."""
     names = operands(torch.float32, torch.bfloat16, terms=1)
     table, row = names["coefficients"], 1
     base, u, h1 = (names[k].requires_grad_() for k in ("base", "u", "h1"))
     v = torch.randn(3, 1, dtype=torch.bfloat16, requires_grad=True)
     weights = torch.randn(2, 3, 5)
-    arguments = base, v.expand(2, 3, 5), u, h1, None, None, table, row
+    arguments = base, v.expand(2, 3, 5), u, h1, None, None, table, row, False, guidance
     got = torch.autograd.grad((OP(*arguments) * weights).sum(), (base, v, u, h1))
     wanted = torch.autograd.grad((reference.fused_step(*arguments) * weights).sum(), (base, v, u, h1))
     for x, y in zip(got, wanted, strict=True):
@@ -265,6 +293,8 @@ BAD = {
     "coefficients columns": lambda: {"coefficients": torch.zeros(3, 7)},
     "coefficients one row": lambda: {"coefficients": torch.zeros(8)},
     "coefficients not contiguous": lambda: {"coefficients": torch.zeros(8, 3).t()},
+    "guidance negative": lambda: {"guidance": -1},
+    "guidance beyond": lambda: {"guidance": 3},
     "row negative": lambda: {"row": -1},
     "row beyond": lambda: {"row": 3},
     "trajectory dtype": lambda: {"trajectory": torch.zeros(2, 4, 3, 5, dtype=torch.float64)},

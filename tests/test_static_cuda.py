@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from bench import static, static_cuda
-from flowmatch_kernels.ops.fused_step import VELOCITY_DTYPES
+from flowmatch_kernels.ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, VELOCITY_DTYPES, WEIGHTED
 
 reason = static_cuda.unavailable()
 pytestmark = pytest.mark.skipif(reason is not None, reason=f"the CUDA kernel is not compiled: {reason}")
@@ -19,8 +19,8 @@ SPECIALISATIONS = [
     static.Specialisation(state, velocity, *operands)
     for state, velocities in VELOCITY_DTYPES.items()
     for velocity in velocities
-    # guided, terms, trajectory, history, velocity_rounding, aligned
-    for operands in product((False, True), range(4), *[(False, True)] * 2, (False,), (False, True))
+    # guidance, terms, trajectory, history, velocity_rounding, aligned
+    for operands in product((None, WEIGHTED), range(4), *[(False, True)] * 2, (False,), (False, True))
 ]
 
 
@@ -33,6 +33,15 @@ def test_rows(arch: str) -> None:
         assert row.registers <= (64 if arch == "sm_75" else 48 if row.state == "float64" else 40), row
         if row.aligned:
             assert "x16" in row.loads, row
+
+
+def test_a_kernel_holds_every_form_of_guidance() -> None:
+    """No form is compiled on its own: it is a field of the operands, which all threads read alike."""
+    assert static.KERNELS["cuda"].forms == (WEIGHTED,)
+    for specialisation in SPECIALISATIONS:
+        if specialisation.guided:
+            others = {specialisation._replace(guidance=form) for form in (FROM_UNGUIDED, FROM_GUIDED)}
+            assert {static_cuda.picked(s) for s in others} == {static_cuda.picked(specialisation)}
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -17,9 +17,9 @@ pytest.importorskip("triton", reason="Triton is not installed: its kernel is not
 from triton_recorder import RecordingDriver, recording
 
 from bench import static
-from bench.static import Specialisation, compile_triton, contractions
+from bench.static import Code, Specialisation, compile_triton, contractions
 from flowmatch_kernels.ops import triton as backend
-from flowmatch_kernels.ops.fused_step import VELOCITY_DTYPES, arithmetic_dtype
+from flowmatch_kernels.ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, VELOCITY_DTYPES, WEIGHTED, arithmetic_dtype
 
 ARCHS = static.KERNELS["triton"].archs
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -28,7 +28,7 @@ PAIRS = [(state, velocity) for state, velocities in VELOCITY_DTYPES.items() for 
 
 def everything(state: torch.dtype, velocity: torch.dtype, **switches: bool) -> Specialisation:
     """Every operand present."""
-    return Specialisation(state, velocity, guided=True, terms=3, trajectory=True, history=True, **switches)
+    return Specialisation(state, velocity, WEIGHTED, terms=3, trajectory=True, history=True, **switches)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_large_sizes_do_not_specialise(driver: RecordingDriver) -> None:
     x = torch.zeros(16)
     for numel in (1, 16, 2**31, 2**40 + 16):
         backend.fused_step_kernel[(1,)](
-            *(x, x, x, None, None, None, None, x, x, None, 0, numel, numel, 11, 3, False, 4, 512),
+            *(x, x, x, None, None, None, None, x, x, None, 0, numel, numel, 11, 3, False, 0, 4, 512),
             **backend.launch_options(32),
         )
     assert compilations() == 1
@@ -103,7 +103,15 @@ def test_operands_and_dtypes_do_specialise(driver: RecordingDriver) -> None:
         launch(h1=torch.zeros(1, 1024))
         launch(velocity=BF16)
         launch(velocity_rounding=True)
-    assert compilations() == 5
+        launch(u=torch.zeros(1, 1024), guidance=FROM_UNGUIDED)
+        launch(u=torch.zeros(1, 1024), guidance=FROM_GUIDED)
+    assert compilations() == 7
+
+
+def test_guidance_without_an_unguided_velocity_does_not_specialise(driver: RecordingDriver) -> None:
+    for guidance in (WEIGHTED, FROM_UNGUIDED, FROM_GUIDED):
+        launch(guidance=guidance)
+    assert compilations() == 1
 
 
 @pytest.mark.parametrize(("state", "velocity"), PAIRS, ids=str)
@@ -123,13 +131,15 @@ def test_grid_covers_every_element(state: torch.dtype, velocity: torch.dtype, dr
 def test_arguments(driver: RecordingDriver) -> None:
     trajectory = torch.zeros(4, 11, 256)
     history = torch.zeros(4, 256)
-    tensors = launch(1024, batch=4, row=9, velocity_rounding=True, trajectory=trajectory, slot=10, history=history)
+    given = {"row": 9, "velocity_rounding": True, "u": torch.zeros(4, 256), "guidance": FROM_GUIDED, "slot": 10}
+    tensors = launch(1024, batch=4, trajectory=trajectory, history=history, **given)
     (record,) = driver.launches
     for name in ("out", "base", "v", "u", "h1", "h2", "h3", "coefficients", "trajectory", "history"):
         assert record.arguments[name] is tensors[name]
     for name, value in {"row": 9, "numel": 1024, "sample": 256, "slots": 11, "slot": 10}.items():
         assert record.arguments[name] == value
     assert record.arguments["velocity_rounding"] is True
+    assert record.arguments["guidance"] == FROM_GUIDED
 
 
 def test_a_sample_that_is_not_whole_vectors_is_not_aligned(driver: RecordingDriver) -> None:
@@ -195,6 +205,29 @@ def test_importing_the_package_does_not_import_triton() -> None:
 def test_no_contraction(state: torch.dtype, velocity: torch.dtype, arch: str) -> None:
     """Every product and every sum of its own: never an FMA, nothing flushed to zero, nothing approximate."""
     code = compile_triton(everything(state, velocity), arch)
+    # a*base, b0*h0 .. b3*h3, c*base; and w0*u, w1*v where they are of the state's arithmetic dtype.
+    check_arithmetic(code, state, velocity, arch, products=6 + 2 * ((velocity == F64) == (state == F64)))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("state", "velocity"), PAIRS, ids=str)
+def test_no_contraction_of_a_difference(state: torch.dtype, velocity: torch.dtype, arch: str) -> None:
+    """u + w1*(v - u), which compilers like to contract, and v + w1*(v - u): each pair of dtypes has both in turn."""
+    guidance = (FROM_UNGUIDED, FROM_GUIDED)[(PAIRS.index((state, velocity)) + ARCHS.index(arch)) % 2]
+    code = compile_triton(Specialisation(state, velocity, guidance), arch)
+    # a*base, b0*h0; and w1*(v - u) where it is of the state's arithmetic dtype.
+    check_arithmetic(code, state, velocity, arch, products=2 + ((velocity == F64) == (state == F64)))
+    if arch.startswith("sm_"):
+        differences = re.findall(r"\bsub\.(\w+\.)?(?:b?f16|f32|f64)(x2)?\b", code.assembly)
+        # Of bfloat16 on sm_80: y*-1.0 + x, all that `contractions` lets pass with that constant.
+        minus = re.findall(r"mov\.b(?:16|32)\s+(%\w+), (?:0xBF80|-1082081408);", code.assembly)
+        differences += re.findall(rf"\bfma\.(rn\.)bf16(x2)?\s+%\w+, %\w+, (?:{'|'.join(minus) or '-'}),", code.assembly)
+        assert sum(2 if pair else 1 for _, pair in differences) == code.elements
+        assert {rounding for rounding, _ in differences} == {"rn."}
+
+
+def check_arithmetic(code: Code, state: torch.dtype, velocity: torch.dtype, arch: str, products: int) -> None:
+    """No contraction, no flush, nothing approximate; so many products in the state's arithmetic dtype."""
     found = contractions(code.assembly)
     if (state, velocity, arch) == (torch.float64, torch.float16, "gfx942") and triton.__version__ < "3.9":
         # LLVM there writes a product that is then rounded to float16 as x*y + 0, which loses the sign of a zero
@@ -207,12 +240,12 @@ def test_no_contraction(state: torch.dtype, velocity: torch.dtype, arch: str) ->
         return
     assert not re.search(r"\.ftz|\.approx|\.r[zmp]\b|\.full\b", code.assembly)
     kind = "f64" if state == F64 else "f32"
-    # a*base, b0*h0 .. b3*h3, c*base; and w0*u, w1*v where they are of the state's arithmetic dtype.
-    expected = 6 + 2 * ((velocity == F64) == (state == F64))
-    products = re.findall(rf"\bmul\.(\w+)\.{kind}(x2)?\b", code.assembly)  # x2: two elements, from sm_100 on
-    assert sum(2 if pair else 1 for _, pair in products) == expected * code.elements
-    assert {rounding for rounding, _ in products} == {"rn"}
-    assert set(re.findall(rf"\badd\.(\w+\.)?{kind}(?:x2)?\b", code.assembly)) == {"rn."}
+    multiplied = re.findall(rf"\bmul\.(\w+)\.{kind}(x2)?\b", code.assembly)  # x2: two elements, from sm_100 on
+    assert sum(2 if pair else 1 for _, pair in multiplied) == products * code.elements
+    assert {rounding for rounding, _ in multiplied} == {"rn"}
+    sums = re.findall(r"\badd\.(\w+\.)?(?:b?f16|f32|f64)(?:x2)?\b", code.assembly)
+    assert sums or (velocity, arch) == (BF16, "sm_80")  # of bfloat16 alone: `contractions` says what stands there
+    assert set(sums) <= {"rn."}
     assert not re.search(r"\bFFMA|\bDFMA|\bFMAD", code.machine)
 
 
@@ -231,7 +264,7 @@ def test_rounding_to_16_bits_is_to_nearest_even(arch: str, velocity_rounding: bo
 @pytest.mark.parametrize("arch", ARCHS)
 def test_weights_of_a_float32_velocity_are_float32(arch: str) -> None:
     """State float64, velocity float32: the guidance is float32 arithmetic."""
-    code = compile_triton(Specialisation(F64, F32, guided=True), arch)
+    code = compile_triton(Specialisation(F64, F32, WEIGHTED), arch)
     if arch.startswith("gfx"):
         assert len(re.findall(r"\bv_mul_f64", code.assembly)) == 2 * code.elements
         return

@@ -15,9 +15,17 @@ import torch
 from torch import Tensor
 
 from flowmatch_kernels.ops import reference
-from flowmatch_kernels.ops.fused_step import COLUMNS, VELOCITY_DTYPES, arithmetic_dtype
+from flowmatch_kernels.ops.fused_step import (
+    COLUMNS,
+    FROM_GUIDED,
+    FROM_UNGUIDED,
+    VELOCITY_DTYPES,
+    WEIGHTED,
+    arithmetic_dtype,
+)
 
 PAIRS = [(state, velocity) for state, velocities in VELOCITY_DTYPES.items() for velocity in velocities]
+FORMS = (WEIGHTED, FROM_UNGUIDED, FROM_GUIDED)
 PRIME = 100_003
 _CANARY = 0xA5
 _MARGIN = 8192  # bytes of canary on each side: more than a block, so that a lost mask is no crash
@@ -29,7 +37,8 @@ class Case(NamedTuple):
 
     state: torch.dtype
     velocity: torch.dtype
-    guided: bool
+    guidance: int | None
+    """How v and u are combined; None: there is no u."""
     terms: int
     """History terms read: h1..h3."""
     trajectory: bool
@@ -44,9 +53,15 @@ class Case(NamedTuple):
 
 
 def combinations(state: torch.dtype, velocity: torch.dtype, numel: int, aligned: bool) -> Iterator[Case]:
-    """All 64 sets of operands for these dtypes and this size."""
-    for switches in product((False, True), range(4), (False, True), (False, True), (False, True)):
-        yield Case(state, velocity, *switches, numel, aligned)
+    """80 sets of operands for these dtypes and this size.
+
+    All without guidance and with its weighted form; the two forms by differences take turns at what is written.
+    """
+    for guidance, *switches in product((None, *FORMS), range(4), (False, True), (False, True), (False, True)):
+        case = Case(state, velocity, guidance, *switches, numel, aligned)
+        turn = (case.terms + (guidance or 0)) % 4
+        if guidance in (None, WEIGHTED) or (case.trajectory, case.history) == (turn % 2 == 1, turn > 1):
+            yield case
 
 
 class Guarded:
@@ -86,6 +101,7 @@ class Operands(NamedTuple):
     coefficients: Tensor
     row: int
     velocity_rounding: bool
+    guidance: int
     trajectory: Tensor | None
     slot: int
     history: Tensor | None
@@ -143,13 +159,14 @@ def operands(case: Case) -> tuple[Operands, dict[str, Guarded]]:
         out=buffer("out", case.state).fill_(torch.nan),
         base=read("base", case.state),
         v=read("v", case.velocity),
-        u=read("u", case.velocity) if case.guided else None,
+        u=None if case.guidance is None else read("u", case.velocity),
         h1=h[0],
         h2=h[1],
         h3=h[2],
         coefficients=coefficients,
         row=row,
         velocity_rounding=case.velocity_rounding,
+        guidance=choose.choice(FORMS) if case.guidance is None else case.guidance,  # without u it counts for nothing
         trajectory=(
             buffer("trajectory", case.state, (shape[0], slots, shape[1])).fill_(-7.0) if case.trajectory else None
         ),

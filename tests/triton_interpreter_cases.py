@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
-from triton_cases import PAIRS, PRIME, Case, combinations, differing, failures, values
+from triton_cases import FORMS, PAIRS, PRIME, Case, combinations, differing, failures, values
 
 from flowmatch_kernels import FlowMatching
 from flowmatch_kernels.ops import reference
@@ -86,7 +86,7 @@ def test_whole_matrix(state: torch.dtype, velocity: torch.dtype, numel: int, ali
 @every_pair
 @pytest.mark.parametrize("aligned", [False, True])
 def test_matrix_prime(state: torch.dtype, velocity: torch.dtype, aligned: bool) -> None:
-    """16 of the 64 sets of operands, by lot: a case takes up to ten seconds."""
+    """16 of the 80 sets of operands, by lot: a case takes up to ten seconds."""
     choose = random.Random(str((state, velocity, aligned)))
     check(choose.sample(list(combinations(state, velocity, PRIME, aligned)), 16))
 
@@ -126,13 +126,15 @@ def _rounding_kernel(x, y, BLOCK: tl.constexpr):
     tl.store(y + offset, backend._to_bfloat16(tl.load(x + offset)))
 
 
-def test_weights_are_cast_to_the_velocity_dtype() -> None:
+@pytest.mark.parametrize("guidance", FORMS)
+def test_weights_are_cast_to_the_velocity_dtype(guidance: int) -> None:
     """Float64 state, float32 velocity: 0.1 in double and 0.1f give different products."""
     x, v, u = torch.zeros(64, dtype=torch.float64), torch.randn(64), torch.randn(64)
     coefficients = torch.tensor([[1.0, 1.0, 0, 0, 0, 1 - 7.1, 7.1, 0]], dtype=torch.float64)
     out = torch.empty_like(x)
-    backend.fused_step_(out, x, v, u, None, None, None, coefficients, 0)
-    assert torch.equal(out, ((1 - 7.1) * u + 7.1 * v).double())
+    backend.fused_step_(out, x, v, u, None, None, None, coefficients, 0, False, guidance)
+    expected = ((1 - 7.1) * u + 7.1 * v, u + 7.1 * (v - u), v + 7.1 * (v - u))[guidance]
+    assert torch.equal(out, expected.double())
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -230,7 +232,7 @@ def test_beyond_32_bits(edge: int, aligned: bool, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(interpreter_builder, "create_get_program_id", program_id)
     backend.fused_step_kernel[(blocks,)](
         *(out, base, v, None, None, None, None, rows, trajectory, None),
-        *(0, numel, sample, slots, slot, False, vector, block),
+        *(0, numel, sample, slots, slot, False, 0, vector, block),
     )
     expected = reference.fused_step(base[window], v[window], None, None, None, None, rows, 0)
     assert torch.equal(out[window], expected)

@@ -15,7 +15,7 @@ namespace {
 // As flowmatch_kernels._C.fused_step_cuda, with the stream told.
 void fused_step_cuda(std::uintptr_t out, std::uintptr_t base, std::uintptr_t v, std::uintptr_t u, std::uintptr_t h1,
                      std::uintptr_t h2, std::uintptr_t h3, std::uintptr_t coefficients, std::int64_t row,
-                     int state_dtype, int velocity, bool velocity_rounding, std::uintptr_t trajectory,
+                     int state_dtype, int velocity, bool velocity_rounding, int guidance, std::uintptr_t trajectory,
                      std::int64_t slots, std::int64_t slot, std::uintptr_t history, std::int64_t numel,
                      std::int64_t sample, int device, std::uintptr_t stream) {
   using namespace flowmatch_kernels;
@@ -33,7 +33,8 @@ void fused_step_cuda(std::uintptr_t out, std::uintptr_t base, std::uintptr_t v, 
                    .numel = numel,
                    .sample = sample,
                    .slots = slots,
-                   .slot = slot};
+                   .slot = slot,
+                   .guidance = static_cast<Guidance>(guidance)};
   flowmatch_kernels::fused_step_cuda(o, dtype, static_cast<Dtype>(velocity), velocity_rounding, device,
                                      pointer(stream));
 }
@@ -43,8 +44,8 @@ void fused_step_cuda(std::uintptr_t out, std::uintptr_t base, std::uintptr_t v, 
 PYBIND11_MODULE(_host_cuda, m) {
   m.def("fused_step_cuda", &fused_step_cuda, py::arg("out"), py::arg("base"), py::arg("v"), py::arg("u"), py::arg("h1"),
         py::arg("h2"), py::arg("h3"), py::arg("coefficients"), py::arg("row"), py::arg("state"), py::arg("velocity"),
-        py::arg("velocity_rounding"), py::arg("trajectory"), py::arg("slots"), py::arg("slot"), py::arg("history"),
-        py::arg("numel"), py::arg("sample"), py::arg("device"), py::arg("stream") = 0);
+        py::arg("velocity_rounding"), py::arg("guidance"), py::arg("trajectory"), py::arg("slots"), py::arg("slot"),
+        py::arg("history"), py::arg("numel"), py::arg("sample"), py::arg("device"), py::arg("stream") = 0);
   m.def("quotient", [](std::int64_t i, std::int64_t divisor) {
     return flowmatch_kernels::Divisor(static_cast<std::uint64_t>(divisor)).quotient(i);
   });

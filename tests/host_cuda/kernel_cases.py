@@ -15,11 +15,11 @@ import pytest
 import torch
 import triton_cases as cases
 from torch import Tensor
-from triton_cases import PAIRS, PRIME, Case, combinations, copied, differing, failures, operands
+from triton_cases import FORMS, PAIRS, PRIME, Case, combinations, copied, differing, failures, operands
 
 from flowmatch_kernels import FlowMatching
 from flowmatch_kernels.ops import dispatch, native, reference
-from flowmatch_kernels.ops.fused_step import arithmetic_dtype
+from flowmatch_kernels.ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, WEIGHTED, arithmetic_dtype
 
 _host = host_cuda.load()
 Run = _host.Double.Run
@@ -115,7 +115,7 @@ def test_last_thread_first(state: torch.dtype, velocity: torch.dtype, double) ->
 @pytest.mark.parametrize("odd", ["out", "base", "v", "u", "h1", "h2", "h3", "trajectory", "history", "coefficients"])
 def test_one_operand_off_by_one(state: torch.dtype, velocity: torch.dtype, odd: str) -> None:
     """Each operand's alignment is asked for: all others stand on 16 bytes."""
-    case = Case(state, velocity, True, 3, True, True, False, 1024, True)
+    case = Case(state, velocity, FORMS[PAIRS.index((state, velocity)) % 3], 3, True, True, False, 1024, True)
     given, _ = operands(case)
     given = given._replace(**{name: getattr(given, name).clone() for name in ("out", "history")})
     wrong = getattr(given, odd)
@@ -128,13 +128,15 @@ def test_one_operand_off_by_one(state: torch.dtype, velocity: torch.dtype, odd: 
         assert differing(getattr(given, name), getattr(expected, name)) == 0, name
 
 
-def test_weights_are_cast_to_the_velocity_dtype() -> None:
+@pytest.mark.parametrize("guidance", FORMS)
+def test_weights_are_cast_to_the_velocity_dtype(guidance: int) -> None:
     """Float64 state, float32 velocity: 0.1 in double and 0.1f give different products."""
     x, v, u = torch.zeros(64, dtype=F64), torch.randn(64), torch.randn(64)
     coefficients = torch.tensor([[1.0, 1.0, 0, 0, 0, 1 - 7.1, 7.1, 0]], dtype=F64)
     out = torch.empty_like(x)
-    native.cuda_fused_step_(out, x, v, u, None, None, None, coefficients, 0)
-    assert torch.equal(out, ((1 - 7.1) * u + 7.1 * v).double())
+    native.cuda_fused_step_(out, x, v, u, None, None, None, coefficients, 0, False, guidance)
+    expected = ((1 - 7.1) * u + 7.1 * v, u + 7.1 * (v - u), v + 7.1 * (v - u))[guidance]
+    assert torch.equal(out, expected.double())
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -160,7 +162,9 @@ def fake(state: torch.dtype, velocity: torch.dtype, guided: bool, terms: int, tr
     return {name: (k + 1) << 44 for k, name in enumerate(sizes)}, sizes
 
 
-def launch(addresses: dict[str, int], state: torch.dtype, velocity: torch.dtype, **sizes: int) -> None:
+def launch(
+    addresses: dict[str, int], state: torch.dtype, velocity: torch.dtype, guidance: int = WEIGHTED, **sizes: int
+) -> None:
     names = ("out", "base", "v", "u", "h1", "h2", "h3", "trajectory", "history")
     _host.fused_step_cuda(
         **{name: addresses.get(name, 0) for name in names},
@@ -169,6 +173,7 @@ def launch(addresses: dict[str, int], state: torch.dtype, velocity: torch.dtype,
         state=native._DTYPES[state],
         velocity=native._DTYPES[velocity],
         velocity_rounding=False,
+        guidance=guidance,
         device=0,
         **sizes,
     )
@@ -180,17 +185,18 @@ def launch(addresses: dict[str, int], state: torch.dtype, velocity: torch.dtype,
 def test_each_byte_moves_once(state: torch.dtype, velocity: torch.dtype, numel: int, shift: int, double) -> None:
     """Each operand is read once, each result written once, nothing else; 16 bytes at a time for the widest."""
     double.touch, double.record = False, True
-    for guided, terms, trajectory, history in [
-        (False, 0, False, False),
-        (True, 0, True, False),
-        (True, 3, True, True),
+    for guidance, terms, trajectory, history in [
+        (None, 0, False, False),
+        (WEIGHTED, 0, True, False),
+        (FROM_UNGUIDED, 1, False, True),
+        (FROM_GUIDED, 3, True, True),
     ]:
-        addresses, sizes = fake(state, velocity, guided, terms, trajectory, history)
+        addresses, sizes = fake(state, velocity, guidance is not None, terms, trajectory, history)
         addresses["base"] += shift * state.itemsize
         double = _host.fresh()
         double.touch, double.record = False, True
         # A trajectory of one slot: its elements stand where the state's do.
-        launch(addresses, state, velocity, slots=1, slot=0, numel=numel, sample=numel)
+        launch(addresses, state, velocity, guidance or WEIGHTED, slots=1, slot=0, numel=numel, sample=numel)
         whole = numel // 8 * 8 if not shift and (numel % 8 == 0 or not trajectory) else 0
         read_widest = max(size for name, (size, kind) in sizes.items() if kind in "bl")
         vector = 16 // read_widest

@@ -25,7 +25,18 @@ def double():
     return double
 
 
-def launch(numel=1024, state=F32, velocity=F32, rounding=False, device=0, stream=0, shift=(), sample=None, **present):
+def launch(
+    numel=1024,
+    state=F32,
+    velocity=F32,
+    rounding=False,
+    guidance=0,
+    device=0,
+    stream=0,
+    shift=(),
+    sample=None,
+    **present,
+):
     """A launch on operands that are not there, on 16 bytes but for those named by `shift`."""
     names = ("out", "base", "v", "u", "h1", "h2", "h3", "trajectory", "history")
     arithmetic = F64 if state == F64 else F32
@@ -44,6 +55,7 @@ def launch(numel=1024, state=F32, velocity=F32, rounding=False, device=0, stream
         state=native._DTYPES[state],
         velocity=native._DTYPES[velocity],
         velocity_rounding=rounding,
+        guidance=guidance,
         slots=1,
         slot=0,
         numel=numel,
@@ -104,10 +116,10 @@ def test_samples_that_no_vector_divides(double, sample: int, blocks: int) -> Non
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("terms", range(4))
 def test_each_set_of_operands_has_its_kernel(double, guided: bool, terms: int) -> None:
-    """Operands that are not read cost nothing: one kernel for each set, whatever is written."""
+    """Operands that are not read cost nothing: one kernel for each set, whatever is written, for all of guidance."""
     present = {"u": guided} | {f"h{k + 1}": True for k in range(terms)}
     launch(**present)
-    launch(4096, history=True, trajectory=True, **present)
+    launch(4096, history=True, trajectory=True, guidance=2, **present)
     launch(u=not guided, **{f"h{k + 1}": True for k in range(terms)})
     launch(u=guided, **{f"h{k + 1}": True for k in range((terms + 1) % 4)})
     launch(rounding=True, **present)
@@ -181,11 +193,11 @@ def test_what_python_passes(double, monkeypatch: pytest.MonkeyPatch) -> None:
     v, u = torch.zeros(6, 4, dtype=BF16), torch.zeros(6, 4, dtype=BF16)
     h1, h2, h3 = (torch.zeros(6, 4) for _ in range(3))
     coefficients, trajectory = torch.zeros(7, 8), torch.zeros(6, 9, 4)
-    native.cuda_fused_step_(out, base, v, u, h1, h2, h3, coefficients, 4, True, trajectory, 8, history)
+    native.cuda_fused_step_(out, base, v, u, h1, h2, h3, coefficients, 4, True, 2, trajectory, 8, history)
     pointers = [x.data_ptr() for x in (out, base, v, u, h1, h2, h3, coefficients)]
-    assert calls == [(*pointers, 4, 0, 2, True, trajectory.data_ptr(), 9, 8, history.data_ptr(), 24, 4, 5)]
+    assert calls == [(*pointers, 4, 0, 2, True, 2, trajectory.data_ptr(), 9, 8, history.data_ptr(), 24, 4, 5)]
     native.cuda_fused_step_(out, base, base, None, None, None, None, coefficients, 0)
     x, y = base.data_ptr(), coefficients.data_ptr()
-    assert calls[1] == (out.data_ptr(), x, x, 0, 0, 0, 0, y, 0, 0, 0, False, 0, 1, 0, 0, 24, 24, 5)
+    assert calls[1] == (out.data_ptr(), x, x, 0, 0, 0, 0, y, 0, 0, 0, False, 0, 0, 1, 0, 0, 24, 24, 5)
     native.cuda_fused_step_(out[:0], base[:0], v[:0], None, None, None, None, coefficients, 0)
     assert len(calls) == 2

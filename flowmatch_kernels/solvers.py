@@ -531,7 +531,6 @@ def named(request: Request, cached: bool) -> Table:
     Raises:
         ValueError: the solver cannot use the grid (asked where the table is kept, and so in plain eager mode).
     """
-
     return cache.get(request, request.make_checked) if cached else request.make()
 
 

@@ -28,6 +28,7 @@ SERIES = {
     "best by hand": "#2b8cbe",
     "ours": "#d7301f",
 }
+RATIOS = (0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5)
 TASKS = ("final", "trajectory", "guided", "guided trajectory", "midpoint", "rk4")
 
 
@@ -62,6 +63,10 @@ def by_task(rows: list[Row]) -> Figure:
                     axes.bar(place + (k - 2.5) * 0.14, share - 1, 0.13, bottom=1, color=colour)
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set(title=task, yscale="log", xticks=range(len(shapes)))
+        axes.minorticks_off()
+        axes.set_yticks(RATIOS, labels=[f"{ratio:g}" for ratio in RATIOS])
+        axes.grid(axis="y", color="0.9")
+        axes.set_axisbelow(True)
         axes.set_xticklabels([textwrap.fill(str(list(shape)), 12) for shape in shapes], fontsize=8)
     figure.supylabel("time / published loop's: less is better")
     figure.legend(

@@ -15,7 +15,8 @@ def markdown(report: Row) -> str:
         "\n".join(f"- {name}: {value}" for name, value in report["head"].items()),
         _failures(report["failures"]),
         "## Targets",
-        "Ratios of medians; a free `step_fn`, ten steps, the noise passed in where nothing else is said.",
+        "Ratios of medians; a free `step_fn`, ten steps, the noise passed in where nothing else is said. With "
+        "`--quick` the states are toys and runs are few: then these rows say only that they can be measured.",
         targets(report["targets"]),
         "## Times",
         "Microseconds of one call: the median [first to third quartile], and its ratio to the published loop's. Every "

@@ -12,21 +12,23 @@ def inpaint(known: Tensor, mask: Tensor, noise: Tensor, noise_at: int = 0) -> Ca
     """Holds the entries under a mask on their own straight path, x = (1 - t)*noise + t*known, which ends at `known`.
 
     For inpainting, and for a prefix that is already fixed (real-time chunking: the actions under way). Pass the
-    same `noise` to sample(), so that they start on their path too.
+    same `noise` to sample(), so that they start on their path too; with a temperature, pass temperature * noise here.
 
     Args:
         known: What expands to the state, [B, *x_dims]; read where `mask` is True. There x ends exactly at it, if
             the time grid ends at the data.
         mask: bool, what expands to [B, *x_dims]; True: known.
         noise: The noise that sample() starts from, [B, *x_dims].
-        noise_at: The end of time at which the noise is, as in the constructor.
+        noise_at: The end of time at which the noise is. It must be the sampler's: with another one the known entries
+            end at the noise.
 
     Returns:
         constraint(x, t) -> x, of x's dtype; the path is computed in float32, or float64 where a tensor is.
 
     Raises:
         TypeError: mask is not bool, or known or noise is not floating point.
-        ValueError: (when called) a tensor does not expand to the state's shape, or noise_at is neither 0 nor 1.
+        ValueError: noise_at is neither 0 nor 1; and, when called, a tensor does not expand to the state's shape or is
+            on another device.
 
     Example:
         >>> import torch

@@ -32,13 +32,13 @@ class Sample(NamedTuple):
 class FlowMatching(BaseDiffusion):
     r"""Flow matching: learns a velocity field v(x, t), samples by integrating dx/dt = v.
 
-    Time runs from noise at t = 0 to data at t = 1. One Euler step is x' = x + dt * v(x, t), and every
-    backend gives the bits of the eager PyTorch loop.
+    Time runs from noise at t = 0 to data at t = 1, or the other way round with noise_at=1. One Euler step is
+    x' = x + dt * v(x, t), and every backend gives the bits of the eager PyTorch loop.
 
     Args:
         x_dims: The shape of one sample: an int or a sequence of ints.
         int_method: The solver; see `flowmatch_kernels.solvers`.
-        num_inference_steps: Steps on the uniform grid; 0 returns the noise.
+        num_inference_steps: Steps on the time grid; 0 returns the noise.
         train_timestep_sampler: "beta" (t = 0.999 - 0.999 * Beta(1.5, 1), as in pi-zero) or "uniform".
         train_ignore_guidance_rate: How often training drops the condition, with guidance on.
         inference_guidance_weight: w in v = (1 - w) * v_unguided + w * v_guided, or the weight of another form: one
@@ -50,7 +50,9 @@ class FlowMatching(BaseDiffusion):
             that takes the number of steps N and returns [N + 1] times.
         time_grid_options: What the grid takes beside N, as {"shift": 5.0}.
         prediction_type: What step_fn returns: the "velocity", the "data" x1, or the "noise" x0. Of the straight
-            path x = (1 - t)*x0 + t*x1, v = (x1 - x) / (1 - t) = (x - x0) / t; folded into the table.
+            path x = (1 - t)*x0 + t*x1, v = (x1 - x) / (1 - t) = (x - x0) / t; folded into the table. At that end
+            itself a prediction has no velocity: "noise" needs time_steps that start after it, and "data" a solver
+            that does not evaluate at a step's end (not heun, rk4, rk4_classic or ab3), or time_steps that stop before.
         noise_at: The end of time at which the noise is: 0, or 1, where a grid with a name runs from 1 to 0.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
 
@@ -106,8 +108,14 @@ class FlowMatching(BaseDiffusion):
         guidance.form(guidance_form)
         self.guidance_form = guidance_form
         self.time_grid = time_grid
+        if not isinstance(time_grid_options, (Mapping, type(None))):
+            raise TypeError(f"time_grid_options must be a dict, got {time_grid_options!r:.60}")
         self.time_grid_options = {name: number(option, name) for name, option in (time_grid_options or {}).items()}
         if not callable(time_grid):
+            known = time_grids.options(time_grid)
+            if unknown := [name for name in self.time_grid_options if name not in known]:
+                wanted = " and ".join(known) or "no options"
+                raise TypeError(f"time_grid {time_grid!r} takes {wanted}, got {', '.join(map(repr, unknown))}")
             time_grids.time_grid(time_grid)(1, noise_at=self.noise_at, **self.time_grid_options)
         elif self.time_grid_options:
             raise ValueError("time_grid_options are for a time_grid with a name: bind them to your function instead")
@@ -165,27 +173,30 @@ class FlowMatching(BaseDiffusion):
             inference_step: Steps; None or 0: num_inference_steps.
             int_method: The solver; None: the constructor's.
             unguided_step_fn: The velocity without the condition; called after step_fn.
-            use_classifier_free_guidance: None: the constructor's.
+            use_classifier_free_guidance: None: the constructor's. Without it, what else belongs to guidance is
+                ignored, as upstream does.
             inference_guidance_weight: w: a number, [N] of them, or a function of t; None: the constructor's. A
-                function is asked before the first step, on the host: one synchronisation on a GPU.
+                function is asked before the first step, on the host (one synchronisation on a GPU), with t as a
+                float: the grid's 0.2 is 0.2000000030 where the grid is float32.
             guidance_form: None: the constructor's.
             combined_guidance: step_fn returns both velocities, cat([unguided, guided]), [2 * B, *x_dims], in one
                 call; read where they are. No unguided_step_fn then.
-            skip_irrelevant_model: Where the weight makes one of the two models irrelevant (w = 1: the unguided,
-                w = 0: the guided), do not call it, and take the other's velocity as it is.
+            skip_irrelevant_model: Where the weight makes one of the two models irrelevant (the unguided: w = 1,
+                s = 1, s = 0 or r = 0, by form; the guided: w = 0, s = 0, s = -1 or r = -1), do not call it, and take
+                the other's velocity as it is.
             temperature: Multiplies the noise.
             noise: [B, *x_dims], floating point, on `device`: the start, instead of a draw. Never written.
             generator: For the draw. A CPU generator with a GPU device draws on the CPU and moves.
             dtype: The state's: float32, float64, bfloat16 or float16. None: the noise's, or torch's default.
                 A bfloat16 state rounds each product and each sum to bfloat16.
-            time_steps: [T], strictly monotonic, up or down, instead of the uniform grid; step_fn sees
+            time_steps: [T], strictly monotonic, up or down, instead of the constructor's time grid; step_fn sees
                 its dtype.
             step_sizes: [T - 1], the dt of each step, instead of the differences of the time grid.
             constraint: Called as constraint(x, t) with each committed state x and its time t [B, 1, ..., 1];
                 what it returns, of x's shape and dtype, takes x's place. It may write to x and return it.
                 See `flowmatch_kernels.inpaint`.
             callback: Called as callback(step, t, x) after each step, 0 the first, with the state reached, a copy
-                that is the callback's own, and its time. Returning True ends the sampling.
+                that is the callback's own, and its time [B, 1, ..., 1]. Returning True ends the sampling.
             progress: Show a bar over the evaluations (needs tqdm).
             backend: None: the constructor's. A backend asked for by name runs or raises.
 
@@ -289,6 +300,10 @@ class FlowMatching(BaseDiffusion):
             int_method: The solver, as for sample().
             guided: With guidance by two models; None: use_classifier_free_guidance. What skip_irrelevant_model
                 saves is not known here; a step_fn that returns both velocities is one call: guided=False.
+
+        Raises:
+            TypeError: inference_step is not an int.
+            ValueError: inference_step is negative, or there is no such solver.
         """
         steps = count(inference_step, "inference_step") if inference_step is not None else 0
         steps = steps or count(self.num_inference_steps, "num_inference_steps")
@@ -451,10 +466,14 @@ def _resolved(device: torch.device | str) -> torch.device:
     """The device, with its index: "cuda" means the current one, which may change later."""
     if device == "cpu":
         return _CPU
+    if isinstance(device, int):
+        raise TypeError(f"device must be a torch.device or a string, got {device}: pass inference_step= by name")
     try:
         device = torch.device(device)
     except TypeError:
         raise TypeError(f"device must be a torch.device or a string, got {device!r:.60}") from None
+    except RuntimeError as error:
+        raise ValueError(f"device must name a device, got {device!r:.60}: {str(error).splitlines()[0]}") from None
     if device.type != "cpu" and device.index is None:
         device = torch.empty(0, device=device).device
     return device
@@ -479,7 +498,10 @@ def _grid(time_steps: Tensor | Sequence[float], name: str) -> Tensor:
 
 def _step_sizes(step_sizes: Tensor | Sequence[float], steps: int) -> Tensor:
     if not isinstance(step_sizes, Tensor):
-        step_sizes = torch.tensor(step_sizes, dtype=torch.float64)
+        try:
+            step_sizes = torch.tensor(step_sizes, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"step_sizes must be a tensor or a sequence of floats, got {step_sizes!r:.60}") from None
     if not step_sizes.is_floating_point():
         raise TypeError(f"step_sizes must be floating point, got {step_sizes.dtype}")
     if list(step_sizes.shape) != [steps]:

@@ -67,7 +67,7 @@ def checked(weight: Any, name: str = "inference_guidance_weight") -> Weight:
     """
     if callable(weight):
         return weight
-    if isinstance(weight, Tensor) and weight.dim() == 1:
+    if getattr(weight, "ndim", 0) == 1:  # a tensor, a NumPy array
         weight = weight.tolist()
     if isinstance(weight, Sequence) and not isinstance(weight, (str, bytes)):
         return tuple(number(entry, f"{name}[{k}]") for k, entry in enumerate(weight))

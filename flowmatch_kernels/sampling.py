@@ -165,7 +165,8 @@ def stops(answer: object) -> bool:
     """
     if answer is None or isinstance(answer, bool):
         return answer is True
-    raise TypeError(f"callback must return True to stop, or None or False to go on, got {_described(answer)}")
+    wanted = "callback must return True to stop, or None or False to go on"
+    raise TypeError(f"{wanted}, got {_described(answer)}: bool(...) makes it one")
 
 
 class SharedBuffer:
@@ -314,6 +315,9 @@ class Velocities:
         wanted = f"cat([unguided, guided]), a doubled batch that expands to {[2 * batch, *self.shape[1:]]}"
         if not isinstance(both, Tensor) or both.layout is not torch.strided or both.is_nested:
             raise TypeError(f"step_fn returned {_described(both)}; wanted {wanted}")
+        if both.dtype not in self.dtypes:
+            widens = f", which would widen the state of {self.dtype}" if both.is_floating_point() else ""
+            raise TypeError(f"step_fn returned {both.dtype}{widens}; wanted {wanted}, {self.dtype} or narrower")
         if both.dim() != len(self.shape) or both.shape[0] != 2 * batch:
             raise ValueError(f"step_fn returned a tensor of shape {list(both.shape)}; wanted {wanted}")
         return both.narrow(0, batch, batch), both.narrow(0, 0, batch)

@@ -248,9 +248,13 @@ def predicting(segments: list[Segment], end: int) -> list[Segment]:
     for segment in segments:
         for stage in segment.stages:
             if bool((stage.time == end).any()):
-                way_out = f"use a time grid that keeps away from t = {end}"
-                if end != segment.steps.noise_at:
-                    way_out += ", or a solver that does not evaluate at a step's end (euler, midpoint, ab2, dpmpp_2m)"
+                way_out = f"pass time_steps that keep away from t = {end}, as linspace(1e-3, 1 - 1e-3, N + 1) does"
+                if bool(segments[0].steps.start[:1] == end) and end != segment.steps.noise_at:
+                    way_out = f"the time grid begins there, and noise_at={segment.steps.noise_at} is its other end"
+                elif end != segment.steps.noise_at:
+                    way_out += (
+                        ", or use a solver that does not evaluate at a step's end (euler, midpoint, ab2, dpmpp_2m)"
+                    )
                 raise ValueError(
                     f"what step_fn predicts stands at t = {end} and says nothing of the velocity there, where this "
                     f"solver evaluates: {way_out}"
@@ -547,5 +551,6 @@ def check_finite(table: Table, int_method: str, noise_at: int) -> None:
         grid = _part(table.times, 0, table.steps + 1).tolist()
         raise ValueError(
             f"{int_method} has no finite coefficients on this time grid, {grid!s:.200}: it needs one that runs from "
-            f"the noise, at t = {noise_at}, to the data, with neither end of time inside it, and entries that differ"
+            f"the noise, at t = {noise_at}, to the data, with neither end of time inside it, entries that differ, and "
+            "step_sizes, where they are given, other than 0"
         )

@@ -10,6 +10,7 @@ To add one, write a function of the same form and enter it in `TIME_GRIDS`.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -151,8 +152,14 @@ def time_grid(name: str) -> TimeGrid:
         ValueError: there is none.
     """
     if not isinstance(name, str) or name not in TIME_GRIDS:
-        raise ValueError(f"Invalid time grid: {name} (known: {', '.join(TIME_GRIDS)})")
+        tensor = "; a tensor is passed to sample() as time_steps" if isinstance(name, Tensor) else ""
+        raise ValueError(f"Invalid time grid: {name!s:.60} (known: {', '.join(TIME_GRIDS)}){tensor}")
     return TIME_GRIDS[name]
+
+
+def options(name: str) -> tuple[str, ...]:
+    """What the grid of that name takes beside steps, noise_at and dtype."""
+    return tuple(p for p in inspect.signature(time_grid(name)).parameters if p not in ("steps", "noise_at", "dtype"))
 
 
 # ---- what they share ----

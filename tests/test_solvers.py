@@ -98,25 +98,27 @@ def mixture(t, x):
     return velocity / density
 
 
-def _mixture_error(name, n, low, high, reference_steps=2000):
+def _mixture_error(name, n, low, high, uneven, reference_steps=2000):
     start = _start(3, -1.5, 1.5)
     velocity = lambda x, t: mixture(t, x)  # noqa: E731
     exact = FlowMatching(2, "rk4").sample(5, velocity, noise=start, time_steps=_grid(reference_steps, False, low, high))
-    x = FlowMatching(2, name).sample(5, velocity, noise=start, time_steps=_grid(n, False, low, high))
+    x = FlowMatching(2, name).sample(5, velocity, noise=start, time_steps=_grid(n, uneven, low, high))
     return (x - exact).abs().max().item()
 
 
+@pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize("name", ["euler", "midpoint", "heun", "rk4", "rk4_classic", "ab2", "ab3"])
-def test_order_on_a_gaussian_mixture(name):
-    errors = [_mixture_error(name, n, 0.0, 1.0) for n in (160, 320)]
+def test_order_on_a_gaussian_mixture(name, uneven):
+    errors = [_mixture_error(name, n, 0.0, 1.0, uneven) for n in (160, 320)]
     order = math.log2(errors[0] / errors[1])
     assert abs(order - SOLVERS[name][0]) < 0.15, order
 
 
+@pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize(("low", "high", "least"), [(0.0, 1.0, 1.45), (0.1, 0.9, 1.85)])
-def test_order_of_dpmpp_2m(low, high, least):
+def test_order_of_dpmpp_2m(low, high, least, uneven):
     # Its exponential variable is singular at 0 and 1, so that its first and last step count for more there.
-    errors = [_mixture_error("dpmpp_2m", n, low, high) for n in (160, 320)]
+    errors = [_mixture_error("dpmpp_2m", n, low, high, uneven) for n in (160, 320)]
     assert math.log2(errors[0] / errors[1]) > least
 
 
@@ -139,26 +141,27 @@ def test_nfe_is_what_is_spent(name, n, guided):
     assert fm.nfe() == len(calls) == evaluations * (1 + guided)
 
 
+@pytest.mark.parametrize("prediction_type", ["velocity", "data", "noise"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SOLVERS)
-def test_one_launch_an_evaluation(name, backend, monkeypatch):
+def test_one_launch_an_evaluation(name, backend, prediction_type, monkeypatch):
     from flowmatch_kernels.ops import dispatch
 
     kernel = dispatch.BACKENDS[backend].load()
     launches = []
     counting = dispatch.BACKENDS[backend]._replace(load=lambda: lambda *a: (launches.append(a[8]), kernel(*a))[0])
     monkeypatch.setitem(dispatch.BACKENDS, backend, counting)
-    fm = FlowMatching(2, name, num_inference_steps=6, backend=backend)
-    fm.sample(3, lambda x, t: -x, return_all_steps=True)
+    fm = FlowMatching(2, name, num_inference_steps=6, backend=backend, prediction_type=prediction_type)
+    fm.sample(3, lambda x, t: -x, return_all_steps=True, time_steps=torch.linspace(0.1, 0.9, 7))
     assert launches == list(range(fm.nfe()))
 
 
 @pytest.mark.skipif(native._C is None, reason="not built")
-@pytest.mark.parametrize("prediction_type", ["velocity", "data"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("prediction_type", ["velocity", "data", "noise"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_cpu_equals_reference(name, dtype, prediction_type):
-    steps = torch.linspace(0, 0.9, 8)
+    steps = torch.linspace(0.1, 0.9, 8)
     noise = _start().to(dtype)
     got = [
         FlowMatching(2, name, prediction_type=prediction_type, backend=backend).sample(

@@ -2,8 +2,8 @@
 
 Names and rounding are those of `ops.fused_step`, the contract, and of `ops.reference`, the definition of right.
 
-One compilation serves every size, row and slot: a variant is the dtypes, the operands present, the rounding
-and the alignment class (16-byte accesses, or single elements). Nothing else specialises.
+One compilation serves every size, row and slot: a variant is the dtypes, the operands present, the rounding,
+the form of guidance and the alignment class (16-byte accesses, or single elements). Nothing else specialises.
 """
 
 from __future__ import annotations

@@ -74,6 +74,12 @@ std::int64_t size(PyObject* tensor, Py_ssize_t dimension) {
   return integer(entry.get());
 }
 
+// Forgets an exception, but no KeyboardInterrupt or the like.
+void clear_exception() {
+  if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) throw PythonError();
+  PyErr_Clear();
+}
+
 bool is(PyObject* tensor, PyObject* method) {
   const Object answer(PyObject_CallMethodNoArgs(tensor, method));
   return answer.get() == Py_True;
@@ -226,6 +232,7 @@ struct Torch {
   PyObject* tensor;                   // torch.Tensor
   const dlpack::ExchangeApi* dlpack;  // how to see into one
   PyObject* storage_use_count;        // torch._C._storage_Use_Count
+  PyObject* keywords;                 // ("x", "t"), of a step_fn
   // Of a tensor that nobody else holds: uses of its storage, and references of the storage's Python object.
   std::int64_t uses;
   Py_ssize_t references;
@@ -248,6 +255,7 @@ class Buffer {
     return integer(count.get());
   }
   Py_ssize_t references() const { return Py_REFCNT(storage_.get()); }
+  bool shared() const { return !memory_; }  // with another process
   // Whether nobody but this one tensor holds the memory, which is at `now`: who shares it with another process from
   // here on, moves it.
   bool unheld(const void* now) const {
@@ -282,7 +290,7 @@ struct View {
   explicit View(PyObject* object) {
     seen = reinterpret_cast<PyObject*>(Py_TYPE(object)) == torch_.tensor &&
            torch_.dlpack->from_python(object, &tensor) == 0;
-    if (!seen) PyErr_Clear();
+    if (!seen) clear_exception();
   }
   void* memory() const { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
   std::optional<Dtype> dtype() const {
@@ -319,9 +327,9 @@ void* memory_of(PyObject* state) {
   return view.memory();
 }
 
-// A function of flowmatch_kernels.sampling; never released.
-PyObject* sampling(const char* name) {
-  return pybind11::object(pybind11::module_::import("flowmatch_kernels.sampling").attr(name)).release().ptr();
+// A function of flowmatch_kernels.sampling. Not kept in a static: importing may give up the GIL.
+Object sampling(const char* name) {
+  return Object(pybind11::object(pybind11::module_::import("flowmatch_kernels.sampling").attr(name)).release().ptr());
 }
 
 // How often a tensor was written to, as far as PyTorch counts it.
@@ -329,7 +337,7 @@ std::int64_t version(PyObject* tensor) {
   static PyObject* const name = interned("_version");
   PyObject* const value = PyObject_GetAttr(tensor, name);
   if (!value) {  // an inference tensor counts nothing
-    PyErr_Clear();
+    clear_exception();
     return 0;
   }
   return integer(Object(value).get());
@@ -387,13 +395,12 @@ class Stepper {
     }
     void* const remembered = field(3) == Py_None ? nullptr : memory(place(field(3)).get());
     static PyObject* const shaped = interned("shaped");
-    static PyObject* const rewrite = sampling("rewrite");
     bool wrote = false;
     Pair pair = evaluate(state, t.get(), row, trajectory_.get() != Py_None && state == base ? &wrote : nullptr);
     if (wrote) {
       const Object number(PyLong_FromLongLong(slot));
       PyObject* const arguments[] = {trajectory_.get(), number.get(), state};
-      const Object done(PyObject_Vectorcall(rewrite, arguments, 3, nullptr));
+      const Object done(PyObject_Vectorcall(sampling("rewrite").get(), arguments, 3, nullptr));
     }
     std::optional<Given> given = fit(pair);
     if (!given) {
@@ -454,10 +461,9 @@ class Stepper {
   // the writes to x by itself. Sets `wrote` where it is asked for and the model wrote to x. A new reference.
   static PyObject* call(PyObject* model, PyObject* state, PyObject* t, bool* wrote) {
     static PyObject* const data = interned("data");
-    static PyObject* const names = PyTuple_Pack(2, interned("x"), interned("t"));
     const Object x(PyObject_GetAttr(state, data));
     PyObject* arguments[] = {nullptr, x.get(), t};
-    Object v(PyObject_Vectorcall(model, arguments + 1, PY_VECTORCALL_ARGUMENTS_OFFSET, names));
+    Object v(PyObject_Vectorcall(model, arguments + 1, PY_VECTORCALL_ARGUMENTS_OFFSET, torch_.keywords));
     if (wrote) *wrote = *wrote || version(x.get()) != 0;
     return v.release();
   }
@@ -486,7 +492,7 @@ class Stepper {
     const std::int64_t before = wrote ? version(state) : 0;
     PyObject* const arguments[] = {state, t, row};
     const Object pair(PyObject_Vectorcall(velocities_.get(), arguments, 3, nullptr));
-    if (wrote) *wrote = version(state) != before;
+    if (wrote) *wrote = *wrote || version(state) != before;
     return Pair::of(pair.get());
   }
 
@@ -499,8 +505,10 @@ class Stepper {
       const char* const begin = static_cast<char*>(memory_of(state));
       const char* const at = static_cast<char*>(view.memory());
       if (at >= begin && at < begin + numel_ * size_of(state_)) return std::nullopt;
-    } else if (!PyObject_IsInstance(v, torch_.tensor)) {
-      return std::nullopt;
+    } else {
+      const int tensor = PyObject_IsInstance(v, torch_.tensor);
+      if (tensor < 0) throw PythonError();
+      if (!tensor) return std::nullopt;
     }
     return Object(PyObject_CallMethodNoArgs(v, clone));
   }
@@ -533,6 +541,10 @@ class Stepper {
       if (!fits(u) || *u.dtype() != given->dtype) return std::nullopt;
       given->u = dense(pair.u.get(), u, given->copies[1]);
     }
+    if (numel_ && (!given->v || (pair.u.get() != Py_None && !given->u))) {
+      PyErr_SetString(PyExc_ValueError, "fused_step: a velocity has no memory (a wrapped tensor, a storage resized?)");
+      throw PythonError();
+    }
     return given;
   }
   static const void* dense(PyObject* v, const View& view, std::optional<Object>& copy) {
@@ -545,7 +557,6 @@ class Stepper {
 
   // A tensor for the next state, perhaps `state` itself; not `base` while the step goes on. A new reference.
   PyObject* next(PyObject* state, void* state_memory, PyObject* base, void* base_memory, bool commit) {
-    static PyObject* const fresh = sampling("fresh");
     if (!current_ || current_->tensor() != state) current_.emplace(state, state_memory);
     std::optional<Buffer> out;
     if ((commit || state != base) && current_->unheld(state_memory)) {
@@ -559,7 +570,7 @@ class Stepper {
     if (spare_ && spare_->unheld(memory_of(spare_->tensor()))) {
       out.emplace(std::move(*spare_));
     } else {
-      const Object made(PyObject_CallOneArg(fresh, state));
+      const Object made(PyObject_CallOneArg(sampling("fresh").get(), state));
       out.emplace(made.get(), memory_of(made.get()));
     }
     spare_.reset();
@@ -669,18 +680,21 @@ PyObject* untouched(PyObject*, PyObject* const* p, Py_ssize_t count) {
                           "untouched takes times, original, views (a tuple), batch_size, dims and uses");
     }
     static PyObject* const requires_grad = interned("requires_grad");
+    static PyObject* const grad = interned("grad");
     const View times(p[0]), original(p[1]);
     const std::int64_t batch_size = integer(p[3]), dims = integer(p[4]), bytes = times.seen ? times.tensor.bits / 8 : 0;
     if (!times.seen || !original.seen || times.tensor.shape[0] != original.tensor.shape[0] ||
         std::memcmp(times.memory(), original.memory(), original.tensor.shape[0] * bytes) != 0) {
       Py_RETURN_FALSE;
     }
-    const Buffer buffer(p[0], nullptr);
-    if (buffer.references() != torch_.references || buffer.uses() != integer(p[5])) Py_RETURN_FALSE;
+    const Buffer buffer(p[0], times.memory());
+    if (buffer.shared() || buffer.references() != torch_.references || buffer.uses() != integer(p[5])) Py_RETURN_FALSE;
     for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(p[2]); ++k) {
       PyObject* const view = PyTuple_GET_ITEM(p[2], k);
       PyObject** const attributes = _PyObject_GetDictPtr(view);
-      const bool marked = is_true(view, requires_grad) || (attributes && *attributes && PyDict_Size(*attributes));
+      const Object gradient(PyObject_GetAttr(view, grad));
+      const bool marked = is_true(view, requires_grad) || gradient.get() != Py_None ||
+                          (attributes && *attributes && PyDict_Size(*attributes));
       const View t(view);
       bool same = t.seen && t.memory() == static_cast<char*>(times.memory()) + k * bytes && t.tensor.ndim == dims + 1 &&
                   t.tensor.shape[0] == batch_size && (batch_size < 2 || t.tensor.strides[0] == 0);
@@ -725,6 +739,7 @@ void add_direct_cpu(pybind11::module_& m) {
     if (api->major == dlpack::kMajor && api->from_python) {
       torch_.tensor = pybind11::object(tensor).release().ptr();
       torch_.dlpack = api;
+      torch_.keywords = pybind11::make_tuple("x", "t").release().ptr();
       torch_.storage_use_count = pybind11::object(internals.attr("_storage_Use_Count")).release().ptr();
       const pybind11::object own = torch.attr("empty")(1, pybind11::arg("device") = "cpu");
       const Buffer buffer(own.ptr(), nullptr);

@@ -270,7 +270,15 @@ class FlowMatching(BaseDiffusion):
         try:
             state, trajectory, taken = integrate(
                 table,
-                self._noise(batch_size, device, dtype, noise, generator, temperature),  # and no name keeps it
+                # No name keeps it; and .data has no tangent, which would not follow the steps.
+                self._noise(
+                    batch_size,
+                    device,
+                    dtype,
+                    noise.data if eager and noise is not None else noise,
+                    generator,
+                    temperature,
+                ),
                 clock.views,
                 step_fn,
                 chosen,
@@ -414,7 +422,7 @@ class FlowMatching(BaseDiffusion):
             *(() if weight is None or callable(weight) else (form, weight, solvers.signs(weight))),
         )
         if time_steps is None and step_sizes is None and isinstance(self.time_grid, str):
-            table = solvers.named(request, cached)
+            table = solvers.named(request, cached and request.is_itself())
             return table.guided(guidance.form(form), weight) if callable(weight) else table
 
         if time_steps is not None:

@@ -86,39 +86,42 @@ def integrate(
         step = stepper.step
 
     base, slot, out = state, 0, None
-    for row, evaluation in enumerate(over(table.evaluations)):
-        if step is not None:
-            out = step(state, base, times, row, evaluation, slot, history)
-        if out is None:  # a tensor subclass, a mode, a transform or a compiler: nothing is written
-            time, _, read, write = evaluation
-            v, u = velocities(state, times[time], row) if step is None else stepper.left
-            step = None
-            if trajectory is not None:
-                states, trajectory = list(trajectory.unbind(1)[: slot + 1]), None
-            if not velocities.fit(v, u):
-                v, u = velocities.shaped(v, u, row)
-            operands = (base, v, u, *terms(history, read), table.coefficients, row)
-            out = functional(backend, state)(*operands, False, velocities.guidance)
-            if write is not None:
-                history[write] = reference.remember(base, v, u, table.coefficients, row, velocities.guidance)
-            del v, u, operands
-        state, out = out, None
-        if not evaluation.commit:
-            continue
-        slot += 1
-        if constraint is not None:
-            state = constrained(constraint, state, times[slot], in_place=step is not None)
-            if type(state) is not Tensor and trajectory is not None:
-                states, trajectory = list(trajectory.unbind(1)[:slot]), None
-            if type(state) is not Tensor:
+    try:
+        for row, evaluation in enumerate(over(table.evaluations)):
+            if step is not None:
+                out = step(state, base, times, row, evaluation, slot, history)
+            if out is None:  # a tensor subclass, a mode, a transform or a compiler: nothing is written
+                time, _, read, write = evaluation
+                v, u = velocities(state, times[time], row) if step is None else stepper.left
                 step = None
-            if trajectory is not None:
-                rewrite(trajectory, slot, state)
-        if states is not None:
-            states.append(state)
-        base = state
-        if callback is not None and stops(callback(slot - 1, times[slot], state.clone())):
-            break
+                if trajectory is not None:
+                    states, trajectory = list(trajectory.unbind(1)[: slot + 1]), None
+                if not velocities.fit(v, u):
+                    v, u = velocities.shaped(v, u, row)
+                operands = (base, v, u, *terms(history, read), table.coefficients, row)
+                out = functional(backend, state)(*operands, False, velocities.guidance)
+                if write is not None:
+                    history[write] = reference.remember(base, v, u, table.coefficients, row, velocities.guidance)
+                del v, u, operands
+            state, out = out, None
+            if not evaluation.commit:
+                continue
+            slot += 1
+            if constraint is not None:
+                state = constrained(constraint, state, times[slot], in_place=step is not None)
+                if type(state) is not Tensor and trajectory is not None:
+                    states, trajectory = list(trajectory.unbind(1)[:slot]), None
+                if type(state) is not Tensor:
+                    step = None
+                if trajectory is not None:
+                    rewrite(trajectory, slot, state)
+            if states is not None:
+                states.append(state)
+            base = state
+            if callback is not None and stops(callback(slot - 1, times[slot], state.clone())):
+                break
+    finally:  # the garbage collector does not see into them, and an exception keeps this frame
+        stepper = step = None
     if states is not None:
         trajectory = torch.stack(states, dim=1)
     elif trajectory is not None and slot < table.steps:
@@ -197,7 +200,7 @@ class SharedBuffer:
         written = _version(v) != self._version
         shared = v.numel() > 0 and v.data_ptr() == u.data_ptr()
         # The same tensor twice is no harm where nothing was written; on a GPU a replay's write leaves no trace.
-        if not copied and (written or (shared and v.device.type != "cpu")):
+        if not copied and (written or (shared and (v is not u or v.device.type != "cpu"))):
             raise RuntimeError(
                 "unguided_step_fn wrote to the buffer that step_fn had returned, and had not done so before: the "
                 "guided velocity is overwritten. Return a clone from step_fn"

@@ -500,6 +500,11 @@ class Request(NamedTuple):
     signs: tuple[float, ...] = ()
     """Of the weights: -0.0 == 0.0, and weighs another way."""
 
+    def is_itself(self) -> bool:
+        """Whether it equals itself, as a key must: NaN does not."""
+        entries = self.weight if isinstance(self.weight, tuple) else (self.weight,)
+        return not any(map(math.isnan, entries))
+
     def grid(self) -> Tensor:
         """The time grid, [T]."""
         if self.time_grid == "uniform":  # as the published loop takes it, to the bit

@@ -5,6 +5,8 @@ import gc
 import io
 import itertools
 import os
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -855,3 +857,106 @@ def test_a_view_of_a_zero_tensor_counts_as_zeros():
     # Its address is its offset, not 0: reading it crashed.
     zeros, noise = torch._efficientzerotensor(4, 8), torch.randn(2, 8)
     assert torch.equal(FlowMatching(8).sample(2, lambda x, t: zeros[1:3], noise=noise), noise)
+
+
+# ---- what a review found ----
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_an_exception_that_a_model_keeps_does_not_keep_the_model(backend):
+    class Model:
+        def __call__(self, x, t):
+            raise ValueError("kept")
+
+    model = Model()
+    try:
+        FlowMatching(DIMS, backend=backend).sample(BATCH, model)
+    except ValueError as error:
+        model.error = error
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_dual_noise_gives_no_wrong_tangent(backend):
+    forward_ad = torch.autograd.forward_ad
+    with forward_ad.dual_level():
+        noise = forward_ad.make_dual(torch.randn(2, 4), torch.ones(2, 4))
+        out = FlowMatching(4, backend=backend).sample(2, lambda x, t: -x.detach(), noise=noise)
+        assert forward_ad.unpack_dual(out).tangent is None
+
+
+def test_a_velocity_without_memory_is_an_error():
+    with pytest.raises((ValueError, RuntimeError, TypeError)):
+        FlowMatching(4, backend="cpu").sample(2, lambda x, t: torch._to_functional_tensor(torch.ones(2, 4)))
+
+
+def test_first_steps_of_two_threads_where_an_import_gives_up_the_lock():
+    code = """
+import builtins, threading, time, torch
+from flowmatch_kernels import FlowMatching
+before = builtins.__import__
+def slow(name, *a, **k):
+    if name.startswith("flowmatch"):
+        time.sleep(0.1)
+    return before(name, *a, **k)
+builtins.__import__ = slow
+def run():
+    kept = []
+    FlowMatching(4).sample(2, lambda x, t: kept.append(x) or -x)
+threads = [threading.Thread(target=run) for _ in range(2)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+print("both ended")
+"""
+    root = os.path.dirname(os.path.dirname(__file__))
+    environment = {**os.environ, "PYTHONPATH": root}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "both ended", done.stderr
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_one_buffer_after_two_is_told_from_its_address(backend):
+    """Written without a trace: by NumPy here, by a foreign runtime elsewhere."""
+    buffer, calls = numpy.zeros((2, 4), numpy.float32), itertools.count()
+
+    def model(value):
+        def step_fn(x, t):
+            if next(calls) < 2:
+                return torch.full((2, 4), value)
+            buffer[:] = value
+            return torch.from_numpy(buffer)
+
+        return step_fn
+
+    fm = FlowMatching(4, backend=backend, use_classifier_free_guidance=True)
+    with pytest.raises(RuntimeError, match="Return a clone"):
+        fm.sample(2, model(1.0), unguided_step_fn=model(5.0))
+
+
+@pytest.mark.parametrize("mark", ["grad", "share"])
+def test_marks_on_a_time_end_with_their_sample(mark):
+    def step_fn(x, t):
+        if mark == "grad":
+            t.grad = torch.ones_like(t)
+        else:
+            t.share_memory_()
+        return x
+
+    seen = []
+    fm = FlowMatching(4)
+    fm.sample(2, lambda x, t: x)
+    fm.sample(2, step_fn)
+    fm.sample(2, lambda x, t: seen.append((t.grad, t.is_shared())) or x)
+    assert all(grad is None and not shared for grad, shared in seen)
+
+
+def test_weights_that_are_no_numbers_leave_the_cache_alone():
+    from flowmatch_kernels import solvers
+
+    fm = FlowMatching(4, use_classifier_free_guidance=True)
+    for _ in range(3):
+        fm.sample(2, velocity, unguided_step_fn=other, inference_guidance_weight=[float("nan")] * 10)
+    assert not solvers.cache._tables

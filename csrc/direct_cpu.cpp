@@ -113,6 +113,20 @@ PyObject* dense(PyObject* v) {
   return contract.attr("dense")(pybind11::handle(v)).release().ptr();
 }
 
+// Runs f; a C++ exception becomes Python's.
+template <class F>
+PyObject* guard(F&& f) {
+  try {
+    return f();
+  } catch (const PythonError&) {
+  } catch (pybind11::error_already_set& error) {
+    error.restore();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
 // ---- fused_step_cpu: one step, every operand given ----
 
 constexpr const char* kParameters[] = {
@@ -138,82 +152,76 @@ enum Parameter {
 };
 
 // ops/reference.fused_step_ has the same signature.
-PyObject* fused_step_cpu_python(PyObject*, PyObject* const* given, Py_ssize_t count, PyObject* names) try {
-  PyObject* p[kParameterCount] = {};
-  if (count > kParameterCount) {
-    PyErr_Format(PyExc_TypeError, "fused_step_ takes 14 arguments, got %zd", count);
-    return nullptr;
-  }
-  for (Py_ssize_t k = 0; k < count; ++k) p[k] = given[k];
-  for (Py_ssize_t k = 0; names && k < PyTuple_GET_SIZE(names); ++k) {
-    int place = 0;
-    while (place < kParameterCount &&
-           PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(names, k), kParameters[place]) != 0) {
-      ++place;
-    }
-    if (place == kParameterCount || p[place]) {
-      PyErr_Format(PyExc_TypeError, "fused_step_ got an unknown or repeated argument %R", PyTuple_GET_ITEM(names, k));
+PyObject* fused_step_cpu_python(PyObject*, PyObject* const* given, Py_ssize_t count, PyObject* names) {
+  return guard([&]() -> PyObject* {
+    PyObject* p[kParameterCount] = {};
+    if (count > kParameterCount) {
+      PyErr_Format(PyExc_TypeError, "fused_step_ takes 14 arguments, got %zd", count);
       return nullptr;
     }
-    p[place] = given[count + k];
-  }
-  for (int k = 0; k < kRequired; ++k) {
-    if (!p[k]) {
-      PyErr_Format(PyExc_TypeError, "fused_step_ misses its argument %s", kParameters[k]);
-      return nullptr;
+    for (Py_ssize_t k = 0; k < count; ++k) p[k] = given[k];
+    for (Py_ssize_t k = 0; names && k < PyTuple_GET_SIZE(names); ++k) {
+      int place = 0;
+      while (place < kParameterCount &&
+             PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(names, k), kParameters[place]) != 0) {
+        ++place;
+      }
+      if (place == kParameterCount || p[place]) {
+        PyErr_Format(PyExc_TypeError, "fused_step_ got an unknown or repeated argument %R", PyTuple_GET_ITEM(names, k));
+        return nullptr;
+      }
+      p[place] = given[count + k];
     }
-  }
-  for (const int k : {kTrajectory, kHistory}) {
-    if (!p[k]) p[k] = Py_None;
-  }
+    for (int k = 0; k < kRequired; ++k) {
+      if (!p[k]) {
+        PyErr_Format(PyExc_TypeError, "fused_step_ misses its argument %s", kParameters[k]);
+        return nullptr;
+      }
+    }
+    for (const int k : {kTrajectory, kHistory}) {
+      if (!p[k]) p[k] = Py_None;
+    }
 
-  static PyObject* const numel_name = interned("numel");
-  const Object numel_object(PyObject_CallMethodNoArgs(p[kBase], numel_name));
-  const std::int64_t numel = integer(numel_object.get());
-  if (numel == 0) Py_RETURN_NONE;
-  const Object v(dense(p[kV]));
-  const Object u(p[kU] == Py_None ? Py_NewRef(Py_None) : dense(p[kU]));
-  const bool has_slots = p[kTrajectory] != Py_None;
-  const Dtype state = python_dtype(p[kBase]);
-  const std::int64_t row_bytes = kColumns * (state == Dtype::kFloat64 ? 8 : 4);
-  char* const coefficients = static_cast<char*>(memory(p[kCoefficients]));
-  const Operands o{.out = memory(p[kOut]),
-                   .base = memory(p[kBase]),
-                   .v = memory(v.get()),
-                   .u = memory(u.get()),
-                   .h = {memory(p[kH1]), memory(p[kH2]), memory(p[kH3])},
-                   .row = coefficients + integer(p[kRow]) * row_bytes,
-                   .trajectory = memory(p[kTrajectory]),
-                   .history = memory(p[kHistory]),
-                   .numel = numel,
-                   .sample = has_slots ? numel / size(p[kBase], 0) : numel,
-                   .slots = has_slots ? size(p[kTrajectory], 1) : 1,
-                   .slot = p[kSlot] ? integer(p[kSlot]) : 0,
-                   .guidance = static_cast<Guidance>(p[kGuidance] ? integer(p[kGuidance]) : 0)};
-  if (!o.out || !o.base || !o.v || !coefficients) {
-    PyErr_SetString(PyExc_ValueError, "fused_step_: an operand has no memory (a fake or wrapped tensor?)");
-    return nullptr;
-  }
-  if (has_slots && (o.slot < 0 || o.slot >= o.slots)) {
-    PyErr_SetString(PyExc_ValueError, "fused_step_: slot is out of range");
-    return nullptr;
-  }
-  const bool rounding = p[kVelocityRounding] && truth(p[kVelocityRounding]);
-  const Dtype velocity = python_dtype(v.get());
-  {
-    std::optional<pybind11::gil_scoped_release> released;  // worth its cost only for a large state
-    if (numel > kGrain) released.emplace();
-    run_cpu(o, state, velocity, rounding);
-  }
-  Py_RETURN_NONE;
-} catch (const PythonError&) {
-  return nullptr;
-} catch (pybind11::error_already_set& error) {
-  error.restore();
-  return nullptr;
-} catch (const std::exception& error) {
-  PyErr_SetString(PyExc_RuntimeError, error.what());
-  return nullptr;
+    static PyObject* const numel_name = interned("numel");
+    const Object numel_object(PyObject_CallMethodNoArgs(p[kBase], numel_name));
+    const std::int64_t numel = integer(numel_object.get());
+    if (numel == 0) Py_RETURN_NONE;
+    const Object v(dense(p[kV]));
+    const Object u(p[kU] == Py_None ? Py_NewRef(Py_None) : dense(p[kU]));
+    const bool has_slots = p[kTrajectory] != Py_None;
+    const Dtype state = python_dtype(p[kBase]);
+    const std::int64_t row_bytes = kColumns * (state == Dtype::kFloat64 ? 8 : 4);
+    char* const coefficients = static_cast<char*>(memory(p[kCoefficients]));
+    const Operands o{.out = memory(p[kOut]),
+                     .base = memory(p[kBase]),
+                     .v = memory(v.get()),
+                     .u = memory(u.get()),
+                     .h = {memory(p[kH1]), memory(p[kH2]), memory(p[kH3])},
+                     .row = coefficients + integer(p[kRow]) * row_bytes,
+                     .trajectory = memory(p[kTrajectory]),
+                     .history = memory(p[kHistory]),
+                     .numel = numel,
+                     .sample = has_slots ? numel / size(p[kBase], 0) : numel,
+                     .slots = has_slots ? size(p[kTrajectory], 1) : 1,
+                     .slot = p[kSlot] ? integer(p[kSlot]) : 0,
+                     .guidance = static_cast<Guidance>(p[kGuidance] ? integer(p[kGuidance]) : 0)};
+    if (!o.out || !o.base || !o.v || !coefficients) {
+      PyErr_SetString(PyExc_ValueError, "fused_step_: an operand has no memory (a fake or wrapped tensor?)");
+      return nullptr;
+    }
+    if (has_slots && (o.slot < 0 || o.slot >= o.slots)) {
+      PyErr_SetString(PyExc_ValueError, "fused_step_: slot is out of range");
+      return nullptr;
+    }
+    const bool rounding = p[kVelocityRounding] && truth(p[kVelocityRounding]);
+    const Dtype velocity = python_dtype(v.get());
+    {
+      std::optional<pybind11::gil_scoped_release> released;  // worth its cost only for a large state
+      if (numel > kGrain) released.emplace();
+      run_cpu(o, state, velocity, rounding);
+    }
+    Py_RETURN_NONE;
+  });
 }
 
 PyMethodDef kFusedStepCpu = {"fused_step_cpu",
@@ -601,20 +609,6 @@ struct StepperObject {
   PyObject_HEAD;
   Stepper* stepper;
 };
-
-// Runs f; a C++ exception becomes Python's.
-template <class F>
-PyObject* guard(F&& f) {
-  try {
-    return f();
-  } catch (const PythonError&) {
-  } catch (pybind11::error_already_set& error) {
-    error.restore();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
-}
 
 PyObject* stepper_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
   return guard([&]() -> PyObject* {

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 
 def count(value: Any, name: str) -> int:
@@ -40,3 +43,11 @@ def number(value: Any, name: str, wanted: str = "a number") -> float:
         return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         raise TypeError(f"{name} must be {wanted}, got {value!r:.60}") from None
+
+
+def expands(shape: torch.Size, wanted: Sequence[int]) -> bool:
+    """Whether a tensor of this shape expands to the wanted one, which stays as it is."""
+    try:
+        return torch.broadcast_shapes(shape, wanted) == wanted
+    except RuntimeError:
+        return False

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .arguments import expands
+
 
 def inpaint(known: Tensor, mask: Tensor, noise: Tensor, noise_at: int = 0) -> Callable[[Tensor, Tensor], Tensor]:
     """Holds the entries under a mask on their own straight path, x = (1 - t)*noise + t*known, which ends at `known`.
@@ -52,11 +54,7 @@ def inpaint(known: Tensor, mask: Tensor, noise: Tensor, noise_at: int = 0) -> Ca
 
     def constraint(x: Tensor, t: Tensor) -> Tensor:
         for name, tensor in (("known", known), ("mask", mask), ("noise", noise)):
-            try:
-                expands = torch.broadcast_shapes(tensor.shape, x.shape) == x.shape
-            except RuntimeError:
-                expands = False
-            if not expands:
+            if not expands(tensor.shape, x.shape):
                 raise ValueError(f"{name} must expand to the state {list(x.shape)}, got {list(tensor.shape)}")
             if tensor.device != x.device:
                 raise ValueError(f"{name} must be on the state's device {x.device}, got {tensor.device}")

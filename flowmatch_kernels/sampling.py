@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments import expands
 from .base import StepFn
 from .guidance import Form
 from .ops import native, reference
@@ -343,11 +344,7 @@ class Velocities:
             )
         if v.device != self.device:
             raise ValueError(f"{name} returned a tensor on {v.device}; wanted {wanted}")
-        try:
-            expands = torch.broadcast_shapes(v.shape, self.shape) == self.shape
-        except RuntimeError:
-            expands = False
-        if not expands:
+        if not expands(v.shape, self.shape):
             raise ValueError(f"{name} returned a tensor of shape {list(v.shape)}; wanted {wanted}")
 
     def _expanded(self, v: Tensor) -> Tensor:

@@ -67,6 +67,7 @@ def test_quick(tmp_path):
     for part in ("## Targets", "### rk4", "### final, steps of [6, 64, 2]", "## Peak memory", "## Counts", "- CPU: "):
         assert part in text, part
 
+    # The package's tests do not need matplotlib; `make` installs it, so that this runs there and in CI.
     plot = pytest.importorskip("bench.plot", reason="matplotlib is not installed", exc_type=ImportError)
     assert plot.main([str(tmp_path / "bench.json")]) == 0
     for name in ("bench.png", "steps.png"):
@@ -175,8 +176,9 @@ def test_in_turn(monkeypatch):
     assert "".join(order) == "abc" + "bca" + "cab" + "abc"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone can tell")
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc, which Linux alone has")
 def test_peak_bytes():
+    # rel=0.1: the kernel counts pages, and the process has others than the tensors'.
     size = 32 << 20
     assert measure.peak_bytes(lambda: torch.ones(2 * size, dtype=torch.uint8)) == pytest.approx(2 * size, rel=0.1)
     # An earlier peak does not show; and of three tensors there is one at a time.
@@ -225,6 +227,7 @@ def test_cost_per_step(monkeypatch):
         targets, "in_turn", lambda samples, *_: {n: measure.Timing(spans[n], 0, 0, 1, 1) for n in samples}
     )
     three = plan()._replace(steps=(1, 5, 10))
+    # A ratio of differences of the recorded floats: equal to 1.1 but for their rounding (approx's 1e-6).
     assert targets.cost_per_step(three).measured == pytest.approx(1.1)
     spans[10] = 19e-6
     assert targets.cost_per_step(three).measured is None
@@ -249,7 +252,7 @@ def test_launches_of_a_step(task, published, by_hand):
 def test_bytes_of_a_step():
     few, many = (counts.counted_ours(Work(ALPAMAYO, "guided trajectory", steps))[1] for steps in (10, 20))
     state = 4 * 6 * 64 * 2
-    # base, v, u, out and the slot; an entry of the clock and of what is returned
+    # base, v, u, out and the slot; abs=16: an entry of the clock and of what is returned, each read and written
     assert (many.bytes - few.bytes) / 10 == pytest.approx(5 * state, abs=16)
 
 

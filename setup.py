@@ -96,7 +96,7 @@ def extension() -> dict:
                 explanation.write_text(f"raise ImportError({reason!r})\n")
                 warnings.warn(f"flowmatch_kernels is installed without its C++ extension: {reason}", stacklevel=1)
 
-    sources = ["csrc/bindings.cpp", "csrc/direct_cpu.cpp", "csrc/fused_step_cpu.cpp"]
+    sources = sorted(glob("csrc/*.cpp"))
     macros = [("TORCH_TARGET_VERSION", "0x020a000000000000")]  # the stable ABI of torch 2.10
     architectures = cuda_architectures()
     if architectures is not None:

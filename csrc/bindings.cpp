@@ -1,44 +1,28 @@
 // The extension module flowmatch_kernels._C.
 //
 // Two doors to the same kernels: the registered ops, on LibTorch's stable ABI (one build for every torch >= 2.10),
-// which check their operands; and direct calls for the loop: direct_cpu.cpp, and for a GPU, through pybind11, one with
-// raw pointers.
-#if defined(FLOWMATCH_KERNELS_CUDA) && !defined(USE_CUDA)
-#define USE_CUDA  // shim.h then declares the current stream; a CPU build of torch has the same header
-#endif
+// which check their operands; and direct calls for the loop, which do not: python_operands.cpp, one step, and row.cpp,
+// a whole row of a table on the CPU.
 #include <pybind11/pybind11.h>
-#ifdef FLOWMATCH_KERNELS_CUDA
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <optional>
 #include <string>
 
-#include "direct_cpu.h"
-#ifdef FLOWMATCH_KERNELS_CUDA
-#include "fused_step_cuda.h"
-#endif
+#include "fused_step_cpu.h"
+#include "host_pool.h"
+#include "launch.h"
+#include "python_operands.h"
+#include "python_tensor.h"
+#include "row.h"
 
 namespace flowmatch_kernels {
 namespace {
 
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-#ifdef FLOWMATCH_KERNELS_CUDA
-void launch_on_current_stream(const Operands& o, Dtype state, Dtype velocity, bool velocity_rounding, int device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  fused_step_cuda(o, state, velocity, velocity_rounding, device, stream);
-}
-#endif
 
 // ---- the registered ops ----
 
@@ -125,7 +109,7 @@ void fused_step_(Tensor out, Tensor base, Tensor v, OptionalTensor u, OptionalTe
 
   const auto read = [](const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; };
   const std::int64_t row_bytes = kColumns * (arithmetic == Dtype::kFloat64 ? 8 : 4);
-  run_cpu(Operands{.out = out.mutable_data_ptr(),
+  launch_cpu(Operands{.out = out.mutable_data_ptr(),
                    .base = base.const_data_ptr(),
                    .v = v.const_data_ptr(),
                    .u = read(u),
@@ -149,49 +133,6 @@ Tensor fused_step(Tensor base, Tensor v, OptionalTensor u, OptionalTensor h1, Op
   return out;
 }
 
-// ---- memory ----
-
-// Asks the system for huge pages for memory not yet touched: filling 184 MB of fresh memory then takes a quarter of the
-// time. Only a wish: where it cannot be had, nothing changes.
-void advise_huge_pages(std::uintptr_t address, std::size_t bytes) {
-#if defined(__linux__)
-  constexpr std::uintptr_t kHuge = std::uintptr_t{1} << 21;
-  const std::uintptr_t begin = (address + kHuge - 1) & ~(kHuge - 1), end = (address + bytes) & ~(kHuge - 1);
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  static_cast<void>(address + bytes);
-#endif
-}
-
-// ---- the direct call on a GPU ----
-
-#ifdef FLOWMATCH_KERNELS_CUDA
-// Integers are addresses; 0 stands for an operand that is absent.
-void fused_step_cuda_python(std::uintptr_t out, std::uintptr_t base, std::uintptr_t v, std::uintptr_t u,
-                            std::uintptr_t h1, std::uintptr_t h2, std::uintptr_t h3, std::uintptr_t coefficients,
-                            std::int64_t row, int state, int velocity, bool velocity_rounding, int guidance,
-                            std::uintptr_t trajectory, std::int64_t slots, std::int64_t slot, std::uintptr_t history,
-                            std::int64_t numel, std::int64_t sample, int device) {
-  const auto pointer = [](std::uintptr_t address) { return reinterpret_cast<void*>(address); };
-  const Dtype state_dtype = static_cast<Dtype>(state);
-  const std::int64_t row_bytes = kColumns * (state_dtype == Dtype::kFloat64 ? 8 : 4);
-  launch_on_current_stream(Operands{.out = pointer(out),
-                                    .base = pointer(base),
-                                    .v = pointer(v),
-                                    .u = pointer(u),
-                                    .h = {pointer(h1), pointer(h2), pointer(h3)},
-                                    .row = pointer(coefficients + row * row_bytes),
-                                    .trajectory = pointer(trajectory),
-                                    .history = pointer(history),
-                                    .numel = numel,
-                                    .sample = sample,
-                                    .slots = slots,
-                                    .slot = slot,
-                                    .guidance = static_cast<Guidance>(guidance)},
-                           state_dtype, static_cast<Dtype>(velocity), velocity_rounding, device);
-}
-#endif
-
 }  // namespace
 }  // namespace flowmatch_kernels
 
@@ -202,14 +143,20 @@ STABLE_TORCH_LIBRARY_IMPL(flowmatch_kernels, CPU, m) {
 
 PYBIND11_MODULE(_C, m) {
   using namespace flowmatch_kernels;
+  find_torch(pybind11::module_::import("torch"));
   m.def("instruction_set", &instruction_set, "Name of the instruction set that the cpu backend uses here.");
-  m.def("advise_huge_pages", &advise_huge_pages, pybind11::arg("address"), pybind11::arg("bytes"),
-        "Asks for huge pages for fresh memory.");
-  add_direct_cpu(m);
+  m.def("empty_pool", &empty_pool, "Frees the host memory that is kept for reuse.");
+  m.def("set_pool_limit", &set_pool_limit, pybind11::arg("bytes"), "How much host memory is kept for reuse.");
+  m.def(
+      "pool_sizes",
+      [] {
+        const PoolSizes sizes = pool_sizes();
+        return pybind11::make_tuple(sizes.limit, sizes.idle, sizes.in_use);
+      },
+      "Host memory, in bytes: the most that is kept for reuse, what is kept now, and what is in use.");
+  add_fused_step(m);
+  add_rows(m);
 #ifdef FLOWMATCH_KERNELS_CUDA
   m.attr("cuda_archs") = FLOWMATCH_KERNELS_CUDA;
-  m.def("fused_step_cuda", &fused_step_cuda_python,
-        "fused_step on a CUDA device's current stream; addresses of contiguous tensors, 0 where absent. Nothing is "
-        "checked.");
 #endif
 }

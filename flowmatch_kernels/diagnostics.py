@@ -16,7 +16,7 @@ from torch import Tensor
 from . import __version__
 from .ops import native, reference
 from .ops.dispatch import BACKENDS, available_backends
-from .ops.fused_step import COLUMNS, FROM_GUIDED, FROM_UNGUIDED, VELOCITY_DTYPES, WEIGHTED, arithmetic_dtype
+from .ops.fused_step import COLUMNS, FROM_GUIDED, FROM_UNGUIDED, VELOCITY_DTYPES, WEIGHTED, Operands, arithmetic_dtype
 
 #: The integer dtype that shows a floating-point dtype's bits.
 _BITS = {
@@ -121,26 +121,7 @@ def self_test(name: str) -> SelfTest:
     return SelfTest(device, cases, None)
 
 
-class _Operands(NamedTuple):
-    """The operands of one fused_step_, in its order."""
-
-    out: Tensor
-    base: Tensor
-    v: Tensor
-    u: Tensor | None
-    h1: Tensor | None
-    h2: Tensor | None
-    h3: Tensor | None
-    coefficients: Tensor
-    row: int
-    velocity_rounding: bool
-    guidance: int
-    trajectory: Tensor | None
-    slot: int
-    history: Tensor | None
-
-
-def _cases(device: torch.device) -> Iterator[tuple[str, _Operands]]:
+def _cases(device: torch.device) -> Iterator[tuple[str, Operands]]:
     generator = torch.Generator().manual_seed(0)
     sets: list[tuple[bool, int | None, int, bool]]
     sets = [*itertools.product((False, True), (None, WEIGHTED), range(4), (False, True))]
@@ -168,7 +149,7 @@ def _operands(
     writes: bool,
     device: torch.device,
     generator: torch.Generator,
-) -> _Operands:
+) -> Operands:
     arithmetic = arithmetic_dtype(state)
 
     def random(dtype: torch.dtype, *size: int) -> Tensor:
@@ -182,7 +163,7 @@ def _operands(
 
     history = [random(arithmetic, *shape) if k < terms else None for k in range(3)]
     coefficients = torch.randn(2, len(COLUMNS), generator=generator, dtype=torch.float64).to(arithmetic).to(device)
-    return _Operands(
+    return Operands(
         unwritten(state, *shape),
         random(state, *shape),
         random(velocity, *shape),
@@ -200,12 +181,12 @@ def _operands(
     )
 
 
-def _difference(fused_step_: Callable[..., None], operands: _Operands) -> str | None:
+def _difference(fused_step_: Callable[..., None], operands: Operands) -> str | None:
     """How fused_step_ differs from the reference, in any operand, or None."""
     wanted, got = copy.deepcopy(operands), copy.deepcopy(operands)
-    reference.fused_step_(*wanted)
-    fused_step_(*got)
-    for name, want, have in zip(_Operands._fields, wanted, got, strict=True):
+    reference.fused_step_(wanted)
+    fused_step_(got)
+    for name, want, have in zip(Operands._fields, wanted, got, strict=True):
         if isinstance(want, Tensor) and isinstance(have, Tensor) and not torch.equal(_bits(want), _bits(have)):
             differing = _bits(want) != _bits(have)
             where = tuple(differing.nonzero()[0].tolist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,10 +13,13 @@ from . import guidance, solvers, time_grids
 from .arguments import count, number
 from .base import BaseDiffusion, StepFn
 from .guidance import Weight
+from .hooks import Hooks
 from .ops import dispatch
-from .ops.fused_step import VELOCITY_DTYPES, arithmetic_dtype
-from .sampling import Clock, Guided, integrate
-from .solvers import Evaluation, Request, Table
+from .ops.fused_step import VELOCITY_DTYPES, WEIGHTED, arithmetic_dtype
+from .rows import Setting, rows_for
+from .sampling import integrate
+from .solvers import Evaluation, Table
+from .velocities import Guidance, Velocities, model
 
 
 class Sample(NamedTuple):
@@ -120,13 +124,16 @@ class FlowMatching(BaseDiffusion):
         elif self.time_grid_options:
             raise ValueError("time_grid_options are for a time_grid with a name: bind them to your function instead")
         self.backend = dispatch.check_name(backend)
-        if train_timestep_sampler == "beta":
-            # On the CPU, in float32, whatever the defaults are while a model is being built.
-            self.beta_dist = torch.distributions.Beta(
-                torch.tensor(1.5, dtype=torch.float32, device="cpu"),
-                torch.tensor(1.0, dtype=torch.float32, device="cpu"),
-            )
-            self.beta_scale_constant = 0.999
+
+    @functools.cached_property
+    def beta_dist(self) -> torch.distributions.Beta:
+        """Of which training draws its times with "beta": on the CPU, in float32, whatever the defaults are."""
+        if self.train_timestep_sampler != "beta":
+            raise AttributeError("beta_dist is there with train_timestep_sampler='beta'")
+        alpha, beta = torch.tensor([1.5, 1.0], dtype=torch.float32, device="cpu").unbind()
+        return torch.distributions.Beta(alpha, beta)
+
+    beta_scale_constant = 0.999
 
     def sample(
         self,
@@ -220,85 +227,86 @@ class FlowMatching(BaseDiffusion):
         device = _resolved(device)
         if not callable(step_fn):
             raise TypeError(f"step_fn must be callable, got {step_fn!r:.60}")
-        if guidance_form is None:
-            guidance_form = self.guidance_form
-        form = guidance.form(guidance_form)
-        guided = weight = None
-        if self.use_classifier_free_guidance if use_classifier_free_guidance is None else use_classifier_free_guidance:
-            if not combined_guidance and unguided_step_fn is None:
-                raise ValueError("unguided_step_fn is required when using classifier free guidance")
-            if combined_guidance and (unguided_step_fn is not None or skip_irrelevant_model):
-                other = "skip_irrelevant_model" if unguided_step_fn is None else "an unguided_step_fn"
-                raise ValueError(f"combined_guidance, where step_fn returns both velocities, and {other}: pass one")
-            if not combined_guidance and not callable(unguided_step_fn):
-                raise TypeError(f"unguided_step_fn must be callable, got {unguided_step_fn!r:.60}")
-            guided = Guided(form, unguided_step_fn, skip_irrelevant_model)
-            if inference_guidance_weight is None:
-                inference_guidance_weight = self.inference_guidance_weight
-            weight = guidance.checked(inference_guidance_weight)
-        elif combined_guidance:
-            raise ValueError(
-                "combined_guidance needs use_classifier_free_guidance=True: step_fn returns both velocities"
-            )
+        guided, form, weight = self._guidance(
+            *(use_classifier_free_guidance, guidance_form, inference_guidance_weight),
+            *(unguided_step_fn, combined_guidance, skip_irrelevant_model),
+        )
         temperature = number(temperature, "temperature")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {generator!r:.60}")
-        if constraint is not None and not callable(constraint):
-            raise TypeError(f"constraint must be callable, got {constraint!r:.60}")
-        if callback is not None and not callable(callback):
-            raise TypeError(f"callback must be callable, got {callback!r:.60}")
-        over = _progress_bar() if progress else iter
+        for name, hook in (("constraint", constraint), ("callback", callback)):
+            if hook is not None and not callable(hook):
+                raise TypeError(f"{name} must be callable, got {hook!r:.60}")
+        hooks = None if constraint is None and callback is None else Hooks(constraint, callback)
+        shape = (batch_size, *self.x_dims)
+        dtype = _state_dtype(dtype, noise, shape, device)
         eager = dispatch.is_eager()
-        cached = eager and not (device.type == "cuda" and dispatch.is_capturing())
-        dtype = self._state_dtype(dtype, noise, batch_size, device)
-        chosen = dispatch.choose(backend or self.backend, device.type)
+        backend_ = dispatch.choose(backend or self.backend, device.type)
         table = self._table(
-            int_method or self.int_method,
-            inference_step,
-            time_steps,
-            step_sizes,
-            dtype,
-            device,
-            guidance_form,
-            weight,
-            cached,
+            *(int_method or self.int_method, inference_step, time_steps, step_sizes, dtype, device, form, weight),
+            cached=eager and not (device.type == "cuda" and dispatch.is_capturing()),
         )
-
-        clock = Clock.of(table, batch_size, len(self.x_dims), reuse=cached)
+        velocities = Velocities(shape, dtype, device, guided, table.weights)
         grad = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # a context manager takes ten times as long
         try:
-            state, trajectory, taken = integrate(
-                table,
-                # No name keeps it; and .data has no tangent, which would not follow the steps.
-                self._noise(
-                    batch_size,
-                    device,
-                    dtype,
-                    noise.data if eager and noise is not None else noise,
-                    generator,
-                    temperature,
+            rows = rows_for(
+                Setting(
+                    table,
+                    velocities,
+                    backend_,
+                    eager,
+                    return_all_steps,
+                    WEIGHTED if guided is None else guided.form.kernel,
+                    constraint is not None,
                 ),
-                clock.views,
-                step_fn,
-                chosen,
-                eager,
-                return_all_steps,
-                guided,
-                constraint,
-                callback,
-                over,
+                noise,
             )
+            rows, state, steps = integrate(
+                table,
+                rows,
+                _start(rows, noise, generator, temperature, velocities, eager),  # no name keeps it
+                model(step_fn, velocities, eager),
+                hooks,
+                _progress_bar() if progress else iter,
+            )
+            x = rows.trajectory(state, steps) if return_all_steps else rows.result(state)
+            if callback is None and not return_all_steps:
+                return x
+            grid = rows.time_steps(steps)
         finally:
             torch._C._set_grad_enabled(grad)
-        x = state if trajectory is None else trajectory
-        if trajectory is None and callback is None:
-            clock.back(table)
-            return x
-        time_steps = clock.times if len(clock.views) == taken + 1 else clock.times.narrow(0, 0, taken + 1)
-        time_steps = time_steps.clone()
-        clock.back(table)
-        return (x, time_steps) if callback is None else Sample(x, time_steps, stopped=taken < table.steps)
+        if callback is not None:
+            return Sample(x, grid, stopped=steps < table.steps)
+        return x, grid
+
+    def _guidance(
+        self,
+        use_classifier_free_guidance: bool | None,
+        form: str | None,
+        weight: Any,
+        unguided_step_fn: StepFn | None,
+        combined: bool,
+        skip: bool,
+    ) -> tuple[Guidance | None, str | None, Weight]:
+        """How to guide, with the form's name and the weight; None without guidance."""
+        form = _or(form, self.guidance_form)
+        its_form = guidance.form(form)
+        if not _or(use_classifier_free_guidance, self.use_classifier_free_guidance):
+            if combined:
+                raise ValueError(
+                    "combined_guidance needs use_classifier_free_guidance=True: step_fn returns both velocities"
+                )
+            return None, None, 0.0
+        if not combined and unguided_step_fn is None:
+            raise ValueError("unguided_step_fn is required when using classifier free guidance")
+        if combined and (unguided_step_fn is not None or skip):
+            other = "skip_irrelevant_model" if unguided_step_fn is None else "an unguided_step_fn"
+            raise ValueError(f"combined_guidance, where step_fn returns both velocities, and {other}: pass one")
+        if not combined and not callable(unguided_step_fn):
+            raise TypeError(f"unguided_step_fn must be callable, got {unguided_step_fn!r:.60}")
+        weight = guidance.checked(_or(weight, self.inference_guidance_weight))
+        return Guidance(its_form, unguided_step_fn, skip), form, weight
 
     def nfe(self, inference_step: int | None = None, int_method: str | None = None, guided: bool | None = None) -> int:
         """The model calls that one sample() spends: evaluations, twice as many with guidance.
@@ -368,26 +376,6 @@ class FlowMatching(BaseDiffusion):
             raise ValueError(f"pred must have x's shape {list(x.shape)}, got {list(pred.shape)}")
         return torch.nn.functional.mse_loss((x - noise).to(pred.dtype), pred)
 
-    def _state_dtype(
-        self, dtype: torch.dtype | None, noise: Tensor | None, batch_size: int, device: torch.device
-    ) -> torch.dtype:
-        """The state's dtype, with `noise` checked against it, the batch and the device."""
-        if noise is not None:
-            if not isinstance(noise, Tensor):
-                raise TypeError(f"noise must be a tensor {[batch_size, *self.x_dims]}, got {noise!r:.60}")
-            if not noise.is_floating_point():
-                raise TypeError(f"noise must be floating point, got {noise.dtype}")
-            if noise.shape != (batch_size, *self.x_dims):
-                wanted = [batch_size, *self.x_dims]
-                raise ValueError(f"noise must be [batch_size, *x_dims] = {wanted}, got {list(noise.shape)}")
-            if noise.device != device and (device.index is not None or noise.device.type != device.type):
-                raise ValueError(f"noise is on {noise.device}, and device is {device}: move one to the other")
-        if dtype is None:
-            dtype = torch.get_default_dtype() if noise is None else noise.dtype
-        if dtype not in VELOCITY_DTYPES:
-            raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
-        return dtype
-
     def _table(
         self,
         int_method: str,
@@ -396,75 +384,88 @@ class FlowMatching(BaseDiffusion):
         step_sizes: Tensor | Sequence[float] | None,
         dtype: torch.dtype,
         device: torch.device,
-        form: str,
-        weight: Weight | None,
+        form: str | None,
+        weight: Weight,
         cached: bool,
     ) -> Table:
         """The solver's table on the grid that the arguments describe, with the weights of guidance."""
         solvers.solver(int_method)
         steps = count(inference_step, "inference_step") if inference_step is not None else 0
         steps = steps or count(self.num_inference_steps, "num_inference_steps")
-        arithmetic = arithmetic_dtype(dtype)
         predicts = None
         if self.prediction_type != "velocity":
             predicts = self.noise_at if self.prediction_type == "noise" else 1 - self.noise_at
-        # A weight that is a function is asked at each sample(), and what it says is not kept.
-        request = Request(
+        # A weight that is a function is asked at each sample(), and what it returns is not kept.
+        kept_form, kept_weight = (None, 0.0) if callable(weight) else (form, weight)
+        request = solvers.Request(
             int_method,
-            self.time_grid if isinstance(self.time_grid, str) else "uniform",
-            tuple(self.time_grid_options.items()) if self.time_grid_options else (),
-            steps,
-            torch.get_default_dtype(),
-            arithmetic,
+            steps if time_steps is None else 0,
+            arithmetic_dtype(dtype),
             device,
             self.noise_at,
             predicts,
-            *(() if weight is None or callable(weight) else (form, weight, solvers.signs(weight))),
+            self.time_grid,
+            tuple(self.time_grid_options.items()) if self.time_grid_options else (),
+            torch.get_default_dtype(),
+            time_steps,
+            step_sizes,
+            kept_form,
+            kept_weight,
         )
-        if time_steps is None and step_sizes is None and isinstance(self.time_grid, str):
-            table = solvers.named(request, cached and request.is_itself())
-            return table.guided(guidance.form(form), weight) if callable(weight) else table
+        table = solvers.cache.get(request) if cached else request.make()
+        if time_steps is not None and inference_step and steps != table.steps:
+            raise ValueError(
+                f"inference_step is {steps}, and time_steps has {table.steps + 1} entries, "
+                f"{table.steps} steps: pass one of them"
+            )
+        return table.guided(guidance.form(form), weight) if form is not None and callable(weight) else table
 
-        if time_steps is not None:
-            grid = _grid(time_steps, "time_steps")
-            if inference_step and steps != grid.numel() - 1:
-                raise ValueError(
-                    f"inference_step is {steps}, and time_steps has {grid.numel()} entries, "
-                    f"{grid.numel() - 1} steps: pass one of them"
-                )
-        elif callable(self.time_grid) and steps:
-            grid = _grid(self.time_grid(steps), "what time_grid returned")
-            if grid.numel() != steps + 1:
-                raise ValueError(f"time_grid returned {grid.numel()} entries for {steps} steps; wanted {steps + 1}")
-        else:
-            grid = request.grid()
-        dt = torch.diff(grid) if step_sizes is None else _step_sizes(step_sizes, grid.numel() - 1).to(grid.device)
-        table = solvers.build(int_method, grid, dt, arithmetic, device, self.noise_at, predicts)
-        solvers.check_finite(table, int_method, self.noise_at)
-        return table if weight is None else table.guided(guidance.form(form), weight)
 
-    def _noise(
-        self,
-        batch_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        noise: Tensor | None,
-        generator: torch.Generator | None,
-        temperature: float,
-    ) -> Tensor:
-        """The first state: contiguous, and nobody else's."""
-        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):  # an ordinary tensor: it counts the writes of a step_fn
-                return self._noise(batch_size, device, dtype, noise, generator, temperature)
-        if noise is not None and noise.dtype is dtype:
-            state = noise.clone(memory_format=torch.contiguous_format)
-        elif noise is not None:
-            state = noise.to(dtype, memory_format=torch.contiguous_format)
-        else:
-            where = device if generator is None else generator.device
-            state = torch.randn(batch_size, *self.x_dims, dtype=dtype, device=where, generator=generator)
-            state = state.detach().to(device)  # whoever saw the draw keeps what it saw
-        return state if temperature == 1.0 else state * temperature
+def _or(value: Any, default: Any) -> Any:
+    """An argument of sample(), or the constructor's where it is None."""
+    return default if value is None else value
+
+
+def _state_dtype(
+    dtype: torch.dtype | None, noise: Tensor | None, shape: tuple[int, ...], device: torch.device
+) -> torch.dtype:
+    """The state's dtype, with `noise` checked against it, the shape and the device."""
+    if noise is not None:
+        if not isinstance(noise, Tensor):
+            raise TypeError(f"noise must be a tensor {list(shape)}, got {noise!r:.60}")
+        if not noise.is_floating_point():
+            raise TypeError(f"noise must be floating point, got {noise.dtype}")
+        if noise.shape != shape:
+            raise ValueError(f"noise must be [batch_size, *x_dims] = {list(shape)}, got {list(noise.shape)}")
+        if noise.device != device and (device.index is not None or noise.device.type != device.type):
+            raise ValueError(f"noise is on {noise.device}, and device is {device}: move one to the other")
+    if dtype is None:
+        dtype = torch.get_default_dtype() if noise is None else noise.dtype
+    if dtype not in VELOCITY_DTYPES:
+        raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
+    return dtype
+
+
+def _start(
+    rows: Any,
+    noise: Tensor | None,
+    generator: torch.Generator | None,
+    temperature: float,
+    velocities: Velocities,
+    eager: bool,
+) -> Any:
+    """The first state: the noise, given or drawn, times the temperature."""
+    if noise is not None:
+        if eager:
+            noise = noise.data  # it has no tangent, which would not follow the steps
+        if temperature == 1.0:
+            return rows.start(noise, drawn=False)
+        return rows.start(noise.to(velocities.dtype) * temperature, drawn=True)
+    device = velocities.device if generator is None else generator.device
+    out = rows.empty() if device == velocities.device else None
+    noise = torch.randn(velocities.shape, dtype=velocities.dtype, device=device, generator=generator, out=out)
+    noise = noise.to(velocities.device)
+    return rows.start(noise if temperature == 1.0 else noise * temperature, drawn=True)
 
 
 _CPU = torch.device("cpu")
@@ -485,40 +486,6 @@ def _resolved(device: torch.device | str) -> torch.device:
     if device.type != "cpu" and device.index is None:
         device = torch.empty(0, device=device).device
     return device
-
-
-def _grid(time_steps: Tensor | Sequence[float], name: str) -> Tensor:
-    try:
-        grid = torch.as_tensor(time_steps).detach()
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} must be a tensor or a sequence of floats, got {time_steps!r:.60}") from None
-    if not grid.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {grid.dtype}")
-    if grid.dim() != 1 or grid.numel() < 2:
-        raise ValueError(f"{name} must be 1-D with two or more entries, got shape {list(grid.shape)}")
-    differences = torch.diff(grid)
-    if not ((differences > 0).all() or (differences < 0).all()) or not grid.isfinite().all():
-        raise ValueError(
-            f"{name} must be finite and strictly monotonic, up or down, without NaN, got {grid.tolist()!s:.200}"
-        )
-    return grid
-
-
-def _step_sizes(step_sizes: Tensor | Sequence[float], steps: int) -> Tensor:
-    if not isinstance(step_sizes, Tensor):
-        try:
-            step_sizes = torch.tensor(step_sizes, dtype=torch.float64)
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"step_sizes must be a tensor or a sequence of floats, got {step_sizes!r:.60}") from None
-    if not step_sizes.is_floating_point():
-        raise TypeError(f"step_sizes must be floating point, got {step_sizes.dtype}")
-    if list(step_sizes.shape) != [steps]:
-        raise ValueError(
-            f"step_sizes must hold {steps} entries, one fewer than the time grid, got shape {list(step_sizes.shape)}"
-        )
-    if not step_sizes.isfinite().all():
-        raise ValueError(f"step_sizes must be finite, got {step_sizes.tolist()!s:.200}")
-    return step_sizes.detach()
 
 
 def _progress_bar() -> Callable[[Sequence[Evaluation]], Iterable[Evaluation]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import native, reference
-from .fused_step import check_operands, library
+from .fused_step import Operands, check_operands, library
 
 logger = logging.getLogger("flowmatch_kernels")
 
@@ -31,7 +31,7 @@ class Backend(NamedTuple):
     """Device types it serves; empty: any."""
     unavailable: Callable[[str], str | None]
     """Why it cannot serve tensors of this device type, or None. Does not ask whether there is a GPU."""
-    load: Callable[[], Callable[..., None]]
+    load: Callable[[], Callable[[Operands], None]]
     """Its fused_step_."""
 
 
@@ -60,13 +60,13 @@ BACKENDS = {
             "cuda",
             ("cuda",),
             lambda device_type: native.cuda_unavailable(),
-            lambda: native.cuda_fused_step_,
+            lambda: native.fused_step_,
         ),
         Backend(
             "cpu",
             ("cpu",),
             lambda device_type: native.cpu_unavailable(),
-            lambda: native.cpu_fused_step_,
+            lambda: native.fused_step_,
         ),
         Backend("reference", (), lambda device_type: reference.unavailable(), lambda: reference.fused_step_),
     )
@@ -196,16 +196,11 @@ def _transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
 
 
-def in_place(backend: Backend, state: Tensor) -> Callable[..., None] | None:
-    """The backend's own fused_step_, for a plain tensor in eager mode; None for a tensor subclass."""
-    return backend.load() if type(state) is Tensor else None
-
-
-def functional(backend: Backend, state: Tensor) -> Callable[..., Tensor]:
+def functional(backend: Backend, device_type: str) -> Callable[..., Tensor]:
     """The registered op, or the reference, which every mode and transform sees through."""
     if backend.name == "reference":
         return reference.fused_step
-    if backend.name == choose("auto", state.device.type).name:
+    if backend.name == choose("auto", device_type).name:
         op: Callable[..., Tensor] = torch.ops.flowmatch_kernels.fused_step
         return op  # without a context, which a compiler would have to trace
     return functools.partial(_op_by, backend.name)
@@ -219,9 +214,10 @@ def _op_by(backend: str, *operands: Any) -> Tensor:
 # ---- the kernels of the registered ops ----
 
 
-def _routed_fused_step_(out: Tensor, *operands: Any) -> None:
-    check_operands(out, *operands)
-    choose("auto", out.device.type).load()(out, *operands)
+def _routed_fused_step_(*operands: Any) -> None:
+    given = Operands(*operands)
+    check_operands(given)
+    choose("auto", given.out.device.type).load()(given)
 
 
 def _routed_fused_step(base: Tensor, *operands: Any) -> Tensor:

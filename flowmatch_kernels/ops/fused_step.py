@@ -20,7 +20,8 @@ Every backend gives the same bits as `reference.fused_step`, which is the defini
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,14 +42,55 @@ VELOCITY_DTYPES = {
     torch.float16: (torch.float16,),
 }
 
-_OPERANDS = (
-    "Tensor base, Tensor v, Tensor? u, Tensor? h1, Tensor? h2, Tensor? h3, "
-    "Tensor coefficients, int row, bool velocity_rounding=False, int guidance=0"
-)
-FUSED_STEP = f"fused_step({_OPERANDS}) -> Tensor"
-FUSED_STEP_ = (
-    f"fused_step_(Tensor(a!) out, {_OPERANDS}, Tensor(b!)? trajectory=None, int slot=0, Tensor(c!)? history=None) -> ()"
-)
+
+class Operands(NamedTuple):
+    """What one fused step reads and writes. Every backend takes one; the schemas below are its fields."""
+
+    out: Tensor
+    """S, [B, *x_dims], contiguous; written; may be base."""
+    base: Tensor
+    """S, [B, *x_dims], contiguous."""
+    v: Tensor
+    """V, [B, *x_dims]; a backend that reads raw memory copies it where it is not contiguous."""
+    u: Tensor | None
+    """V, as v; with guidance."""
+    h1: Tensor | None
+    """A, [B, *x_dims], contiguous; h2 and h3 likewise. They fill up from h1."""
+    h2: Tensor | None
+    h3: Tensor | None
+    coefficients: Tensor
+    """A, [rows, 8], contiguous."""
+    row: int
+    velocity_rounding: bool = False
+    guidance: int = WEIGHTED
+    trajectory: Tensor | None = None
+    """S, [B, slots, *x_dims], contiguous; its slot is written."""
+    slot: int = 0
+    history: Tensor | None = None
+    """A, [B, *x_dims], contiguous; written; may be one of h1..h3."""
+
+
+#: The operands that a step writes.
+WRITTEN = ("out", "trajectory", "history")
+_SCHEMA_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "int": "int", "bool": "bool"}
+
+
+def _schema(names: Sequence[str]) -> str:
+    """The operands of these names, as a schema of PyTorch spells them."""
+    parts = []
+    for name in names:
+        kind = _SCHEMA_TYPES[Operands.__annotations__[name].__forward_arg__]
+        if name in WRITTEN:
+            kind = kind.replace("Tensor", f"Tensor({'abc'[WRITTEN.index(name)]}!)")
+        default = f"={Operands._field_defaults[name]}" if name in Operands._field_defaults else ""
+        parts.append(f"{kind} {name}{default}")
+    return ", ".join(parts)
+
+
+#: The operands of the functional op, which writes nothing.
+READ = tuple(name for name in Operands._fields if name not in (*WRITTEN, "slot"))
+FUSED_STEP = f"fused_step({_schema(READ)}) -> Tensor"
+FUSED_STEP_ = f"fused_step_({_schema(Operands._fields)}) -> ()"
 
 
 def arithmetic_dtype(state_dtype: torch.dtype) -> torch.dtype:
@@ -67,28 +109,14 @@ def dense(v: Tensor) -> Tensor:
     return v.resolve_neg().contiguous()
 
 
-def check_operands(
-    out: Tensor,
-    base: Tensor,
-    v: Tensor,
-    u: Tensor | None,
-    h1: Tensor | None,
-    h2: Tensor | None,
-    h3: Tensor | None,
-    coefficients: Tensor,
-    row: int,
-    velocity_rounding: bool = False,
-    guidance: int = WEIGHTED,
-    trajectory: Tensor | None = None,
-    slot: int = 0,
-    history: Tensor | None = None,
-) -> None:
+def check_operands(operands: Operands) -> None:
     """Raises where an operand breaks the contract above; the C++ ops hold the same checks.
 
     Raises:
         TypeError: a dtype is wrong.
         ValueError: a shape, a device, a layout, the row or the slot is wrong.
     """
+    out, base, v, u, h1, h2, h3, coefficients, row, _, guidance, trajectory, slot, history = operands
     state = base.dtype
     if state not in VELOCITY_DTYPES:
         raise TypeError(f"base must be float32, float64, bfloat16 or float16, got {state}")
@@ -156,13 +184,13 @@ library.define(FUSED_STEP_, tags=(torch.Tag.pt2_compliant_tag,))
 
 @torch.library.register_fake(f"{NAMESPACE}::fused_step", lib=library)
 def _fused_step_fake(base: Tensor, *operands: Any) -> Tensor:
-    check_operands(base, base, *operands)
+    check_operands(Operands(base, base, *operands))
     return torch.empty_like(base)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::fused_step_", lib=library)
 def _fused_step_inplace_fake(*operands: Any) -> None:
-    check_operands(*operands)
+    check_operands(Operands(*operands))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -209,7 +237,8 @@ def _fused_step_inplace_autograd(*operands: Any) -> None:
         )
     with torch._C._AutoDispatchBelowAutograd():
         torch.ops.flowmatch_kernels.fused_step_(*operands)
-    written = (operands[0], *operands[11:12], *operands[13:14])  # out, trajectory, history
+    given = Operands(*operands)
+    written = [getattr(given, name) for name in WRITTEN]
     torch.autograd.graph.increment_version([x for x in written if x is not None and not x.is_inference()])
 
 

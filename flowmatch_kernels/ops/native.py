@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .fused_step import WEIGHTED, dense
+from .fused_step import Operands
 
-_DTYPES = {
-    torch.float32: 0,
-    torch.float64: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-}  # csrc/fused_step.h, Dtype
+#: csrc/fused_step.h, Dtype
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 _C: ModuleType | None = None
 _import_error: str | None = None
@@ -36,7 +33,7 @@ def cuda_unavailable() -> str | None:
     """Why the `cuda` backend is not built, or None. Whether there is a GPU is not asked here."""
     if _C is None:
         return _import_error
-    if not hasattr(_C, "fused_step_cuda"):
+    if not hasattr(_C, "cuda_archs"):
         return "the extension was built without CUDA (FORCE_CUDA=1 says why it cannot be)"
     return None
 
@@ -46,75 +43,73 @@ def cuda_architectures() -> str | None:
     return None if _C is None or cuda_unavailable() is not None else str(_C.cuda_archs)
 
 
-def huge_pages(fresh: Tensor) -> Tensor:
-    """`fresh`, large memory on the CPU that nobody has touched yet, with huge pages asked for."""
-    if _C is not None and fresh.device.type == "cpu" and (size := fresh.numel() * fresh.element_size()) >= 1 << 22:
-        _C.advise_huge_pages(fresh.data_ptr(), size)
-    return fresh
-
-
 def instruction_set() -> str | None:
     """The instruction set the `cpu` backend uses on this machine."""
     return None if _C is None else _C.instruction_set()
 
 
-def _not_built(*operands: Any, **options: Any) -> None:
-    raise RuntimeError(_import_error)
+def fused_step_(operands: Operands) -> None:
+    """`ops.fused_step` in C++, for the CPU and CUDA. Only v and u may be non-contiguous: each costs one copy."""
+    if _C is None:
+        raise RuntimeError(_import_error)
+    _C.fused_step_(operands)
 
 
-#: The `cpu` backend's fused_step_, with the signature of `reference.fused_step_`.
-cpu_fused_step_: Callable[..., None] = _not_built if _C is None else _C.fused_step_cpu
-
-#: The `cpu` backend's `sampling.Stepper`; None where this torch lacks what it needs.
-Stepper: Callable[..., Any] | None = getattr(_C, "Stepper", None)
-
-#: (times, original, views, batch_size, dims, uses) -> whether a `sampling.Clock` is as it was made; None as above.
-untouched: Callable[..., bool] | None = getattr(_C, "untouched", None)
+#: The states of one sample() on the CPU, in counted memory: csrc/row.cpp. None where this torch cannot make a tensor
+#: over memory of ours, or there is no extension: then `rows.Fresh` or `rows.Functional` serves.
+Rows: Callable[..., Any] | None = getattr(_C, "Rows", None)
 
 
-def cuda_fused_step_(
-    out: Tensor,
-    base: Tensor,
-    v: Tensor,
-    u: Tensor | None,
-    h1: Tensor | None,
-    h2: Tensor | None,
-    h3: Tensor | None,
-    coefficients: Tensor,
-    row: int,
-    velocity_rounding: bool = False,
-    guidance: int = WEIGHTED,
-    trajectory: Tensor | None = None,
-    slot: int = 0,
-    history: Tensor | None = None,
-) -> None:
-    """`ops.fused_step` in C++ CUDA. Only v and u may be non-contiguous: each costs one copy."""
-    numel = base.numel()
-    if numel == 0:
-        return
-    assert _C is not None
-    v = dense(v)
-    if u is not None:
-        u = dense(u)
-    _C.fused_step_cuda(
-        out.data_ptr(),
-        base.data_ptr(),
-        v.data_ptr(),
-        0 if u is None else u.data_ptr(),
-        0 if h1 is None else h1.data_ptr(),
-        0 if h2 is None else h2.data_ptr(),
-        0 if h3 is None else h3.data_ptr(),
-        coefficients.data_ptr(),
-        row,
-        _DTYPES[base.dtype],
-        _DTYPES[v.dtype],
-        velocity_rounding,
-        guidance,
-        0 if trajectory is None else trajectory.data_ptr(),
-        1 if trajectory is None else trajectory.shape[1],
-        slot,
-        0 if history is None else history.data_ptr(),
-        numel,
-        numel if trajectory is None else numel // base.shape[0],
-        base.get_device(),
-    )
+def rows_unavailable() -> str | None:
+    """Why the CPU's states are not kept in counted memory, or None."""
+    if _C is None:
+        return _import_error
+    return None if Rows is not None else f"torch {torch.__version__} has no DLPack exchange API: torch >= 2.11 has it"
+
+
+def apart(v: Tensor, u: Tensor) -> bool:
+    """Whether two tensors lie in memory at different addresses; unknown counts as no."""
+    if _C is not None:
+        return _C.apart(v, u)
+    return v.layout is u.layout is torch.strided and v.data_ptr() != u.data_ptr()
+
+
+class HostPool(NamedTuple):
+    """Host memory for states and trajectories on the CPU, in bytes."""
+
+    limit: int
+    """The most that is kept for reuse."""
+    idle: int
+    """What is kept now."""
+    in_use: int
+    """What states, results and trajectories hold."""
+
+
+#: How much host memory is kept for reuse, in bytes; 0 keeps none.
+POOL_VARIABLE = "FLOWMATCH_KERNELS_HOST_POOL_BYTES"
+
+
+def host_pool() -> HostPool | None:
+    """The pool's sizes; None without the extension, which owns it."""
+    return None if _C is None else HostPool(*_C.pool_sizes())
+
+
+def empty_cache() -> None:
+    """Frees the host memory that is kept for later calls of sample(); what a tensor holds stays.
+
+    The counterpart of `torch.cuda.empty_cache` for this package's memory on the CPU. The limit of what is kept is
+    FLOWMATCH_KERNELS_HOST_POOL_BYTES, read at import: 512 MiB by default, 0 keeps nothing.
+    """
+    if _C is not None:
+        _C.empty_pool()
+
+
+def _set_limit(value: str) -> None:
+    if not value.isdecimal() or int(value) >= 1 << 63:
+        raise ValueError(f"{POOL_VARIABLE} must be a number of bytes, got {value!r}")
+    if _C is not None:
+        _C.set_pool_limit(int(value))
+
+
+if POOL_VARIABLE in os.environ:
+    _set_limit(os.environ[POOL_VARIABLE])

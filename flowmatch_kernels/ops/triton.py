@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fused_step import FROM_UNGUIDED, WEIGHTED, dense
+from .fused_step import FROM_UNGUIDED, WEIGHTED, Operands, dense
 
 #: Elements of a block without 16-byte accesses, and threads of every block.
 _SCALAR_BLOCK = 512
@@ -289,55 +289,30 @@ def block(vector: int) -> int:
     return _THREADS * vector if vector > 1 else _SCALAR_BLOCK
 
 
-def fused_step_(
-    out: Tensor,
-    base: Tensor,
-    v: Tensor,
-    u: Tensor | None,
-    h1: Tensor | None,
-    h2: Tensor | None,
-    h3: Tensor | None,
-    coefficients: Tensor,
-    row: int,
-    velocity_rounding: bool = False,
-    guidance: int = WEIGHTED,
-    trajectory: Tensor | None = None,
-    slot: int = 0,
-    history: Tensor | None = None,
-) -> None:
+def fused_step_(o: Operands) -> None:
     """`ops.fused_step` in Triton, one launch on the current stream of out's device.
 
-    Arguments as in `ops.fused_step`, unchecked. Only v and u may be non-contiguous: each costs one copy.
+    Unchecked. Only v and u may be non-contiguous: each costs one copy.
     """
-    numel = base.numel()
+    numel = o.base.numel()
     if numel == 0:
         return
-    v = dense(v)
-    if u is not None:
-        u = dense(u)
+    v = dense(o.v)
+    u = None if o.u is None else dense(o.u)
     sample, slots = numel, 1
-    if trajectory is not None:
-        sample, slots = numel // base.shape[0], trajectory.shape[1]
-    operands = (out, base, v, u, h1, h2, h3, trajectory, history)
-    vector = elements_per_access([tensor for tensor in operands if tensor is not None], numel, sample)
+    if o.trajectory is not None:
+        sample, slots = numel // o.base.shape[0], o.trajectory.shape[1]
+    tensors = (o.out, o.base, v, u, o.h1, o.h2, o.h3, o.trajectory, o.history)
+    vector = elements_per_access([tensor for tensor in tensors if tensor is not None], numel, sample)
     block_size = block(vector)
     launch = fused_step_kernel[(-(-numel // block_size),)]
     arguments = (
-        *(out, base, v, u, h1, h2, h3, coefficients, trajectory, history),
-        *(
-            row,
-            numel,
-            sample,
-            slots,
-            slot,
-            velocity_rounding,
-            guidance if u is not None else WEIGHTED,
-            vector,
-            block_size,
-        ),
+        *(o.out, o.base, v, u, o.h1, o.h2, o.h3, o.coefficients, o.trajectory, o.history),
+        *(o.row, numel, sample, slots, o.slot),
+        *(o.velocity_rounding, o.guidance if u is not None else WEIGHTED, vector, block_size),
     )
-    if out.is_cuda and out.device.index != torch.cuda.current_device():
-        with torch.cuda.device(out.device):
+    if o.out.is_cuda and o.out.device.index != torch.cuda.current_device():
+        with torch.cuda.device(o.out.device):
             launch(*arguments, **_LAUNCH_OPTIONS)
     else:
         launch(*arguments, **_LAUNCH_OPTIONS)

@@ -1,0 +1,362 @@
+"""How a row of a table is taken: where the states live, and what writes them.
+
+`Counted` keeps the states of the `cpu` backend in memory that counts who holds it (csrc/row.cpp), and writes it again
+when nobody does. `Fresh` lets a backend write each state to fresh memory, as on a GPU, whose caching allocator makes
+that cheap. `Functional` writes nothing: the registered op, which modes, transforms and compilers see through, or plain
+PyTorch. All have the same methods. From the first velocity on that is no plain tensor, the loop goes on with
+`functional()` of the first two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .base import StepFn
+from .ops import dispatch, native, reference
+from .ops.dispatch import Backend
+from .ops.fused_step import Operands, arithmetic_dtype, dense
+from .solvers import Evaluation, Table
+from .velocities import Velocities
+
+
+class Setting(NamedTuple):
+    """What the states of one sample() are."""
+
+    table: Table
+    velocities: Velocities
+    """The checks of what a model returned; and the states' shape, dtype and device."""
+    backend: Backend
+    eager: bool
+    """Plain eager mode."""
+    return_all_steps: bool
+    guidance: int
+    """The fused step's argument."""
+    constrained: bool
+    """A committed state changes after its step."""
+
+
+def rows_for(setting: Setting, noise: Tensor | None) -> Any:
+    """The way to take rows: in place for a backend and plain tensors in eager mode, else functional."""
+    plain = noise is None or type(noise) is Tensor or type(noise) is torch.nn.Parameter
+    if not setting.eager or not plain or setting.backend.name == "reference":
+        return Functional(setting)
+    if setting.backend.name == "cpu" and native.Rows is not None:
+        return Counted(setting, native.Rows)
+    return Fresh(setting)
+
+
+class Functional:
+    """Each step makes a new tensor; a trajectory is stacked at the end. The states are tensors.
+
+    Args:
+        setting: What the states are.
+        grid: The times so far as step_fn left them; None: the table's.
+        states: The committed states so far.
+        history: The history buffers so far.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        grid: Tensor | None = None,
+        states: Sequence[Tensor] = (),
+        history: Sequence[Tensor] | None = None,
+    ) -> None:
+        table, velocities = setting.table, setting.velocities
+        self._setting = setting
+        self._history: list[Any] = [None] * table.buffers if history is None else list(history)
+        self._states = list(states) if setting.return_all_steps else None
+        self._columns = self._fused_step = None
+        if setting.backend.name == "reference":
+            self._columns = table.columns(len(velocities.shape))
+        else:
+            self._fused_step = dispatch.functional(setting.backend, velocities.device.type)
+        self._grid, self._times = times(table.times if grid is None else grid, velocities.shape)
+
+    def empty(self) -> Tensor | None:
+        """Memory to draw the noise into; None: PyTorch's."""
+        return None
+
+    def start(self, noise: Tensor, drawn: bool) -> Any:
+        """The first state: the noise, in the state's dtype.
+
+        Args:
+            noise: [B, *x_dims].
+            drawn: It is nobody else's, or it is `empty()`; else it is copied.
+        """
+        state = drawn_or_copied(noise, drawn, self._setting.velocities.dtype)
+        if self._states is not None:
+            self._states.append(state)
+        return state
+
+    def tensor(self, state: Any) -> Tensor:
+        """A tensor over the state's memory, an object of its own."""
+        return state.detach()
+
+    def time(self, k: int) -> Tensor:
+        """The k-th time of the table, [B, 1, ..., 1]."""
+        return self._times[k]
+
+    def evaluate(self, step_fn: StepFn, state: Any, time: int) -> Any:
+        """v = step_fn(x=state, t=time). A write to x is a write to the state, and shows in the trajectory."""
+        return step_fn(x=state.detach(), t=self._times[time])
+
+    def owns(self, state: Any, v: Any) -> bool:
+        """Whether v is the state, or a view of it."""
+        return self._setting.eager and _shares_storage(state, v)
+
+    def step(self, state: Any, base: Any, v: Any, u: Any, row: int, evaluation: Evaluation) -> Any:
+        """The next state; None, with nothing written, where a velocity needs `functional()`.
+
+        Args:
+            state: The state that was evaluated.
+            base: The state at the start of the step.
+            v, u: What the model returned.
+            row: Of the coefficients.
+            evaluation: The row's other half.
+        """
+        table, velocities, guidance = self._setting.table, self._setting.velocities, self._setting.guidance
+        v, u = velocities.checked(v, u, row)
+        h = terms(self._history, evaluation.read)
+        if self._columns is not None:
+            columns = self._columns[row]
+            h0 = reference.velocity(v, u, columns, guidance)
+            out = reference.combine(base, (h0, *h), columns)
+        else:
+            assert self._fused_step is not None
+            out = self._fused_step(base, v, u, *h, table.coefficients, row, False, guidance)
+        if evaluation.write is not None:
+            if self._columns is None:
+                columns = reference.Columns.of(table.coefficients, row, base.dim())
+                h0 = reference.velocity(v, u, columns, guidance)
+            self._history[evaluation.write] = reference.remember(base, h0, columns)
+        if evaluation.commit and self._states is not None:
+            self._states.append(out)
+        return out
+
+    def replace(self, state: Any, x: Tensor, y: Tensor) -> Any:
+        """The committed state as a constraint returned it; None, where it needs `functional()`.
+
+        Args:
+            state: The state that it was called with.
+            x: The tensor over that state that it was called with.
+            y: What it returned: x itself, or a tensor of x's shape, dtype and device.
+        """
+        state = y.detach().clone(memory_format=torch.contiguous_format)
+        if self._states is not None:
+            self._states[-1] = state
+        return state
+
+    def result(self, state: Any) -> Tensor:
+        """The last state, as its caller's."""
+        return state
+
+    def trajectory(self, state: Any, steps: int) -> Tensor:
+        """The committed states, [B, steps + 1, *x_dims], of which `state` is the last."""
+        assert self._states is not None
+        return torch.stack(self._states, dim=1)
+
+    def time_steps(self, steps: int) -> Tensor:
+        """The time grid as far as it came, [steps + 1], a copy."""
+        return self._grid.narrow(0, 0, steps + 1).clone()
+
+
+class Fresh:
+    """A backend writes each state, its slot and the history in one launch; each state is fresh memory."""
+
+    def __init__(self, setting: Setting) -> None:
+        table, velocities = setting.table, setting.velocities
+        shape, dtype, device = velocities.shape, velocities.dtype, velocities.device
+        self._setting = setting
+        self._fused_step_ = setting.backend.load()
+        self._grid, self._times = times(table.times, shape)
+        self._slot, self._at_base = 0, True  # base's; the state is base, and not one within a step
+        # Ordinary tensors even under inference mode: they count the writes of a step_fn.
+        self._ordinary = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+        self._empty_like = torch.empty_like if not torch.is_inference_mode_enabled() else _ordinary_empty_like
+        self._history = [torch.empty(shape, dtype=arithmetic_dtype(dtype), device=device) for _ in range(table.buffers)]
+        self._trajectory = None
+        if setting.return_all_steps:
+            self._trajectory = torch.empty((shape[0], table.steps + 1, *shape[1:]), dtype=dtype, device=device)
+
+    def empty(self) -> Tensor | None:
+        return None
+
+    def start(self, noise: Tensor, drawn: bool) -> Tensor:
+        with self._ordinary:
+            state = drawn_or_copied(noise, drawn and not noise.is_inference(), self._setting.velocities.dtype)
+        self._keep(state)
+        return state
+
+    def tensor(self, state: Tensor) -> Tensor:
+        return state.detach()
+
+    def time(self, k: int) -> Tensor:
+        return self._times[k]
+
+    def evaluate(self, step_fn: StepFn, state: Tensor, time: int) -> Any:
+        before = state._version
+        v = step_fn(x=state.detach(), t=self._times[time])
+        if self._at_base and state._version != before:
+            self._keep(state)
+        return v
+
+    def owns(self, state: Tensor, v: Any) -> bool:
+        return _shares_storage(state, v)
+
+    def step(self, state: Tensor, base: Tensor, v: Any, u: Any, row: int, evaluation: Evaluation) -> Tensor | None:
+        setting = self._setting
+        v, u = setting.velocities.checked(v, u, row)
+        if not setting.velocities.plain(v, u):
+            return None
+        commit, write = evaluation.commit, evaluation.write
+        slot = self._slot + commit
+        h1, h2, h3 = terms(self._history, evaluation.read)
+        operands = Operands(
+            out=self._empty_like(base),
+            base=base,
+            v=v,
+            u=u,
+            h1=h1,
+            h2=h2,
+            h3=h3,
+            coefficients=setting.table.coefficients,
+            row=row,
+            guidance=setting.guidance,
+            trajectory=self._trajectory if commit else None,
+            slot=slot,
+            history=None if write is None else self._history[write],
+        )
+        self._fused_step_(operands)
+        self._slot, self._at_base = slot, commit
+        return operands.out
+
+    def replace(self, state: Tensor, x: Tensor, y: Tensor) -> Tensor | None:
+        if type(y) is not Tensor:
+            return None
+        if not _same_memory(x, y):
+            with self._ordinary:
+                state = y.detach().clone(memory_format=torch.contiguous_format)
+        self._keep(state)
+        return state
+
+    def result(self, state: Tensor) -> Tensor:
+        return state
+
+    def trajectory(self, state: Tensor, steps: int) -> Tensor:
+        assert self._trajectory is not None
+        return taken(self._trajectory, steps)
+
+    def time_steps(self, steps: int) -> Tensor:
+        return self._grid.narrow(0, 0, steps + 1).clone()
+
+    def functional(self) -> Functional:
+        """What goes on from here."""
+        return _functional(self._setting, self._grid, self._trajectory, self._slot, self._history)
+
+    def _keep(self, state: Tensor) -> None:
+        if self._trajectory is not None:
+            self._trajectory.select(1, self._slot).copy_(state)
+
+
+class Counted:
+    """The `cpu` backend's states, in blocks that count who holds them (csrc/row.cpp). A state is a `_C.State`."""
+
+    def __init__(self, setting: Setting, rows: Callable[..., Any]) -> None:
+        table, velocities = setting.table, setting.velocities
+        self._setting = setting
+        # An inference tensor does not count its writes: a slot is then written after the model has seen the state.
+        deferred = setting.constrained or (setting.return_all_steps and torch.is_inference_mode_enabled())
+        slots = table.steps + 1 if setting.return_all_steps else 0
+        self._rows = made = rows(
+            *(velocities.shape, native.DTYPES[velocities.dtype], table.coefficients, table.times),
+            *(slots, table.buffers, setting.guidance, deferred),
+        )
+        self._step = made.step
+        # In C++ alone:
+        self.empty, self.tensor, self.time = made.empty, made.tensor, made.time
+        self.evaluate, self.owns, self.result = made.evaluate, made.owns, made.tensor
+
+    def start(self, noise: Tensor, drawn: bool = False) -> Any:
+        state = self._rows.start(noise)
+        return self._rows.start(self._rows.empty().copy_(noise)) if state is None else state
+
+    def step(self, state: Any, base: Any, v: Any, u: Any, row: int, evaluation: Evaluation) -> Any:
+        out = self._step(state, base, v, u, row, evaluation)
+        if out is None:
+            v, u = self._setting.velocities.checked(v, u, row)
+            if self._setting.velocities.plain(v, u):
+                out = self._step(state, base, dense(v), None if u is None else dense(u), row, evaluation)
+        return out
+
+    def replace(self, state: Any, x: Tensor, y: Tensor) -> Any:
+        if type(y) is not Tensor:
+            return None
+        self._rows.settle(state, x)
+        return state if _same_memory(x, y) else self.start(y)
+
+    def trajectory(self, state: Any, steps: int) -> Tensor:
+        return taken(self._rows.trajectory(state), steps)
+
+    def time_steps(self, steps: int) -> Tensor:
+        return self._rows.time_steps(steps + 1)
+
+    def functional(self) -> Functional:
+        """What goes on from here."""
+        table, rows = self._setting.table, self._rows
+        trajectory = rows.slots() if self._setting.return_all_steps else None
+        history = [rows.history(k) for k in range(table.buffers)]
+        return _functional(self._setting, rows.time_steps(len(table.times)), trajectory, rows.slot(), history)
+
+
+def _functional(
+    setting: Setting, grid: Tensor, trajectory: Tensor | None, slot: int, history: Sequence[Tensor]
+) -> Functional:
+    states = () if trajectory is None else trajectory.unbind(1)[: slot + 1]
+    return Functional(setting, grid, states, history)
+
+
+def times(grid: Tensor, shape: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A copy of a table's times, and each as step_fn sees it, [B, 1, ..., 1]: step_fn may write to it."""
+    grid, ones = grid.clone(), [1] * (len(shape) - 1)
+    return grid, grid.view(-1, 1, *ones).expand(-1, shape[0], *ones).unbind()
+
+
+def drawn_or_copied(noise: Tensor, drawn: bool, dtype: torch.dtype) -> Tensor:
+    """The noise as a state, contiguous: an object of our own, since whoever saw the draw keeps what it saw."""
+    if drawn and noise.dtype is dtype:
+        return noise.detach()
+    return noise.to(dtype, copy=True, memory_format=torch.contiguous_format).detach()
+
+
+def terms(history: Sequence[Any], read: Sequence[int]) -> tuple[Tensor | None, ...]:
+    """h1, h2 and h3: the history buffers that a row reads."""
+    return (*(history[k] for k in read), None, None, None)[:3]
+
+
+def taken(trajectory: Tensor, steps: int) -> Tensor:
+    """The trajectory as far as it came."""
+    return trajectory if trajectory.shape[1] == steps + 1 else trajectory.narrow(1, 0, steps + 1).contiguous()
+
+
+def _same_memory(x: Tensor, y: Tensor) -> bool:
+    return y.is_contiguous() and not y.is_neg() and not y._is_zerotensor() and y.data_ptr() == x.data_ptr()
+
+
+def _shares_storage(x: Any, y: Any) -> bool:
+    for tensor in (x, y):
+        if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_nested:
+            return False
+        if tensor._is_zerotensor():
+            return False
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+
+
+def _ordinary_empty_like(x: Tensor) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.empty_like(x)

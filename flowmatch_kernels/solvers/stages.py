@@ -1,0 +1,87 @@
+"""What a solver takes and returns: the steps of a time grid, and the stages of each.
+
+A solver is a function that returns the stages of its steps, with the columns of all steps at once. To add one, write
+such a function and enter it in `ode.SOLVERS`: no kernel changes, and not the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Steps(NamedTuple):
+    """Consecutive steps of a time grid; every tensor is [n]."""
+
+    first: int
+    """The number of the first of them."""
+    start: Tensor
+    """t at each step's start, in the grid's dtype."""
+    end: Tensor
+    """t at each step's end, in the grid's dtype."""
+    dt: Tensor
+    """The step sizes: end - start in the grid's dtype, or what the caller gave instead."""
+    noise_at: int = 0
+    """The end of time at which the noise is: 0, or 1."""
+
+    @property
+    def n(self) -> int:
+        """How many steps."""
+        return self.dt.numel()
+
+    @property
+    def h(self) -> Tensor:
+        """The step sizes in float64, to compute coefficients with."""
+        return self.dt.double()
+
+    def at(self, fraction: float) -> Tensor:
+        """t at a fraction of each step, in the grid's dtype."""
+        return self.start + (self.dt * fraction).to(self.start.dtype)
+
+    def part(self, first: int, last: int) -> Steps:
+        """Steps `first` up to `last` of these, as many as there are."""
+        last = max(min(last, self.n), 0)
+        first = max(min(first, last), 0)
+        start, end, dt = (part(tensor, first, last) for tensor in (self.start, self.end, self.dt))
+        return Steps(self.first + first, start, end, dt, self.noise_at)
+
+
+def part(x: Tensor, first: int, last: int, dim: int = 0) -> Tensor:
+    """Entries `first` up to `last`."""
+    # Not x[first:last], which asks for the device even of a FakeTensor.
+    return x.narrow(dim, first, last - first)
+
+
+class Earlier(NamedTuple):
+    """What an earlier evaluation remembered: of a stage of this step, or of the first stage, steps ago."""
+
+    b: Tensor
+    """Its coefficient, [n]."""
+    stage: int = 0
+    ago: int = 0
+
+
+class Stage(NamedTuple):
+    """One evaluation of each step. Columns are float64, [n]."""
+
+    time: Tensor
+    """Where to evaluate: [n], in the grid's dtype."""
+    b0: Tensor
+    """The coefficient of the velocity evaluated here."""
+    earlier: tuple[Earlier, ...] = ()
+    a: Tensor | float = 1.0
+    """The coefficient of base."""
+    c: Tensor | float = 0.0
+    """What this evaluation remembers is its velocity + c*base."""
+
+
+class Segment(NamedTuple):
+    """Steps with the same stages. A solver is one segment, or a few where its start or end differs."""
+
+    steps: Steps
+    stages: tuple[Stage, ...]
+
+
+Solver = Callable[[Steps], list[Segment]]

@@ -8,7 +8,6 @@ These are counts, not times.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flowmatch_kernels import solvers
-from flowmatch_kernels.ops import dispatch, reference
+from flowmatch_kernels.ops import dispatch
+from flowmatch_kernels.ops.fused_step import Operands
 
 from . import contestants
 from .work import ALPAMAYO, Problem, Work
@@ -76,12 +76,11 @@ class Counter(TorchDispatchMode):
         self.launches += 1
         self.bytes += sum(map(_bytes, operands))
 
-    def fused_step_(self, *given: Any) -> None:
+    def fused_step_(self, given: Operands) -> None:
         """Stands for a GPU backend: one kernel, which reads and writes each operand once."""
-        named = inspect.signature(reference.fused_step_).bind(*given).arguments
-        operands = [named.get(name) for name in ("out", "base", "v", "u", "h1", "h2", "h3", "history")]
-        if named.get("trajectory") is not None:
-            operands.append(named["out"])  # a slot is as large
+        operands = [given.out, given.base, given.v, given.u, given.h1, given.h2, given.h3, given.history]
+        if given.trajectory is not None:
+            operands.append(given.out)  # a slot is as large
         self.fused_steps += 1
         self.launch([operand for operand in operands if operand is not None])
 

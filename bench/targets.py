@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flowmatch_kernels.ops.dispatch import BACKENDS, choose
-from flowmatch_kernels.ops.fused_step import COLUMNS
+from flowmatch_kernels.ops.fused_step import COLUMNS, Operands
 
 from .contestants import ours
 from .measure import Timing, in_turn, peak_bytes
@@ -95,9 +95,9 @@ def triad(plan: Plan) -> list[Target]:
     nothing = (None,) * 4
     timings = in_turn(
         {
-            "step": lambda: fused_step_(c, a, b, *nothing, coefficients, 0),
+            "step": lambda: fused_step_(Operands(c, a, b, *nothing, coefficients, 0)),
             "triad": lambda: torch.add(a, b, alpha=1e-3, out=c),
-            "step in place": lambda: fused_step_(c, c, b, *nothing, coefficients, 0),
+            "step in place": lambda: fused_step_(Operands(c, c, b, *nothing, coefficients, 0)),
             "triad in place": lambda: c.add_(b, alpha=1e-3),
         },
         3 * plan.seconds,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 
 from flowmatch_kernels.ops.dispatch import BACKENDS
-from flowmatch_kernels.ops.fused_step import WEIGHTED, arithmetic_dtype
+from flowmatch_kernels.ops.fused_step import WEIGHTED, Operands, arithmetic_dtype
 
 GUARD = 64  # elements: a multiple of 16 bytes for every dtype
 
@@ -112,12 +112,13 @@ def run(
     kept = None
     if history is not None:
         kept = h[history] if isinstance(history, int) else Guarded(list(shape), arithmetic, device, aligned)
-    step(
+    operands = Operands(
         *(out.tensor, base.tensor, v, u, *[x.tensor for x in h], *[None] * (3 - terms)),
         *(table, seed % 3, rounding, guidance or WEIGHTED),
         *(None if trajectory is None else trajectory.tensor, slot),
         None if kept is None else kept.tensor,
     )
+    step(operands)
     for buffer in (base, out, *h, *[x for x in (trajectory, kept) if x is not None]):
         assert buffer.intact(), "written outside a buffer"
     written = {id(base.tensor)} if in_place else set()

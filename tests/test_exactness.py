@@ -27,7 +27,7 @@ from operands import (
 )
 
 from flowmatch_kernels.ops import native, reference
-from flowmatch_kernels.ops.fused_step import VELOCITY_DTYPES, WEIGHTED, arithmetic_dtype
+from flowmatch_kernels.ops.fused_step import VELOCITY_DTYPES, WEIGHTED, Operands, arithmetic_dtype
 
 PAIRS = [(state, velocity) for state, narrower in VELOCITY_DTYPES.items() for velocity in narrower]
 SHAPES = [(0,), (1,), (31,), (1023,), (1024,), (1025,), (0, 3), (6, 0), (1, 7), (6, 64, 2), (3, 5, 7, 11)]
@@ -59,7 +59,7 @@ def run(step, shape, state, velocity, rounding, combination, row=1, slot=None, l
     if history is not None:
         kept = Guarded(shape, arithmetic) if history == "new" else h[history]
     slot = 0 if slots is None else slots - 1 if slot is None else slot
-    step(
+    operands = Operands(
         out.tensor,
         base.tensor,
         v,
@@ -74,6 +74,7 @@ def run(step, shape, state, velocity, rounding, combination, row=1, slot=None, l
         slot,
         None if kept is None else kept.tensor,
     )
+    step(operands)
     for buffer in (base, out, *h, *[x for x in (trajectory, kept) if x is not None]):
         assert buffer.intact(), "written outside a buffer"
     after = [bits(x) for x in (base.tensor, v, *([u] if guided else []), *[x.tensor for x in h], table)]
@@ -94,7 +95,7 @@ def run(step, shape, state, velocity, rounding, combination, row=1, slot=None, l
 
 
 def compare(*arguments, **keywords):
-    got = run(native.cpu_fused_step_, *arguments, **keywords)
+    got = run(native.fused_step_, *arguments, **keywords)
     wanted = run(reference.fused_step_, *arguments, **keywords)
     for key in wanted:
         assert_same_bits(got[key], wanted[key], f"{key} of {arguments} {keywords}")
@@ -160,7 +161,7 @@ def test_threads_give_one_result():
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        results.append(run(native.cpu_fused_step_, (PRIME,), torch.float32, torch.float16, False,
+        results.append(run(native.fused_step_, (PRIME,), torch.float32, torch.float16, False,
                            (WEIGHTED, 3, 1, 2, True)))  # fmt: skip
     for key in results[0]:
         assert_same_bits(results[1][key], results[0][key], key)
@@ -230,7 +231,7 @@ def pairs_of_special_values(dtype):
     return x.repeat_interleave(len(x)), x.repeat(len(x))
 
 
-@pytest.mark.parametrize("step", [native.cpu_fused_step_, reference.fused_step_], ids=["cpu", "reference"])
+@pytest.mark.parametrize("step", [native.fused_step_, reference.fused_step_], ids=["cpu", "reference"])
 @pytest.mark.parametrize("formula", FORMULAS)
 @pytest.mark.parametrize("velocity", VELOCITY_DTYPES, ids=name)
 def test_definition_guidance_of_special_values(velocity, formula, step):
@@ -243,7 +244,7 @@ def test_definition_guidance_of_special_values(velocity, formula, step):
         w0, w1 = weights(w)
         table = plain_row(arithmetic, b0=1.0, w0=w0, w1=w1)
         out, kept = torch.full_like(v, float("nan")), torch.full(v.shape, float("nan"), dtype=arithmetic)
-        step(out, torch.full_like(v, -0.0), v, u, None, None, None, table, 0, False, guidance, None, 0, kept)
+        step(Operands(out, torch.full_like(v, -0.0), v, u, None, None, None, table, 0, False, guidance, None, 0, kept))
         wanted = combined(u, v, w)
         assert_same_bits(out, wanted, f"w {w}")
         assert_same_bits(kept, wanted.to(arithmetic), f"w {w}")
@@ -345,7 +346,7 @@ def all_values(dtype):
     return torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
 
 
-@pytest.mark.parametrize("step", [native.cpu_fused_step_, reference.fused_step_], ids=["cpu", "reference"])
+@pytest.mark.parametrize("step", [native.fused_step_, reference.fused_step_], ids=["cpu", "reference"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)
 def test_widen_every_value(dtype, step):
     """-0.0 + 1*v is v, for every v."""
@@ -357,11 +358,11 @@ def test_widen_every_value(dtype, step):
         exact = torch.from_numpy(v.numpy().astype("float32"))
     assert_same_bits(wanted, exact)
     out = torch.full(v.shape, float("nan"))
-    step(out, torch.full(v.shape, -0.0), v, None, None, None, None, plain_row(b0=1.0), 0)
+    step(Operands(out, torch.full(v.shape, -0.0), v, None, None, None, None, plain_row(b0=1.0), 0))
     assert_same_bits(out, exact)
 
 
-@pytest.mark.parametrize("step", [native.cpu_fused_step_, reference.fused_step_], ids=["cpu", "reference"])
+@pytest.mark.parametrize("step", [native.fused_step_, reference.fused_step_], ids=["cpu", "reference"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)
 def test_narrow_hard_values(dtype, step):
     """Every upper half of a float32, with lower halves at, just below and just above each tie."""
@@ -370,7 +371,7 @@ def test_narrow_hard_values(dtype, step):
     h = torch.cat([upper | low for low in lower]).view(torch.float32)
     zero = torch.full(h.shape, -0.0, dtype=dtype)
     out = torch.full(h.shape, float("nan"), dtype=dtype)
-    step(out, zero, zero, None, h, None, None, plain_row(b0=1.0, b1=1.0), 0)
+    step(Operands(out, zero, zero, None, h, None, None, plain_row(b0=1.0, b1=1.0), 0))
     wanted = h.to(dtype)
     if dtype == torch.float16:
         with numpy.errstate(all="ignore"):
@@ -394,9 +395,9 @@ def test_narrow_double(velocity):
     zero, v = torch.full(h.shape, -0.0, dtype=torch.float64), torch.zeros(h.shape, dtype=velocity)
     table = plain_row(torch.float64, b0=1.0, b1=1.0)
     results = []
-    for step in (native.cpu_fused_step_, reference.fused_step_):
+    for step in (native.fused_step_, reference.fused_step_):
         out = torch.full(h.shape, float("nan"), dtype=torch.float64)
-        step(out, zero, v, None, h, None, None, table, 0, True)
+        step(Operands(out, zero, v, None, h, None, None, table, 0, True))
         results.append(out)
     assert_same_bits(results[0], results[1])
     assert_same_bits(results[1], 0.0 + h.to(velocity).double())
@@ -415,9 +416,9 @@ def test_coefficients_of_every_kind(state, velocity):
         table = specials[torch.randint(len(specials), (1, 8), generator=generator)]
         for rounding in (False, True):
             results = []
-            for step in (native.cpu_fused_step_, reference.fused_step_):
+            for step in (native.fused_step_, reference.fused_step_):
                 out, kept = torch.full_like(x, float("nan")), torch.full_like(h[0], float("nan"))
-                step(out, x, v, u, *h, table, 0, rounding, FORMS[seed % 3], None, 0, kept)
+                step(Operands(out, x, v, u, *h, table, 0, rounding, FORMS[seed % 3], None, 0, kept))
                 results.append((out, kept))
             assert_same_bits(results[0][0], results[1][0])
             assert_same_bits(results[0][1], results[1][1])
@@ -506,10 +507,11 @@ def test_every_instruction_set(kernel_library, instruction_set, monkeypatch):
     def address(tensor):
         return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
-    def step(out, base, v, u, h1, h2, h3, table, row, rounding, guidance, trajectory, slot, history):
+    def step(operands):
+        out, base, v, u, h1, h2, h3, table, row, rounding, guidance, trajectory, slot, history = operands
         if base.numel() == 0:
             return
-        long, dtypes = ctypes.c_long, native._DTYPES
+        long, dtypes = ctypes.c_long, native.DTYPES
         assert library.step(
             *[address(x) for x in (out, base, v, u, h1, h2, h3, table[row], trajectory, history)],
             long(base.numel()),

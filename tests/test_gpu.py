@@ -29,7 +29,14 @@ from operands import FORMS, FORMULAS, LAYOUTS, assert_same_bits, bits, combinati
 
 from flowmatch_kernels import FlowMatching, available_backends, use_backend
 from flowmatch_kernels.ops import dispatch, reference
-from flowmatch_kernels.ops.fused_step import COLUMNS, FROM_UNGUIDED, VELOCITY_DTYPES, WEIGHTED, arithmetic_dtype
+from flowmatch_kernels.ops.fused_step import (
+    COLUMNS,
+    FROM_UNGUIDED,
+    VELOCITY_DTYPES,
+    WEIGHTED,
+    Operands,
+    arithmetic_dtype,
+)
 
 gpu = pytest.mark.gpu
 DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
@@ -158,7 +165,7 @@ def row(dtype, device, **columns):
 def stepped(place, base, v, table, u=None, h=(), velocity_rounding=False, guidance=WEIGHTED):
     out = torch.full_like(base, torch.nan)
     terms = [*h, *[None] * (3 - len(h))]
-    place.fused_step_(out, base, v, u, *terms, table, 0, velocity_rounding, guidance, None, 0, None)
+    place.fused_step_(Operands(out, base, v, u, *terms, table, 0, velocity_rounding, guidance, None, 0, None))
     return out.cpu()
 
 
@@ -619,7 +626,7 @@ def test_over_2_to_the_31(place, rest):
     base, v, out = random(), random(), torch.full((2, sample), torch.nan, dtype=torch.float16, device=place.device)
     trajectory = torch.full((2, 1, sample), torch.nan, dtype=torch.float16, device=place.device)
     table = row(torch.float32, place.device, b0=0.1)
-    place.fused_step_(out, base, v, None, None, None, None, table, 0, False, 0, trajectory, 0, None)
+    place.fused_step_(Operands(out, base, v, None, None, None, None, table, 0, False, 0, trajectory, 0, None))
     flat = [x.view(-1) for x in (out, trajectory, base, v)]
     for start in range(0, numel, part):
         got, slot, x, velocity = (tensor[start : start + part] for tensor in flat)

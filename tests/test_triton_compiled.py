@@ -19,7 +19,14 @@ from triton_recorder import RecordingDriver, recording
 from bench import static
 from bench.static import Code, Specialisation, compile_triton, contractions
 from flowmatch_kernels.ops import triton as backend
-from flowmatch_kernels.ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, VELOCITY_DTYPES, WEIGHTED, arithmetic_dtype
+from flowmatch_kernels.ops.fused_step import (
+    FROM_GUIDED,
+    FROM_UNGUIDED,
+    VELOCITY_DTYPES,
+    WEIGHTED,
+    Operands,
+    arithmetic_dtype,
+)
 
 ARCHS = static.KERNELS["triton"].archs
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -50,7 +57,7 @@ def launch(numel: int = 1024, batch: int = 1, dtype: torch.dtype = F32, velocity
     tensors |= dict.fromkeys(("u", "h1", "h2", "h3"))
     tensors["coefficients"] = torch.zeros(100, 8, dtype=arithmetic_dtype(dtype))
     tensors |= {"row": 0} | given
-    backend.fused_step_(**tensors)
+    backend.fused_step_(Operands(**tensors))
     return tensors
 
 
@@ -159,7 +166,7 @@ def test_history_narrows_the_access_of_a_16_bit_state(driver: RecordingDriver) -
 def test_nothing_to_do_launches_nothing(driver: RecordingDriver) -> None:
     for shape in ((0, 4), (3, 0)):
         empty = torch.zeros(shape)
-        backend.fused_step_(empty, empty, empty, None, None, None, None, torch.zeros(1, 8), 0)
+        backend.fused_step_(Operands(empty, empty, empty, None, None, None, None, torch.zeros(1, 8), 0))
     assert not driver.launches
 
 

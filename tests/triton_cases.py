@@ -21,6 +21,7 @@ from flowmatch_kernels.ops.fused_step import (
     FROM_UNGUIDED,
     VELOCITY_DTYPES,
     WEIGHTED,
+    Operands,
     arithmetic_dtype,
 )
 
@@ -86,25 +87,6 @@ class Guarded:
         outside = self.bytes.clone()
         outside[self._inside] = _CANARY
         return bool((outside != _CANARY).any())
-
-
-class Operands(NamedTuple):
-    """The operands of one case, in the order of fused_step_."""
-
-    out: Tensor
-    base: Tensor
-    v: Tensor
-    u: Tensor | None
-    h1: Tensor | None
-    h2: Tensor | None
-    h3: Tensor | None
-    coefficients: Tensor
-    row: int
-    velocity_rounding: bool
-    guidance: int
-    trajectory: Tensor | None
-    slot: int
-    history: Tensor | None
 
 
 def values(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -203,8 +185,8 @@ def failures(fused_step_: Callable[..., None], case: Case) -> list[str]:
     """What `fused_step_` does other than `reference.fused_step_` on this case; empty where right."""
     given, buffers = operands(case)
     expected = copied(given)
-    reference.fused_step_(*expected)
-    fused_step_(*given)
+    reference.fused_step_(expected)
+    fused_step_(given)
     found = []
     for name in Operands._fields:
         got, want = getattr(given, name), getattr(expected, name)

@@ -23,6 +23,7 @@ from triton_cases import FORMS, PAIRS, PRIME, Case, combinations, differing, fai
 from flowmatch_kernels import FlowMatching
 from flowmatch_kernels.ops import reference
 from flowmatch_kernels.ops import triton as backend
+from flowmatch_kernels.ops.fused_step import Operands
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     raise RuntimeError("run tests/test_triton_interpreter.py: this file needs TRITON_INTERPRET=1 from the start")
@@ -132,7 +133,7 @@ def test_weights_are_cast_to_the_velocity_dtype(guidance: int) -> None:
     x, v, u = torch.zeros(64, dtype=torch.float64), torch.randn(64), torch.randn(64)
     coefficients = torch.tensor([[1.0, 1.0, 0, 0, 0, 1 - 7.1, 7.1, 0]], dtype=torch.float64)
     out = torch.empty_like(x)
-    backend.fused_step_(out, x, v, u, None, None, None, coefficients, 0, False, guidance)
+    backend.fused_step_(Operands(out, x, v, u, None, None, None, coefficients, 0, False, guidance))
     expected = ((1 - 7.1) * u + 7.1 * v, u + 7.1 * (v - u), v + 7.1 * (v - u))[guidance]
     assert torch.equal(out, expected.double())
 
@@ -154,7 +155,7 @@ def test_noncontiguous_velocity(guided: bool, monkeypatch: pytest.MonkeyPatch) -
         u = v.flip(0).transpose(0, 1).contiguous().transpose(0, 1) if guided else None
         copies.clear()
         out = torch.full_like(base, torch.nan)
-        backend.fused_step_(out, base, v, u, None, None, None, coefficients, 0)
+        backend.fused_step_(Operands(out, base, v, u, None, None, None, coefficients, 0))
         assert copies.count(False) == 1 + guided
         assert torch.equal(out, reference.fused_step(base, v, u, None, None, None, coefficients, 0))
 

@@ -37,13 +37,13 @@ class Columns(NamedTuple):
         return cls(a, (b0, b1, b2, b3), w0, w1, c)
 
 
-def fused_step(base: Tensor, *operands: Any) -> Tensor:
+def fused_step(base: Tensor, *operands: Any, **named: Any) -> Tensor:
     """a*base + b0*h0 + b1*h1 + b2*h2 + b3*h3, rounded as `ops.fused_step` says; a new tensor.
 
     Takes the operands of the functional op. Moves each operand once for every elementary operation, as eager PyTorch
     does.
     """
-    o = Operands(base, base, *operands)
+    o = Operands(base, base, *operands, **named)
     columns = Columns.of(o.coefficients, o.row, base.dim())
     h0 = velocity(o.v, o.u, columns, o.guidance)
     return combine(base, (h0, o.h1, o.h2, o.h3), columns, o.v.dtype if o.velocity_rounding else None)

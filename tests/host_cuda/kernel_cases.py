@@ -19,7 +19,7 @@ from triton_cases import FORMS, PAIRS, PRIME, Case, combinations, copied, differ
 
 from flowmatch_kernels import FlowMatching
 from flowmatch_kernels.ops import dispatch, native, reference
-from flowmatch_kernels.ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, WEIGHTED, arithmetic_dtype
+from flowmatch_kernels.ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, WEIGHTED, Operands, arithmetic_dtype, dense
 
 _host = host_cuda.load()
 Run = _host.Double.Run
@@ -52,16 +52,32 @@ class Guarded:
 
 @pytest.fixture(autouse=True)
 def double(monkeypatch: pytest.MonkeyPatch):
-    """The double of CUDA, as new; `native` calls the module of the host."""
+    """The double of CUDA, as new."""
     monkeypatch.setattr(cases, "Guarded", Guarded)
-    monkeypatch.setattr(native, "_C", _host)
     return _host.fresh()
+
+
+def step(o: Operands) -> None:
+    """What csrc/python_operands.cpp makes of a step on a GPU, with the kernel that runs on the host."""
+    numel, sample, slots = o.base.numel(), o.base.numel(), 1
+    if numel == 0:
+        return
+    if o.trajectory is not None:
+        sample, slots = numel // o.base.shape[0], o.trajectory.shape[1]
+    v, u = dense(o.v), None if o.u is None else dense(o.u)
+    tensors = (o.out, o.base, v, u, o.h1, o.h2, o.h3, o.coefficients)
+    _host.fused_step_cuda(
+        *(0 if x is None else x.data_ptr() for x in tensors),
+        *(o.row, native.DTYPES[o.base.dtype], native.DTYPES[v.dtype], o.velocity_rounding, o.guidance),
+        *(0 if o.trajectory is None else o.trajectory.data_ptr(), slots, o.slot),
+        *(0 if o.history is None else o.history.data_ptr(), numel, sample, 0),
+    )
 
 
 def check(cases: Iterable[Case]) -> None:
     """Fails with every case that is not right, up to ten of them."""
     cases = list(cases)
-    found = [failure for case in cases for failure in failures(native.cuda_fused_step_, case)]
+    found = [failure for case in cases for failure in failures(step, case)]
     assert cases
     assert not found, f"{len(found)} failures in {len(cases)} cases:\n" + "\n".join(found[:10])
 
@@ -122,8 +138,8 @@ def test_one_operand_off_by_one(state: torch.dtype, velocity: torch.dtype, odd: 
     shifted = torch.empty(wrong.numel() + 1, dtype=wrong.dtype)[1:].view(wrong.shape).copy_(wrong)
     given = given._replace(**{odd: shifted})
     expected = copied(given)
-    reference.fused_step_(*expected)
-    native.cuda_fused_step_(*given)
+    reference.fused_step_(expected)
+    step(given)
     for name in ("out", "trajectory", "history"):
         assert differing(getattr(given, name), getattr(expected, name)) == 0, name
 
@@ -134,7 +150,7 @@ def test_weights_are_cast_to_the_velocity_dtype(guidance: int) -> None:
     x, v, u = torch.zeros(64, dtype=F64), torch.randn(64), torch.randn(64)
     coefficients = torch.tensor([[1.0, 1.0, 0, 0, 0, 1 - 7.1, 7.1, 0]], dtype=F64)
     out = torch.empty_like(x)
-    native.cuda_fused_step_(out, x, v, u, None, None, None, coefficients, 0, False, guidance)
+    step(Operands(out, x, v, u, None, None, None, coefficients, 0, False, guidance))
     expected = ((1 - 7.1) * u + 7.1 * v, u + 7.1 * (v - u), v + 7.1 * (v - u))[guidance]
     assert torch.equal(out, expected.double())
 
@@ -144,7 +160,7 @@ def test_noncontiguous_velocity(guided: bool) -> None:
     base, v = torch.randn(3, 8, 5), torch.randn(5, 8, 3).permute(2, 1, 0)
     u = torch.randn(1, 8, 1).expand(3, 8, 5) if guided else None
     coefficients, out = torch.randn(1, 8), torch.full_like(base, torch.nan)
-    native.cuda_fused_step_(out, base, v, u, None, None, None, coefficients, 0)
+    step(Operands(out, base, v, u, None, None, None, coefficients, 0))
     assert torch.equal(out, reference.fused_step(base, v, u, None, None, None, coefficients, 0))
 
 

@@ -178,26 +178,3 @@ def test_a_velocity_wider_than_the_state(double, state, velocity) -> None:
         launch(state=state, velocity=velocity, device=1)
     assert double.launches == []
     assert double.device == 0
-
-
-def test_what_python_passes(double, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every operand in its place, with the state's device; numel 0 never reaches the extension."""
-    calls = []
-
-    class Extension:
-        fused_step_cuda = staticmethod(lambda *arguments: calls.append(arguments))
-
-    monkeypatch.setattr(native, "_C", Extension)
-    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 5)
-    base, out, history = torch.zeros(6, 4), torch.zeros(6, 4), torch.zeros(6, 4)
-    v, u = torch.zeros(6, 4, dtype=BF16), torch.zeros(6, 4, dtype=BF16)
-    h1, h2, h3 = (torch.zeros(6, 4) for _ in range(3))
-    coefficients, trajectory = torch.zeros(7, 8), torch.zeros(6, 9, 4)
-    native.cuda_fused_step_(out, base, v, u, h1, h2, h3, coefficients, 4, True, 2, trajectory, 8, history)
-    pointers = [x.data_ptr() for x in (out, base, v, u, h1, h2, h3, coefficients)]
-    assert calls == [(*pointers, 4, 0, 2, True, 2, trajectory.data_ptr(), 9, 8, history.data_ptr(), 24, 4, 5)]
-    native.cuda_fused_step_(out, base, base, None, None, None, None, coefficients, 0)
-    x, y = base.data_ptr(), coefficients.data_ptr()
-    assert calls[1] == (out.data_ptr(), x, x, 0, 0, 0, 0, y, 0, 0, 0, False, 0, 0, 1, 0, 0, 24, 24, 5)
-    native.cuda_fused_step_(out[:0], base[:0], v[:0], None, None, None, None, coefficients, 0)
-    assert len(calls) == 2

@@ -237,6 +237,7 @@ class FlowMatching(BaseDiffusion):
         for name, hook in (("constraint", constraint), ("callback", callback)):
             if hook is not None and not callable(hook):
                 raise TypeError(f"{name} must be callable, got {hook!r:.60}")
+        bar = _progress_bar() if progress else iter
         hooks = None if constraint is None and callback is None else Hooks(constraint, callback)
         shape = (batch_size, *self.x_dims)
         dtype = _state_dtype(dtype, noise, shape, device)
@@ -268,7 +269,7 @@ class FlowMatching(BaseDiffusion):
                 _start(rows, noise, generator, temperature, velocities, eager),  # no name keeps it
                 model(step_fn, velocities, eager),
                 hooks,
-                _progress_bar() if progress else iter,
+                bar,
             )
             x = rows.trajectory(state, steps) if return_all_steps else rows.result(state)
             if callback is None and not return_all_steps:

@@ -43,9 +43,12 @@ class Setting(NamedTuple):
 def rows_for(setting: Setting, noise: Tensor | None) -> Any:
     """The way to take rows: in place for a backend and plain tensors in eager mode, else functional."""
     plain = noise is None or type(noise) is Tensor or type(noise) is torch.nn.Parameter
-    if not setting.eager or not plain or setting.backend.name == "reference":
+    if not setting.eager or not plain:
         return Functional(setting)
-    if setting.backend.name == "cpu" and native.Rows is not None:
+    fused_step_ = setting.backend.load()
+    if fused_step_ is reference.fused_step_:  # nothing is saved by writing in place
+        return Functional(setting)
+    if fused_step_ is native.fused_step_ and setting.backend.name == "cpu" and native.Rows is not None:
         return Counted(setting, native.Rows)
     return Fresh(setting)
 

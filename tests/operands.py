@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from flowmatch_kernels.ops import reference
 from flowmatch_kernels.ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, WEIGHTED
 
 INTEGERS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16}
@@ -131,3 +132,9 @@ def combinations():
         for history in (None, "new", *range(terms)):
             for c in (True, False) if history is not None else (True,):
                 yield guidance, terms, slots, history, c
+
+
+def remembered(base, v, u, table, row, guidance=WEIGHTED):
+    """What the reference puts into a history buffer."""
+    columns = reference.Columns.of(table, row, base.dim())
+    return reference.remember(base, reference.velocity(v, u, columns, guidance), columns)

@@ -22,6 +22,7 @@ from operands import (
     coefficients,
     combinations,
     laid_out,
+    remembered,
     special_values,
     values,
 )
@@ -222,7 +223,7 @@ def test_definition_guidance(state, velocity, formula, w):
     step = torch.tensor([[0.1]], dtype=arithmetic)
     wanted = (x + 0.1 * guided) if state == velocity else x + step * guided
     assert_same_bits(reference_step(x, v, table, u, guidance=guidance), wanted)
-    assert_same_bits(reference.remember(x, v, u, table, 0, guidance), guided.to(arithmetic))
+    assert_same_bits(remembered(x, v, u, table, 0, guidance), guided.to(arithmetic))
 
 
 def pairs_of_special_values(dtype):
@@ -327,7 +328,7 @@ def test_definition_remember(state, velocity, c):
     wanted = v.to(arithmetic)
     if c != 0:
         wanted = wanted + table[0, 7:].view(1, 1) * x.to(arithmetic)
-    assert_same_bits(reference.remember(x, v, None, table, 0), wanted)
+    assert_same_bits(remembered(x, v, None, table, 0), wanted)
 
 
 def test_definition_is_not_an_fma():

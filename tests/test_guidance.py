@@ -514,7 +514,7 @@ def test_combined_with_changing_weights(backend):
 def recorded(monkeypatch, backend):
     """What the kernel of a backend is called with."""
     kernel, calls = dispatch.BACKENDS[backend].load(), []
-    counting = dispatch.BACKENDS[backend]._replace(load=lambda: lambda *a: (calls.append(a), kernel(*a))[1])
+    counting = dispatch.BACKENDS[backend]._replace(load=lambda: lambda o: (calls.append(o), kernel(o))[1])
     monkeypatch.setitem(dispatch.BACKENDS, backend, counting)
     return calls
 

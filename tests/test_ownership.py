@@ -639,7 +639,7 @@ WRITES = {name[7:]: function for name, function in list(globals().items()) if na
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("write", WRITES)
 def test_writes_to_x(write, run, mode, backend, request):
-    if write == "numpy" and run == "trajectory":
+    if write == "numpy" and run == "trajectory" and backend == "cpu" and mode is torch.no_grad:
         reason = "a write by numpy leaves no trace on x, so that slot holds the state before it"
         request.applymarker(pytest.mark.xfail(reason=reason))
 
@@ -953,10 +953,10 @@ def test_marks_on_a_time_end_with_their_sample(mark):
     assert all(grad is None and not shared for grad, shared in seen)
 
 
-def test_weights_that_are_no_numbers_leave_the_cache_alone():
+def test_weights_that_are_no_numbers_are_one_table():
     from flowmatch_kernels import solvers
 
     fm = FlowMatching(4, use_classifier_free_guidance=True)
     for _ in range(3):
         fm.sample(2, velocity, unguided_step_fn=other, inference_guidance_weight=[float("nan")] * 10)
-    assert not solvers.cache._tables
+    assert len(solvers.cache._tables) == 1

@@ -149,7 +149,7 @@ def test_one_launch_an_evaluation(name, backend, prediction_type, monkeypatch):
 
     kernel = dispatch.BACKENDS[backend].load()
     launches = []
-    counting = dispatch.BACKENDS[backend]._replace(load=lambda: lambda *a: (launches.append(a[8]), kernel(*a))[0])
+    counting = dispatch.BACKENDS[backend]._replace(load=lambda: lambda o: (launches.append(o.row), kernel(o))[0])
     monkeypatch.setitem(dispatch.BACKENDS, backend, counting)
     fm = FlowMatching(2, name, num_inference_steps=6, backend=backend, prediction_type=prediction_type)
     fm.sample(3, lambda x, t: -x, return_all_steps=True, time_steps=torch.linspace(0.1, 0.9, 7))

@@ -4,16 +4,31 @@ stages.py says what a solver takes and returns, ode.py has the solvers, predicti
 that predicts the data or the noise, table.py makes the rows, and requests.py keeps them.
 """
 
-from .ode import SOLVERS as SOLVERS
-from .ode import solver as solver
-from .requests import Request as Request
-from .requests import cache as cache
-from .requests import check_finite as check_finite
-from .stages import Earlier as Earlier
-from .stages import Segment as Segment
-from .stages import Stage as Stage
-from .stages import Steps as Steps
-from .table import Evaluation as Evaluation
-from .table import Table as Table
-from .table import build as build
-from .table import evaluations as evaluations
+from .ode import SOLVERS, ab2, ab3, dpmpp_2m, euler, heun, midpoint, rk4, rk4_classic, solver
+from .requests import Request, cache, check_finite
+from .stages import Earlier, Segment, Stage, Steps
+from .table import Evaluation, Table, build, evaluations
+
+__all__ = [
+    "SOLVERS",
+    "Earlier",
+    "Evaluation",
+    "Request",
+    "Segment",
+    "Stage",
+    "Steps",
+    "Table",
+    "ab2",
+    "ab3",
+    "build",
+    "cache",
+    "check_finite",
+    "dpmpp_2m",
+    "euler",
+    "evaluations",
+    "heun",
+    "midpoint",
+    "rk4",
+    "rk4_classic",
+    "solver",
+]

@@ -106,9 +106,9 @@ def content(numbers: Any) -> Hashable:
             return id(numbers), numbers._version
         if numbers.dim() != 1 or not numbers.is_floating_point():
             return None
-        return numbers.dtype, struct.pack(f"{numbers.numel()}d", *numbers.tolist())
+        return numbers.dtype, numbers.numel(), struct.pack(f"{numbers.numel()}d", *numbers.tolist())
     if isinstance(numbers, (list, tuple)) and set(map(type, numbers)) == {float}:
-        return struct.pack(f"{len(numbers)}d", *numbers)
+        return len(numbers), struct.pack(f"{len(numbers)}d", *numbers)
     return None
 
 

@@ -61,7 +61,9 @@ class Table(NamedTuple):
 
     def readable(self) -> Table:
         """This table, with what the host reads of its rows: one synchronisation on a GPU."""
-        rows = self.coefficients.tolist() if not self.coefficients.is_meta else []
+        if self.coefficients.is_meta:
+            return self
+        rows = self.coefficients.tolist()
         return self._replace(units=tuple((row[0] == 1.0, row[7] == 0.0) for row in rows), views={})
 
     def columns(self, dims: int) -> Sequence[reference.Columns]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import measure, report
+from . import child, measure, report
 from .contestants import ours
 from .machine import ROOT, head
 from .work import Plan, Problem, Work
@@ -35,11 +35,8 @@ def serve() -> None:
         order = json.loads(line)
         number = order["number"]
         if "work" in order:
-            work = order["work"] | {
-                "shape": tuple(order["work"]["shape"]),
-                "velocity": getattr(torch, order["work"]["velocity"]),
-            }
-            function = functions[number] = ours("auto", Problem(Work(**work), torch.device("cpu")))
+            problem = Problem(Work.of(order["work"]), torch.device("cpu"))
+            function = functions[number] = ours("auto", problem)
             torch.manual_seed(0)
             digest = hashlib.sha256(function().contiguous().view(torch.uint8).numpy()).hexdigest()
             answer = {"bits": digest, "calls": measure.calls_of_a_run(function)}
@@ -49,14 +46,11 @@ def serve() -> None:
 
 
 class Side:
-    """A process that samples with the package of one folder."""
+    """A process that samples with the package of one folder, with or without its extension."""
 
-    def __init__(self, package: Path) -> None:
-        # The package of that folder, and this revision's benchmark, wherever Python would look else.
-        code = f"import sys; sys.path[:1] = {[str(package), str(ROOT)]!r}; from bench import compare; compare.serve()"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    def __init__(self, package: Path, extension: bool = True) -> None:
+        command = child.command("from bench import compare; compare.serve()", package, ROOT, extension=extension)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, **order: Any) -> dict[str, Any]:
         """Gives an order and waits for the answer."""
@@ -144,9 +138,12 @@ def markdown(found: dict[str, Any]) -> str:
 
 def run(revision: str, plan: Plan, output: Path) -> int:
     """Compares, writes JSON and Markdown; returns 1 where the bits differ."""
-    works = [work for work in plan.works if not work.network]
-    with built(revision) as library, Side(library) as base, Side(ROOT) as this:
-        rows = compared(base, this, works, max(RUNS if plan.seconds else plan.least_runs, 2))
+    rows: list[dict[str, Any]] = []
+    with built(revision) as library:
+        for extension in (True, False):
+            works = [work for work in plan.works if not work.network and work.extension == extension]
+            with Side(library, extension) as base, Side(ROOT, extension) as this:
+                rows += compared(base, this, works, max(RUNS if plan.seconds else plan.least_runs, 2))
     found = {"format": 1, "head": head(), "base": revision, "rows": rows}
     output.write_text(json.dumps(found, indent=1) + "\n")
     output.with_suffix(".md").write_text(markdown(found))

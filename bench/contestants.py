@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,14 +37,20 @@ def guided_update(x: Tensor, dt: Tensor, v: Tensor, u: Tensor) -> Tensor:
 def published(
     p: Problem, update: Callable[..., Tensor] = update, guided: Callable[..., Tensor] = guided_update
 ) -> Tensor:
-    """Alpamayo's loop, its guided form, and its recipes' midpoint; for rk4, torchdiffeq's formula in such a loop."""
+    """Alpamayo's loop, its guided form, and its recipes' midpoint; for rk4, torchdiffeq's formula in such a loop.
+
+    Step sizes that are passed in take the place of the grid's differences.
+    """
     work, step_fn, unguided_step_fn = p.work, p.step_fn, p.unguided_step_fn
     batch_size, ones = work.shape[0], [1] * (len(work.shape) - 1)
     x = p.start()
     states = [x]
-    time_steps = torch.linspace(0.0, 1.0, work.steps + 1, device=p.device)
+    time_steps = p.grid()
     for i in range(work.steps):
-        dt = (time_steps[i + 1] - time_steps[i]).view(1, *ones).expand(batch_size, *ones)
+        if p.step_sizes is None:
+            dt = (time_steps[i + 1] - time_steps[i]).view(1, *ones).expand(batch_size, *ones)
+        else:
+            dt = p.step_sizes[i]
         t = time_steps[i].view(1, *ones).expand(batch_size, *ones)
         v = step_fn(x=x, t=t)
         if work.guided:
@@ -61,6 +67,31 @@ def published(
         if work.trajectory:
             states.append(x)
     return torch.stack(states, dim=1) if work.trajectory else x
+
+
+# ---- the loops that projects write on grids of their own ----
+
+
+def float_loop(p: Problem) -> Tensor:
+    """As lerobot's policies sample (pi0, smolvla): from 1 to 0, dt and time Python floats, t [B] made for each call.
+
+    It makes its grid itself, of which dt is 1/N for all steps, and has no use for one that is passed in.
+    """
+    work, x = p.work, p.start()
+    dt = -1.0 / work.steps
+    for i in range(work.steps):
+        t = torch.tensor(1.0 + i * dt, dtype=torch.float32, device=p.device).expand(work.shape[0])
+        x = x + dt * p.step_fn(x=x, t=t)
+    return x
+
+
+def scalar_loop(p: Problem) -> Tensor:
+    """Over a grid tensor: t and dt are its entries and their differences, 0-dim; or dt is what was passed in."""
+    x, grid = p.start(), p.grid()
+    for i in range(p.work.steps):
+        dt = grid[i + 1] - grid[i] if p.step_sizes is None else p.step_sizes[i]
+        x = x + dt * p.step_fn(x=x, t=grid[i])
+    return x
 
 
 # ---- the best by hand ----
@@ -282,7 +313,8 @@ def diffusers(p: Problem) -> Callable[[], Tensor]:
 def ours(backend: str, p: Problem) -> Callable[[], Tensor]:
     """FlowMatching.sample with this backend."""
     work = p.work
-    sampler = FlowMatching(
+    build = partial(
+        FlowMatching,
         work.shape[1:],
         _method(work),
         work.steps,
@@ -290,14 +322,27 @@ def ours(backend: str, p: Problem) -> Callable[[], Tensor]:
         use_classifier_free_guidance=work.guided,
         backend=backend,
     )
-    unguided = {"unguided_step_fn": p.unguided_step_fn} if work.guided else {}
+    sampler = build()
+    more: dict[str, Any] = {"unguided_step_fn": p.unguided_step_fn} if work.guided else {}
+    if p.step_sizes is not None:
+        more["step_sizes"] = p.step_sizes
 
     def sample() -> Tensor:
-        return sampler.sample(work.shape[0], p.step_fn, p.device, noise=p.noise, **unguided)
+        return sampler.sample(work.shape[0], p.step_fn, p.device, noise=p.noise, **more)
 
     def sample_all() -> Tensor:
-        return sampler.sample(work.shape[0], p.step_fn, p.device, True, noise=p.noise, **unguided)[0]
+        return sampler.sample(work.shape[0], p.step_fn, p.device, True, noise=p.noise, **more)[0]
 
+    def sample_on_grid() -> Tensor:
+        return sampler.sample(work.shape[0], p.step_fn, p.device, noise=p.noise, time_steps=p.times(), **more)
+
+    def sample_built() -> Tensor:
+        return build().sample(work.shape[0], p.step_fn, p.device, noise=p.noise, **more)
+
+    if work.built:
+        return sample_built
+    if work.grid:
+        return sample_on_grid
     return sample_all if work.trajectory else sample
 
 
@@ -312,7 +357,8 @@ class Contestant(NamedTuple):
 
     name: str
     kind: str
-    """"published", "hand", "compiled", "peer", "ours", or "bare": takes no steps, and is no sampler."""
+    """"published", "loop" (what projects write on their own grids), "hand", "compiled", "peer", "ours", or "bare":
+    takes no steps, and is no sampler."""
     bind: Callable[[Problem], Callable[[], Tensor]]
     """What samples this problem; called once, and not timed."""
     tasks: frozenset[str]
@@ -326,6 +372,10 @@ class Contestant(NamedTuple):
         """Whether it computes the same thing."""
         if self.kind == "bare":
             return work.drawn
+        if self.kind == "loop":
+            return bool(work.grid) and work.task in self.tasks
+        if work.special and self.kind not in ("published", "ours"):
+            return False
         if self.name == "diffusers":  # casts the state to the velocity's dtype; a network would have to know its sign
             return work.task in self.tasks and not (work.network or work.drawn) and work.velocity == torch.float32
         return work.task in self.tasks
@@ -350,6 +400,8 @@ def contestants(device: torch.device) -> list[Contestant]:
     ]
     return [
         Contestant("published loop", "published", _plain(published), every, every),
+        Contestant("float loop, lerobot's", "loop", _plain(float_loop), frozenset({"final"})),
+        Contestant("0-dim loop", "loop", _plain(scalar_loop), frozenset({"final"}), frozenset({"final"})),
         Contestant("by hand, fresh", "hand", _plain(by_hand), EULER),
         Contestant("by hand, in place", "hand", _plain(by_hand_in_place), EULER),
         Contestant("by hand, two adds", "hand", _plain(by_hand_two_adds), guided),

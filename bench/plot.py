@@ -15,6 +15,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from .work import Work
+
 Row = dict[str, Any]
 
 PUBLISHED = "published loop"
@@ -45,7 +47,8 @@ def fastest(rows: list[Row]) -> dict[str, float]:
 
 def plain(rows: list[Row]) -> list[Row]:
     """Rows of the base point: float32, a free step_fn, the noise passed in."""
-    return [row for row in rows if row["velocity"] == "float32" and not row["network"] and not row["drawn"]]
+    works = [Work.of(row) for row in rows]
+    return [r for r, work in zip(rows, works, strict=True) if work == Work(work.shape, work.task, work.steps)]
 
 
 def by_task(rows: list[Row]) -> Figure:

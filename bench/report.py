@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from .work import Work
+
 Row = dict[str, Any]
 
 
@@ -98,11 +100,7 @@ def _groups(rows: list[Row]) -> dict[str, list[Row]]:
     """Rows by task and what else is special; the counts of steps of one shape are a group of their own."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        title = row["task"]
-        title += f", {row['velocity']} velocity" * (row["velocity"] != "float32")
-        title += ", a small network" * row["network"] + ", noise drawn" * row["drawn"]
-        if row["steps"] != 10:
-            title += f", steps of {row['shape']}"
+        title = Work.of(row).title([row["task"]], f"steps of {row['shape']}")
         groups.setdefault(title, []).append(row)
     return groups
 

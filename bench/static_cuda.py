@@ -21,7 +21,7 @@ import torch
 
 from flowmatch_kernels.ops.fused_step import arithmetic_dtype
 
-from .static import Access, Code, Specialisation, sass_accesses
+from .machine_code import Access, Code, Specialisation, sass_accesses
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "csrc" / "fused_step_cuda.cu"

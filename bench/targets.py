@@ -34,47 +34,79 @@ class Target(NamedTuple):
         return self._asdict() | {"measured": measured, "met": None if measured is None else measured <= self.at_most}
 
 
-def table(plan: Plan, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every target; ratios are of the run's own `rows`, the last five are measured here."""
+class Ratio(NamedTuple):
+    """A target that is a ratio of times of the run: ours against the fastest contestant of a kind."""
 
-    def row(shape: tuple[int, ...], task: str, kind: str, at_most: float, drawn: bool = False) -> Target:
-        work = Work(shape, task, drawn=drawn)
-        name = {"published": "published loop", "hand": "best by hand", "bare": "bare loop: draw, grid, calls"}[kind]
-        best, against = best_by_hand(rows, work) if kind == "hand" else (None, median(rows, work, kind))
-        mine = median(rows, work, "ours")
-        measured = None if mine is None or against is None else mine / against
-        return Target(str(work), name, at_most, measured, best or "")
+    work: Work
+    kind: str
+    """Of `AGAINST`."""
+    at_most: float
 
+
+AGAINST = {
+    "published": "published loop",
+    "loop": "faster of lerobot's float loop and the 0-dim loop",
+    "hand": "best by hand",
+    "bare": "bare loop: draw, grid, calls",
+}
+
+
+def ratios(plan: Plan) -> list[Ratio]:
+    """The table of ratios. The first call, which makes tables and takes memory, is not timed."""
     small, large = plan.small, plan.large
-    found = [
-        row(small, "final", "published", 1 / 5),
-        row(small, "final", "hand", 1.1),
-        row(small, "trajectory", "published", 1 / 5),
-        row(small, "guided", "published", 1 / 7),
-        row(small, "final", "bare", 3.2, drawn=True),
-        row(large, "final", "published", 1 / 3),
-        row(large, "final", "hand", 1.05),
-        row(large, "trajectory", "published", 0.45),
-        row(large, "trajectory", "hand", 0.6),
-        row(large, "guided", "published", 1 / 3),
-        *triad(plan),
-        trajectory_memory(large),
-        cost_per_step(plan),
+    return [
+        Ratio(Work(small), "published", 0.26),
+        Ratio(Work(small), "hand", 1.1),
+        Ratio(Work(small, "trajectory"), "published", 1 / 5),
+        Ratio(Work(small, "guided"), "published", 0.30),
+        Ratio(Work(small, drawn=True), "bare", 3.2),
+        Ratio(Work(small, grid="tensor"), "loop", 0.4),
+        Ratio(Work(small, grid="list"), "loop", 0.4),
+        Ratio(Work(small, grid="tensor", step_sizes=True), "loop", 0.4),
+        Ratio(Work(small, grid="list", step_sizes=True), "loop", 0.4),
+        Ratio(Work(small, built=True), "published", 0.8),
+        Ratio(Work(small, extension=False), "published", 1.1),
+        Ratio(Work(large), "published", 1 / 3),
+        Ratio(Work(large), "hand", 1.05),
+        Ratio(Work(large, "trajectory"), "published", 0.45),
+        Ratio(Work(large, "trajectory"), "hand", 0.5),
+        Ratio(Work(large, "guided"), "published", 1 / 3),
+        Ratio(Work(large, "midpoint"), "hand", 1.1),
+        Ratio(Work(large, "rk4"), "hand", 1.1),
     ]
+
+
+def works(plan: Plan) -> list[Work]:
+    """The works that ratios name, each once."""
+    return list(dict.fromkeys(ratio.work for ratio in ratios(plan)))
+
+
+def table(plan: Plan, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every target; ratios are of the run's own `rows`, the last four are measured here.
+
+    Of a plan that is not whole the ratios of its works alone.
+    """
+    found = [measured(ratio, rows) for ratio in ratios(plan) if plan.whole or ratio.work in plan.works]
+    if plan.whole:
+        found += [*triad(plan), trajectory_memory(plan.large), cost_per_step(plan)]
     return [target.json() for target in found]
 
 
-def median(rows: list[dict[str, Any]], work: Work, kind: str) -> float | None:
-    """The median of the contestants of this kind that `auto` means, in microseconds; of ours the chosen backend's."""
-    name = f"ours, {choose('auto', 'cpu').name}"
-    spans = [row["median_us"] for row in _of(rows, work, kind) if kind != "ours" or row["contestant"] == name]
-    return min(spans, default=None)
+def measured(ratio: Ratio, rows: list[dict[str, Any]]) -> Target:
+    """One ratio, of the run's rows; where a kind has several contestants, `how` names the fastest."""
+    best, against = fastest(rows, ratio.work, ratio.kind)
+    _, mine = fastest(rows, ratio.work, "ours")
+    value = None if mine is None or against is None else mine / against
+    how = best if best is not None and ratio.kind in ("hand", "loop") else ""
+    return Target(str(ratio.work), AGAINST[ratio.kind], ratio.at_most, value, how)
 
 
-def best_by_hand(rows: list[dict[str, Any]], work: Work) -> tuple[str | None, float | None]:
-    """The fastest of those by hand, and its median in microseconds."""
-    found = min(_of(rows, work, "hand"), key=lambda row: row["median_us"], default=None)
-    return (None, None) if found is None else (found["contestant"], found["median_us"])
+def fastest(rows: list[dict[str, Any]], work: Work, kind: str) -> tuple[str | None, float | None]:
+    """The fastest of this kind, and its median in microseconds; of ours the backend that `auto` means there."""
+    name = f"ours, {choose('auto', 'cpu').name if work.extension else 'reference'}"
+    found = [row for row in _of(rows, work, kind) if kind != "ours" or row["contestant"] == name]
+    best = min(found, key=lambda row: row["median_us"], default=None)
+    return (None, None) if best is None else (best["contestant"], best["median_us"])
 
 
 def _of(rows: list[dict[str, Any]], work: Work, kind: str) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ step_fn, the noise passed in):
 - every shape, final and guided, with a bfloat16 velocity;
 - 1, 5, 20 and 50 steps, final, for one small and one large state;
 - a small real network, final, trajectory and midpoint, for the three shapes such a network suits;
+- own time grids, a FlowMatching built for each call, and the package without its extension: Alpamayo's shape, final;
 - torch.compile, which takes longer to compile than all of the rest takes to run: the smallest and the largest shape,
   final, trajectory and guided; and one real network.
 """
@@ -29,6 +30,7 @@ VIDEO = (2, 16, 21, 60, 104)
 TASKS = ("final", "trajectory", "guided", "guided trajectory", "midpoint", "rk4")
 STAGES = {"midpoint": 2, "rk4": 4}  # evaluations a step; one for all others, which are Euler's
 WEIGHT = 1.5  # of guidance
+GRIDS = ("tensor", "new tensor", "list")  # how a time grid of one's own is passed: one tensor, one a call, floats
 
 
 class Work(NamedTuple):
@@ -44,6 +46,25 @@ class Work(NamedTuple):
     """step_fn is a small network; else it is free: it returns one and the same tensor."""
     drawn: bool = False
     """The noise is drawn within the call; else it is passed in."""
+    grid: str = ""
+    """Of `GRIDS`: the time grid is passed in, from 1 to 0 as in lerobot; else it is the uniform one from 0 to 1."""
+    step_sizes: bool = False
+    """The dt of each step is passed in too, in the form of the grid."""
+    built: bool = False
+    """Ours builds its FlowMatching in each call; else it is built once."""
+    extension: bool = True
+    """Ours has its C++ extension; else the work is done by a process in which it cannot be imported."""
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Work:
+        """The work of what `json` returned, with or without more entries."""
+        known = {name: row[name] for name in cls._fields if name in row}
+        return cls(**known | {"shape": tuple(row["shape"]), "velocity": getattr(torch, row["velocity"])})
+
+    @property
+    def special(self) -> bool:
+        """About ours alone, or its arguments: held against the loops that people write, not against every peer."""
+        return bool(self.grid) or self.built or not self.extension
 
     @property
     def trajectory(self) -> bool:
@@ -71,12 +92,17 @@ class Work(NamedTuple):
         return math.prod(self.shape) * (4 * (2 + self.trajectory) + self.velocity.itemsize * (1 + self.guided))
 
     def __str__(self) -> str:
-        parts = [str(list(self.shape)), self.task]
-        if self.steps != 10:
-            parts.append(f"{self.steps} step{'s' * (self.steps > 1)}")
+        return self.title([str(list(self.shape)), self.task], f"{self.steps} step{'s' * (self.steps > 1)}")
+
+    def title(self, parts: list[str], steps: str = "") -> str:
+        """These parts, how many steps where they are not ten, and what else is special."""
+        parts = parts + [steps] * (self.steps != 10 and bool(steps))
         if self.velocity != torch.float32:
             parts.append(str(self.velocity).removeprefix("torch.") + " velocity")
         parts += ["network"] * self.network + ["noise drawn"] * self.drawn
+        if self.grid:
+            parts.append(f"time_steps{'= and step_sizes' * self.step_sizes}= a {self.grid}")
+        parts += ["FlowMatching built"] * self.built + ["without the extension"] * (not self.extension)
         return ", ".join(parts)
 
     def json(self) -> dict[str, Any]:
@@ -96,6 +122,9 @@ class Problem:
             return torch.randn(work.shape, generator=generator).to(device, dtype)
 
         self.noise = None if work.drawn else random(torch.float32)
+        own = torch.linspace(1.0, 0.0, work.steps + 1)
+        self.time_steps: Tensor | list[float] | None = _passed(own, work.grid) if work.grid else None
+        self.step_sizes = _passed(torch.diff(own), work.grid) if work.step_sizes else None
         v, u = random(work.velocity), random(work.velocity)
         self.step_fn: Callable[..., Tensor] = lambda x, t: v
         self.unguided_step_fn: Callable[..., Tensor] = lambda x, t: u
@@ -106,9 +135,24 @@ class Problem:
         """The first state, not to be written to: the noise that was passed in, or a draw."""
         return torch.randn(self.work.shape, device=self.device) if self.noise is None else self.noise
 
+    def times(self) -> Tensor | list[float] | None:
+        """The time grid as sample() is given it."""
+        return self.time_steps.clone() if self.work.grid == "new tensor" else self.time_steps
+
+    def grid(self) -> Tensor:
+        """The time grid as a loop reads it."""
+        if self.time_steps is None:
+            return torch.linspace(0.0, 1.0, self.work.steps + 1, device=self.device)
+        return torch.as_tensor(self.times(), device=self.device)
+
     def own(self) -> Tensor:
         """The first state, to be written to."""
         return self.start() if self.noise is None else self.noise.clone()
+
+
+def _passed(entries: Tensor, grid: str) -> Tensor | list[float]:
+    """In the form that a grid of one's own takes. The floats are float32's, so that all forms mean the same dt."""
+    return entries.tolist() if grid == "list" else entries
 
 
 def network(x_dims: tuple[int, ...], device: torch.device) -> Callable[..., Tensor]:
@@ -153,12 +197,15 @@ class Plan(NamedTuple):
     seconds: float
     """Spent on each work, once each contestant has had its least runs; three times as long on what targets name."""
     least_runs: int
+    whole: bool = True
+    """False: some of the works were chosen, and nothing else is measured."""
 
-    def targeted(self, work: Work) -> bool:
-        """Whether a target is a ratio of this work's times."""
-        return work.drawn or work in [
-            Work(shape, task) for shape in (self.small, self.large) for task in ("final", "trajectory", "guided")
-        ]
+
+def ours(shape: tuple[int, ...]) -> list[Work]:
+    """What is about ours alone, or its arguments."""
+    grids = [Work(shape, grid=grid) for grid in GRIDS]
+    grids += [Work(shape, grid=grid, step_sizes=True) for grid in ("tensor", "list")]
+    return [*grids, Work(shape, built=True), Work(shape, extension=False)]
 
 
 def full() -> Plan:
@@ -169,7 +216,7 @@ def full() -> Plan:
     works += [Work(shape, steps=steps) for shape in (ALPAMAYO, LATENTS) for steps in (1, 5, 20, 50)]
     networks = (ALPAMAYO, POLICY, IMAGES)
     works += [Work(shape, task, network=True) for task in ("final", "trajectory", "midpoint") for shape in networks]
-    works.append(Work(ALPAMAYO, drawn=True))
+    works += [Work(ALPAMAYO, drawn=True), *ours(ALPAMAYO)]
     compiled = [Work(shape, task) for shape in (ALPAMAYO, VIDEO) for task in ("final", "trajectory", "guided")]
     compiled.append(Work(ALPAMAYO, network=True))
     return Plan(works, compiled, ALPAMAYO, VIDEO, 1 << 22, (1, 10, 100, 1000), seconds=2.0, least_runs=5)
@@ -181,5 +228,5 @@ def quick() -> Plan:
     works = [Work(shape, task) for task in TASKS for shape in (small, large)]
     works += [Work(small, task, velocity=torch.bfloat16) for task in ("final", "guided")]
     works += [Work(small, steps=3), Work(small, network=True), Work((2, 3, 8, 8), "midpoint", network=True)]
-    works.append(Work(small, drawn=True))
+    works += [Work(small, drawn=True), *ours(small)]
     return Plan(works, [], small, large, 1 << 14, (1, 5, 10), seconds=0.0, least_runs=3)

@@ -55,8 +55,8 @@ def test_quick(tmp_path):
     wanted = {c.name for c in contestants.contestants(CPU) if c.installed() and c.kind != "compiled"}
     assert timed.keys() == wanted
     assert timed["published loop"] == timed["ours, reference"] == set(TASKS)
-    assert len(found["targets"]) == 14
-    assert all(row["measured"] is not None for row in found["targets"][:12])
+    assert len(found["targets"]) == 22
+    assert all(row["measured"] is not None for row in found["targets"][:20])  # not peak memory, nor the cost of a step
     assert {row["contestant"] for row in found["counts"]} == {
         "published loop",
         "best by hand",
@@ -98,7 +98,82 @@ def test_a_full_run_covers_what_its_docstring_says():
     base = {(one.shape, one.task) for one in full.works if one == Work(one.shape, one.task)}
     assert len(base) == 5 * len(TASKS)
     assert {one.steps for one in full.works} == {1, 5, 10, 20, 50}
-    assert sum(full.targeted(one) for one in full.works) == 7
+    for plan_ in (full, work.quick()):
+        assert set(targets.works(plan_)) <= set(plan_.works)
+        assert set(plan_.works) >= set(work.ours(plan_.small))
+
+
+@pytest.mark.parametrize("options", [["--only", "no such work"], ["--targets", "--only", "[1, 50, 32]"]])
+def test_no_work_is_left(options, capsys):
+    with pytest.raises(SystemExit):
+        main(options)
+    assert "[6, 64, 2], final, time_steps= a list" in capsys.readouterr().err
+
+
+def test_some_works(tmp_path, capsys):
+    """Their rows and targets alone; the work without the extension is done by a process that has none."""
+    options = ["--quick", "--targets", "--only", "list", "--only", "without", "--output", str(tmp_path)]
+    assert main(options) == 0
+    assert "every contestant computed the same thing" in capsys.readouterr().out
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["work"].partition("final, ")[2] for row in found["targets"]] == [
+        "time_steps= a list",
+        "time_steps= and step_sizes= a list",
+        "without the extension",
+    ]
+    assert all(row["measured"] > 0 for row in found["targets"])
+    assert found["counts"] == []
+    without = [row["contestant"] for row in found["results"] if not row["extension"]]
+    assert without == ["published loop", "ours, reference"]
+
+
+def test_a_process_without_the_extension_that_dies_is_told(monkeypatch):
+    monkeypatch.setattr(run.child, "command", lambda *_, **__: [sys.executable, "-c", "raise SystemExit(3)"])
+    found = run.results(FINAL._replace(extension=False), [], plan())
+    assert run.failures(found) == ["[6, 64, 2], final, 3 steps, without the extension, all: the process ended with 3"]
+
+
+@pytest.mark.parametrize("one", work.ours(ALPAMAYO), ids=str)
+def test_a_work_is_what_its_row_says(one):
+    row = json.loads(json.dumps(one.json() | {"contestant": "someone"}))
+    assert Work.of(row) == one
+    assert Work.of({"shape": [6, 64, 2], "velocity": "float32"}) == Work(ALPAMAYO)  # of before there were grids
+
+
+@pytest.mark.parametrize("one", [one for one in work.ours(ALPAMAYO) if one.grid], ids=str)
+def test_own_grids(one):
+    """Every loop and ours take the grid's steps, and but for lerobot's, which has its own dt, to the last bit."""
+    chosen = [contestant for contestant in contestants.contestants(CPU) if contestant.computes(one)]
+    assert {contestant.kind for contestant in chosen} == {"published", "loop", "ours"}
+    exact = {contestant.name for contestant in chosen if "final" in contestant.exact}
+    assert {contestant.name for contestant in chosen} - exact == {"float loop, lerobot's"}
+    rows = run.results(one, chosen, plan(one))
+    assert all(row["problem"] is None for row in rows), rows
+    p = Problem(one, CPU)
+    assert isinstance(p.times(), list if one.grid == "list" else torch.Tensor)
+    assert (p.times() is p.times()) == (one.grid != "new tensor")
+    assert p.grid()[[0, -1]].tolist() == [1.0, 0.0]
+
+
+def test_step_sizes_reach_ours():
+    """With other step sizes than the grid's differences the result is another."""
+    p = Problem(Work(ALPAMAYO, grid="tensor", step_sizes=True), CPU)
+    p.step_sizes = p.step_sizes / 2
+    sample = contestants.ours("auto", p)
+    assert torch.equal(sample(), contestants.published(p))
+    assert not torch.equal(sample(), contestants.published(Problem(Work(ALPAMAYO, grid="tensor"), CPU)))
+
+
+def test_built_in_each_call(monkeypatch):
+    built = []
+    kept = contestants.FlowMatching
+    monkeypatch.setattr(contestants, "FlowMatching", lambda *a, **k: built.append(a) or kept(*a, **k))
+    for one, wanted in ((Work(ALPAMAYO), 1), (Work(ALPAMAYO, built=True), 4)):
+        built.clear()
+        sample = contestants.ours("auto", Problem(one, CPU))
+        for _ in range(3):
+            sample()
+        assert len(built) == wanted
 
 
 # ---- what fails ----
@@ -108,7 +183,7 @@ def test_a_failure_is_told_and_ends_in_1(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(work, "quick", lambda: plan(FINAL))
     monkeypatch.setattr(contestants, "by_hand", lambda p: contestants.published(p) + 1)
     assert main(["--quick", "--output", str(tmp_path)]) == 1
-    assert "FAILED: [6, 64, 2], final, by hand, fresh: differs" in capsys.readouterr().out
+    assert "FAILED: [6, 64, 2], final, 3 steps, by hand, fresh: differs" in capsys.readouterr().out
     assert "by hand, fresh: differs" in (tmp_path / "bench.md").read_text()
     assert "| by hand, fresh | failed |" in (tmp_path / "bench.md").read_text()
 
@@ -199,12 +274,19 @@ def test_targets(monkeypatch):
     """From recorded rows: a ratio of the right works, met or not, or not measured."""
     large = (2, 3)
     small_final, large_final = Work(ALPAMAYO), Work(large)
+    own_grid, without_extension = Work(ALPAMAYO, grid="list"), Work(ALPAMAYO, extension=False)
     auto = f"ours, {'cpu' if available_backends()['cpu'] is None else 'reference'}"
     rows = [
-        row_of(small_final, "published", "published loop", 100.0),
-        row_of(small_final, "hand", "by hand, fresh", 25.0),
-        row_of(small_final, "hand", "by hand, in place", 20.0),
-        row_of(small_final, "ours", auto, 22.0),
+        row_of(small_final, "published", "published loop", 110.0),
+        row_of(small_final, "hand", "by hand, fresh", 35.0),
+        row_of(small_final, "hand", "by hand, in place", 28.0),
+        row_of(small_final, "ours", auto, 30.8),
+        row_of(own_grid, "published", "published loop", 10.0),
+        row_of(own_grid, "loop", "float loop, lerobot's", 44.0),
+        row_of(own_grid, "loop", "0-dim loop", 40.0),
+        row_of(own_grid, "ours", auto, 20.0),
+        row_of(without_extension, "published", "published loop", 100.0),
+        row_of(without_extension, "ours", "ours, reference", 110.0),
         row_of(small_final, "ours", "ours, other", 1.0),
         row_of(small_final._replace(steps=20), "ours", auto, 1.0),
         row_of(large_final, "published", "published loop", 60.0),
@@ -213,10 +295,17 @@ def test_targets(monkeypatch):
     del rows[-1]["median_us"]
     found = targets.table(plan()._replace(large=large), rows)
     told = [(row["against"], row["at_most"], row["measured"], row["met"]) for row in found]
-    assert told[0] == ("published loop", 0.2, 0.22, False)
+    assert told[0] == ("published loop", 0.26, 0.28, False)
     assert told[1] == ("best by hand", 1.1, 1.1, True)
     assert found[1]["how"] == "by hand, in place"
-    assert told[5] == ("published loop", 1 / 3, None, None)
+    at = {row["work"]: row for row in found}
+    own = at["[6, 64, 2], final, time_steps= a list"]
+    assert (own["measured"], own["met"], own["how"]) == (0.5, False, "0-dim loop")
+    without = at["[6, 64, 2], final, without the extension"]
+    assert (without["measured"], without["met"]) == (1.1, True)  # of the reference, whatever there is here
+    assert at["[2, 3], final"]["measured"] is None
+    some = targets.table(plan(Work(ALPAMAYO, grid="list"))._replace(whole=False), rows)
+    assert some == [own]
     assert "not measured" in report.targets(found)
 
 

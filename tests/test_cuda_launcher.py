@@ -14,4 +14,4 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers 
 
 
 def test_cuda_launcher() -> None:
-    host_cuda.finish(host_cuda.start("launcher_cases.py", "not full"), 43)
+    host_cuda.finish(host_cuda.start("launcher_cases.py", "not full"), 42)

@@ -311,7 +311,9 @@ def test_sample(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The published loop's bits, with the kernel in the place of the `cuda` backend."""
-    on_cpu = dispatch.BACKENDS["cuda"]._replace(devices=("cpu",))
+    on_cpu = dispatch.BACKENDS["cuda"]._replace(
+        devices=("cpu",), unavailable=lambda device_type: None, load=lambda: step
+    )
     monkeypatch.setitem(dispatch.BACKENDS, "cuda", on_cpu)
 
     def conditioned(x: Tensor, t: Tensor) -> Tensor:

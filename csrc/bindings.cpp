@@ -110,19 +110,19 @@ void fused_step_(Tensor out, Tensor base, Tensor v, OptionalTensor u, OptionalTe
   const auto read = [](const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; };
   const std::int64_t row_bytes = kColumns * (arithmetic == Dtype::kFloat64 ? 8 : 4);
   launch_cpu(Operands{.out = out.mutable_data_ptr(),
-                   .base = base.const_data_ptr(),
-                   .v = v.const_data_ptr(),
-                   .u = read(u),
-                   .h = {read(h1), read(h2), read(h3)},
-                   .row = static_cast<const char*>(coefficients.const_data_ptr()) + row * row_bytes,
-                   .trajectory = written(trajectory),
-                   .history = written(history),
-                   .numel = base.numel(),
-                   .sample = base.dim() > 0 ? base.numel() / base.size(0) : 1,
-                   .slots = slots,
-                   .slot = slot,
-                   .guidance = static_cast<Guidance>(guidance)},
-          state, velocity, velocity_rounding);
+                      .base = base.const_data_ptr(),
+                      .v = v.const_data_ptr(),
+                      .u = read(u),
+                      .h = {read(h1), read(h2), read(h3)},
+                      .row = static_cast<const char*>(coefficients.const_data_ptr()) + row * row_bytes,
+                      .trajectory = written(trajectory),
+                      .history = written(history),
+                      .numel = base.numel(),
+                      .sample = base.dim() > 0 ? base.numel() / base.size(0) : 1,
+                      .slots = slots,
+                      .slot = slot,
+                      .guidance = static_cast<Guidance>(guidance)},
+             state, velocity, velocity_rounding);
 }
 
 Tensor fused_step(Tensor base, Tensor v, OptionalTensor u, OptionalTensor h1, OptionalTensor h2, OptionalTensor h3,

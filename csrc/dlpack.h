@@ -1,6 +1,6 @@
 // What this package uses of DLPack 1.x: the C functions by which a Python tensor says where and what its memory is, and
-// by which memory becomes a Python tensor, in some hundredths of a microsecond. The layout is DLPack's, and stays within
-// its major version.  https://dmlc.github.io/dlpack/latest/c_api.html
+// by which memory becomes a Python tensor, in some hundredths of a microsecond. The layout is DLPack's, and stays
+// within its major version.  https://dmlc.github.io/dlpack/latest/c_api.html
 #pragma once
 
 #include <cstdint>

@@ -93,11 +93,23 @@ PyMethodDef kFusedStep = {
     "non-contiguous: each costs one copy. Shapes, devices, the row and the dtypes of others than base and v are not "
     "checked."};
 
+// Whether two tensors lie in memory at different addresses; unknown counts as no.
+PyObject* apart(PyObject*, PyObject* const* p, Py_ssize_t count) {
+  return guard([&]() -> PyObject* {
+    if (count != 2) raise(PyExc_TypeError, "apart takes two tensors");
+    const View v(p[0]), u(p[1]);
+    return PyBool_FromLong(v.seen && u.seen && v.memory != u.memory);
+  });
+}
+PyMethodDef kApart = {"apart", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(apart)), METH_FASTCALL,
+                      "apart(v, u)\n--\n\nWhether two tensors lie in memory at different addresses."};
+
 }  // namespace
 
 void add_fused_step(pybind11::module_& m) {
   m.attr("fused_step_") =
       pybind11::reinterpret_steal<pybind11::object>(PyCFunction_NewEx(&kFusedStep, nullptr, nullptr));
+  m.attr("apart") = pybind11::reinterpret_steal<pybind11::object>(PyCFunction_NewEx(&kApart, nullptr, nullptr));
 }
 
 }  // namespace flowmatch_kernels

@@ -67,8 +67,7 @@ void find_torch(const pybind11::module_& torch) {
   tensor_type = pybind11::object(tensor).release().ptr();
   if (!pybind11::hasattr(tensor, dlpack::kAttribute)) return;
   const pybind11::object capsule = tensor.attr(dlpack::kAttribute);
-  const auto* found =
-      static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsule));
+  const auto* found = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsule));
   if (!found) throw pybind11::error_already_set();
   if (found->major == dlpack::kMajor && found->from_python && found->to_python) api = found;
 }

@@ -65,8 +65,8 @@ const dlpack::ExchangeApi* exchange_api();
 
 // A tensor's memory and shape, while the tensor lives and is not changed in place.
 struct View {
-  bool seen = false;      // it has memory to look at: no FakeTensor, no sparse or nested tensor
-  bool plain = false;     // of type torch.Tensor itself, no subclass
+  bool seen = false;   // it has memory to look at: no FakeTensor, no sparse or nested tensor
+  bool plain = false;  // of type torch.Tensor itself, no subclass
   void* memory = nullptr;
   std::optional<Dtype> dtype;  // none: another than the four
   int device = 0;              // kHost, kOther, or the index of a CUDA or ROCm device

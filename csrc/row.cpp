@@ -6,84 +6,11 @@
 #include <cstring>
 #include <memory>
 
-#include "host_pool.h"
+#include "block_tensor.h"
 #include "launch.h"
-#include "python_tensor.h"
 
 namespace flowmatch_kernels {
 namespace {
-
-class Use {  // one use of a block
- public:
-  explicit Use(Block* block = nullptr) : block_(block) {}
-  ~Use() {
-    if (block_) release(block_);
-  }
-  Use(Use&& other) noexcept : block_(std::exchange(other.block_, nullptr)) {}
-  Use& operator=(Use&& other) noexcept {
-    std::swap(block_, other.block_);
-    return *this;
-  }
-  Block* get() const { return block_; }
-  char* memory() const { return block_ ? static_cast<char*>(block_->memory) : nullptr; }
-  explicit operator bool() const { return block_; }
-
- private:
-  Block* block_;
-};
-
-struct Layout {
-  Dtype dtype;
-  std::vector<std::int64_t> shape, strides;
-
-  static Layout contiguous(Dtype dtype, std::vector<std::int64_t> shape) {
-    std::vector<std::int64_t> strides(shape.size());
-    std::int64_t stride = 1;
-    for (std::size_t d = shape.size(); d-- > 0;) strides[d] = stride, stride *= shape[d];
-    return {dtype, std::move(shape), std::move(strides)};
-  }
-  std::int64_t numel() const {
-    std::int64_t count = 1;
-    for (const std::int64_t size : shape) count *= size;
-    return count;
-  }
-};
-
-// A tensor over a block's memory. Its storage counts the block out when the last that holds it lets go.
-PyObject* tensor_over(Block* block, const Layout& layout, std::int64_t offset = 0) {
-  struct Owned {
-    dlpack::ManagedTensor managed;
-    std::int64_t sizes[];  // shape, strides
-  };
-  const std::size_t rank = layout.shape.size();
-  auto* owned = static_cast<Owned*>(std::malloc(sizeof(Owned) + 2 * rank * sizeof(std::int64_t)));
-  if (!owned) throw std::bad_alloc();
-  std::copy(layout.shape.begin(), layout.shape.end(), owned->sizes);
-  std::copy(layout.strides.begin(), layout.strides.end(), owned->sizes + rank);
-  const auto deleter = [](dlpack::ManagedTensor* managed) {
-    release(static_cast<Block*>(managed->context));
-    std::free(managed);
-  };
-  owned->managed = {.major = dlpack::kMajor,
-                    .minor = 0,
-                    .context = block,
-                    .deleter = deleter,
-                    .flags = 0,
-                    .tensor = {.data = static_cast<char*>(block->memory) + offset * size_of(layout.dtype),
-                               .device_type = dlpack::kCpu,
-                               .device_id = 0,
-                               .ndim = static_cast<std::int32_t>(rank),
-                               .code = layout.dtype == Dtype::kBFloat16 ? dlpack::kBFloat : dlpack::kFloat,
-                               .bits = static_cast<std::uint8_t>(8 * size_of(layout.dtype)),
-                               .lanes = 1,
-                               .shape = owned->sizes,
-                               .strides = owned->sizes + rank,
-                               .byte_offset = 0}};
-  use(block);
-  void* tensor = nullptr;
-  if (exchange_api()->to_python(&owned->managed, &tensor) != 0) throw PythonError();  // it has called the deleter
-  return static_cast<PyObject*>(tensor);
-}
 
 // The loop's name for a state: its memory, of which it holds one use.
 struct State {
@@ -188,8 +115,9 @@ class Rows {
     const View view(x);
     if (view.seen && view.memory == block->memory) return;
     if (!view.seen || !fits(view) || view.dtype != x_.dtype || (numel_ && !view.memory)) {
-      raise(PyExc_ValueError, "x was given other memory in place, of another shape, dtype or device: return a new "
-                              "tensor instead");
+      raise(PyExc_ValueError,
+            "x was given other memory in place, of another shape, dtype or device: return a new "
+            "tensor instead");
     }
     const Object values(dense(x));
     const View moved(values.get());
@@ -428,26 +356,13 @@ PyType_Slot kStateSlots[] = {{Py_tp_dealloc, reinterpret_cast<void*>(state_deall
 PyType_Spec kState = {"flowmatch_kernels._C.State", sizeof(State), 0,
                       Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, kStateSlots};
 
-// Whether two tensors lie in memory at different addresses; unknown counts as no.
-PyObject* apart(PyObject*, PyObject* const* p, Py_ssize_t count) {
-  return guard([&]() -> PyObject* {
-    if (count != 2) raise(PyExc_TypeError, "apart takes two tensors");
-    const View v(p[0]), u(p[1]);
-    return PyBool_FromLong(v.seen && u.seen && v.memory != u.memory);
-  });
-}
-PyMethodDef kApart = {"apart", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(apart)), METH_FASTCALL,
-                      "apart(v, u)\n--\n\nWhether two tensors lie in memory at different addresses."};
-
 }  // namespace
 
 void add_rows(pybind11::module_& m) {
-  const auto own = [](PyObject* object) { return pybind11::reinterpret_steal<pybind11::object>(object); };
-  m.attr("apart") = own(PyCFunction_NewEx(&kApart, nullptr, nullptr));
   if (!exchange_api()) return;  // then flowmatch_kernels.rows.Fresh serves
   state_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&kState));
   if (!state_type) throw pybind11::error_already_set();
-  m.attr("Rows") = own(PyType_FromSpec(&kRows));
+  m.attr("Rows") = pybind11::reinterpret_steal<pybind11::object>(PyType_FromSpec(&kRows));
 }
 
 }  // namespace flowmatch_kernels

@@ -114,7 +114,7 @@ class Functional:
         return self._setting.eager and _shares_storage(state, v)
 
     def step(self, state: Any, base: Any, v: Any, u: Any, row: int, evaluation: Evaluation) -> Any:
-        """The next state; None, with nothing written, where a velocity needs `functional()`.
+        """The next state; None, with nothing written, where the velocities need `prepare`.
 
         Args:
             state: The state that was evaluated.
@@ -141,6 +141,14 @@ class Functional:
         if evaluation.commit and self._states is not None:
             self._states.append(out)
         return out
+
+    def prepare(self, base: Any, v: Any, u: Any, row: int) -> tuple[Any, Any, Tensor, Tensor | None]:
+        """The rows to go on with, base for them, and the velocities as they take them.
+
+        Raises:
+            TypeError, ValueError: as `Velocities.checked`.
+        """
+        raise AssertionError("functional rows take every velocity")
 
     def replace(self, state: Any, x: Tensor, y: Tensor) -> Any:
         """The committed state as a constraint returned it; None, where it needs `functional()`.
@@ -214,7 +222,6 @@ class Fresh:
 
     def step(self, state: Tensor, base: Tensor, v: Any, u: Any, row: int, evaluation: Evaluation) -> Tensor | None:
         setting = self._setting
-        v, u = setting.velocities.checked(v, u, row)
         if not setting.velocities.plain(v, u):
             return None
         commit, write = evaluation.commit, evaluation.write
@@ -238,6 +245,9 @@ class Fresh:
         self._fused_step_(operands)
         self._slot, self._at_base = slot, commit
         return operands.out
+
+    def prepare(self, base: Tensor, v: Any, u: Any, row: int) -> tuple[Any, Any, Tensor, Tensor | None]:
+        return _prepare(self, self._setting.velocities, base, v, u, row)
 
     def replace(self, state: Tensor, x: Tensor, y: Tensor) -> Tensor | None:
         if type(y) is not Tensor:
@@ -280,22 +290,16 @@ class Counted:
             *(velocities.shape, native.DTYPES[velocities.dtype], table.coefficients, table.times),
             *(slots, table.buffers, setting.guidance, deferred),
         )
-        self._step = made.step
         # In C++ alone:
-        self.empty, self.tensor, self.time = made.empty, made.tensor, made.time
-        self.evaluate, self.owns, self.result = made.evaluate, made.owns, made.tensor
+        self.empty, self.tensor, self.time, self.owns = made.empty, made.tensor, made.time, made.owns
+        self.evaluate, self.step, self.result = made.evaluate, made.step, made.tensor
 
     def start(self, noise: Tensor, drawn: bool = False) -> Any:
         state = self._rows.start(noise)
         return self._rows.start(self._rows.empty().copy_(noise)) if state is None else state
 
-    def step(self, state: Any, base: Any, v: Any, u: Any, row: int, evaluation: Evaluation) -> Any:
-        out = self._step(state, base, v, u, row, evaluation)
-        if out is None:
-            v, u = self._setting.velocities.checked(v, u, row)
-            if self._setting.velocities.plain(v, u):
-                out = self._step(state, base, dense(v), None if u is None else dense(u), row, evaluation)
-        return out
+    def prepare(self, base: Any, v: Any, u: Any, row: int) -> tuple[Any, Any, Tensor, Tensor | None]:
+        return _prepare(self, self._setting.velocities, base, v, u, row)
 
     def replace(self, state: Any, x: Tensor, y: Tensor) -> Any:
         if type(y) is not Tensor:
@@ -315,6 +319,16 @@ class Counted:
         trajectory = rows.slots() if self._setting.return_all_steps else None
         history = [rows.history(k) for k in range(table.buffers)]
         return _functional(self._setting, rows.time_steps(len(table.times)), trajectory, rows.slot(), history)
+
+
+def _prepare(
+    rows: Fresh | Counted, velocities: Velocities, base: Any, v: Any, u: Any, row: int
+) -> tuple[Any, Any, Tensor, Tensor | None]:
+    v, u = velocities.checked(v, u, row)
+    if velocities.plain(v, u):
+        return rows, base, dense(v), None if u is None else dense(u)
+    # A tensor subclass: a mode or a transform may be at work.
+    return rows.functional(), rows.tensor(base), v, u
 
 
 def _functional(

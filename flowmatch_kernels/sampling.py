@@ -43,8 +43,8 @@ def integrate(
     for row, evaluation in enumerate(progress(table.evaluations)):
         v, u = model(rows, state, evaluation.time, row)
         out = rows.step(state, base, v, u, row, evaluation)
-        if out is None:  # a tensor subclass, a mode or a transform: from here on nothing is written in place
-            base, rows = rows.tensor(base), rows.functional()
+        if out is None:  # a velocity to expand or to copy, or an error; or tensors that are not to be written in place
+            rows, base, v, u = rows.prepare(base, v, u, row)
             out = rows.step(state, base, v, u, row, evaluation)
         state = out
         if not evaluation.commit:

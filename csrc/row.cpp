@@ -104,16 +104,17 @@ class Rows {
     PyObject* arguments[] = {nullptr, x.get(), t.get()};
     static PyObject* const names = keywords();
     Object v(PyObject_Vectorcall(step_fn, arguments + 1, PY_VECTORCALL_ARGUMENTS_OFFSET, names));
-    settle(state, x.get());
-    if (slots_ && at_base_ && (deferred_ || version(x.get()) != 0)) keep(state);
+    const bool moved = settle(state, x.get());
+    if (slots_ && at_base_ && (deferred_ || moved || version(x.get()) != 0)) keep(state);
     return v.release();
   }
 
   // A tensor over the state may have been moved to other memory: x.data = y, x.share_memory_(). Its values count.
-  void settle(PyObject* state, PyObject* x) const {
+  // Whether it was.
+  bool settle(PyObject* state, PyObject* x) const {
     Block* const block = state_of(state).block.get();
     const View view(x);
-    if (view.seen && view.memory == block->memory) return;
+    if (view.seen && view.memory == block->memory) return false;
     if (!view.seen || !fits(view) || view.dtype != x_.dtype || (numel_ && !view.memory)) {
       raise(PyExc_ValueError,
             "x was given other memory in place, of another shape, dtype or device: return a new "
@@ -124,6 +125,7 @@ class Rows {
     Use fresh = take(numel_, x_.dtype);
     copy(fresh.memory(), static_cast<const char*>(moved.memory), numel_ * size_of(x_.dtype));
     state_of(state).block = std::move(fresh);
+    return true;
   }
 
   // The next state; None, with nothing written, where a velocity is no plain dense tensor of the state's shape.
@@ -321,11 +323,8 @@ PyMethodDef kMethods[] = {
         "time", "time(k)\n--\n\nThe k-th time, [B, 1, ..., 1]."),
     define<3, [](Rows& rows, PyObject* const* p) { return rows.evaluate(p[0], p[1], integer(p[2])); }>(
         "evaluate", "evaluate(step_fn, state, time)\n--\n\nstep_fn(x=state, t=the time of that number)"),
-    define<2,
-           [](Rows& rows, PyObject* const* p) {
-             rows.settle(p[0], p[1]);
-             Py_RETURN_NONE;
-           }>("settle", "settle(state, x)\n--\n\nTakes x's values where it was given other memory."),
+    define<2, [](Rows& rows, PyObject* const* p) { return PyBool_FromLong(rows.settle(p[0], p[1])); }>(
+        "settle", "settle(state, x)\n--\n\nTakes x's values where it was given other memory; whether it was."),
     define<6, [](Rows& rows, PyObject* const* p) { return rows.step(p[0], p[1], p[2], p[3], integer(p[4]), p[5]); }>(
         "step",
         "step(state, base, v, u, row, evaluation)\n--\n\nThe next state; None where a velocity is no dense tensor."),

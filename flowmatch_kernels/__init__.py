@@ -4,6 +4,16 @@ from .base import BaseDiffusion, StepFn
 from .constraints import inpaint
 from .flow_matching import FlowMatching, Sample
 from .ops.dispatch import available_backends, use_backend
+from .ops.native import empty_cache
 
-__all__ = ["BaseDiffusion", "FlowMatching", "Sample", "StepFn", "available_backends", "inpaint", "use_backend"]
+__all__ = [
+    "BaseDiffusion",
+    "FlowMatching",
+    "Sample",
+    "StepFn",
+    "available_backends",
+    "empty_cache",
+    "inpaint",
+    "use_backend",
+]
 __version__ = "0.1.0"

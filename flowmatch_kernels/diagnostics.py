@@ -71,6 +71,7 @@ def _environment() -> dict[str, str]:
         "triton": triton,
         "CPU": f"{_cpu_name()}, {torch.get_num_threads()} threads",
         "instruction set": native.instruction_set() or "none: the cpu backend is unavailable",
+        "states on the CPU": _states(),
     }
     if not torch.cuda.is_available():
         environment["GPU"] = "none"
@@ -78,6 +79,15 @@ def _environment() -> dict[str, str]:
         major, minor = torch.cuda.get_device_capability(k)
         environment[f"GPU {k}"] = f"{torch.cuda.get_device_name(k)}, compute capability {major}.{minor}"
     return environment
+
+
+def _states() -> str:
+    """How the loop keeps its states on the CPU."""
+    reason, pool = native.rows_unavailable(), native.host_pool()
+    if pool is None:
+        return f"new tensors, eager PyTorch, the slow path: {reason}; {native.REMEDY}"
+    sizes = f"{pool.idle >> 20} MiB kept for reuse of {pool.limit >> 20} at most, {pool.in_use >> 20} in use"
+    return f"fresh memory for each state: {reason}" if reason is not None else f"in memory that is reused; {sizes}"
 
 
 def _cpu_name() -> str:

@@ -175,11 +175,11 @@ class TwoModels:
         u = rows.evaluate(self._unguided_step_fn, state, time)
         if u is None:  # which elsewhere means: no guidance
             velocities.check(u, "unguided_step_fn")
-        if self._eager and type(v) is Tensor and type(u) is Tensor:
-            if _version(v) == version and native.apart(v, u):
+        if self._eager:
+            if native.apart(v, u) and _version(v) == version:
                 self._one_buffer = False
-            elif not rows.owns(state, v):  # a write to x shows in such a v, as it does in the published loop
-                self._one_buffer = self._shared(v, u, version)
+            elif type(v) is Tensor and type(u) is Tensor and not rows.owns(state, v):
+                self._one_buffer = self._shared(v, u, version)  # of x itself a copy would miss what u writes to x
         return kept, u
 
     def _shared(self, v: Tensor, u: Tensor, version: int) -> bool:
@@ -203,7 +203,11 @@ class TwoModels:
 
 
 def _version(x: Any) -> int:
-    return x._version if type(x) is Tensor and not x.is_inference() else 0
+    """How often x was written to, as far as PyTorch counts it."""
+    try:
+        return x._version
+    except (AttributeError, RuntimeError):  # no tensor, or an inference tensor
+        return 0
 
 
 def unwrapped(x: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def defaults():
 
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     solvers.cache.clear()
-    dispatch._told.clear()
+    dispatch._logged.clear()
     torch.manual_seed(0)
     # Where other programs hold the cores, a second thread makes small tensors a hundred times slower. The tests
     # of threads ask for two.

@@ -77,8 +77,8 @@ _NAMES = ("auto", *BACKENDS)
 #: What "auto" tries, in this order.
 PREFERENCE = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
 
-_chosen: ContextVar[str | None] = ContextVar("flowmatch_kernels_backend", default=None)
-_told: set[tuple[str, str]] = set()
+_override: ContextVar[str | None] = ContextVar("flowmatch_kernels_backend", default=None)
+_logged: set[tuple[str, str]] = set()
 
 
 def available_backends() -> dict[str, str | None]:
@@ -123,11 +123,11 @@ def use_backend(name: str) -> Iterator[None]:
         >>> with flowmatch_kernels.use_backend("reference"):
         ...     x = flowmatch_kernels.FlowMatching(x_dims=2).sample(3, lambda x, t: x)
     """
-    token = _chosen.set(check_name(name))
+    token = _override.set(check_name(name))
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _override.reset(token)
 
 
 def choose(name: str, device_type: str) -> Backend:
@@ -142,12 +142,12 @@ def choose(name: str, device_type: str) -> Backend:
         ValueError: the name is unknown.
         RuntimeError: the backend was asked for by name and cannot serve; says why.
     """
-    return BACKENDS[_choice(name, device_type)]
+    return BACKENDS[_resolve(name, device_type)]
 
 
-def _choice(name: str, device_type: str) -> str:
+def _resolve(name: str, device_type: str) -> str:
     if name == "auto":
-        name = _chosen.get() or os.environ.get(ENVIRONMENT_VARIABLE) or name
+        name = _override.get() or os.environ.get(ENVIRONMENT_VARIABLE) or name
     if name != "auto":
         reason = _cannot_serve(BACKENDS[check_name(name)], device_type)
         if reason is not None:
@@ -157,15 +157,17 @@ def _choice(name: str, device_type: str) -> str:
         reason = _cannot_serve(BACKENDS[candidate], device_type)
         if reason is None:
             return candidate
-        if (candidate, reason) not in _told:
-            _told.add((candidate, reason))
-            logger.warning("backend %r is passed over on %s: %s", candidate, device_type, reason)
+        if (candidate, reason) not in _logged:
+            _logged.add((candidate, reason))
+            remedy = " Steps run as eager PyTorch expressions, the slow path; " + native.REMEDY
+            last = candidate == PREFERENCE[device_type][-2]
+            logger.warning("backend %r is skipped on %s: %s.%s", candidate, device_type, reason, remedy if last else "")
     raise AssertionError("the reference backend serves every device")
 
 
 # A compiled graph keeps the choice it was traced with. This is torch.compiler.assume_constant_result, which imports
 # the whole compiler, and Triton, only to set the attribute.
-_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _cannot_serve(backend: Backend, device_type: str) -> str | None:

@@ -20,8 +20,12 @@ _C: ModuleType | None = None
 _import_error: str | None = None
 try:
     _C = importlib.import_module("flowmatch_kernels._C")
-except ImportError as error:  # told when the backend is asked for, never at import
+except ImportError as error:  # reported when the backend is asked for, never at import
     _import_error = f"the extension flowmatch_kernels._C cannot be imported: {error}"
+
+
+#: What to do where there is no extension.
+REMEDY = "a C++ compiler and `pip install --no-build-isolation --force-reinstall --no-deps .` build the extension"
 
 
 def cpu_unavailable() -> str | None:
@@ -67,11 +71,14 @@ def rows_unavailable() -> str | None:
     return None if Rows is not None else f"torch {torch.__version__} has no DLPack exchange API: torch >= 2.11 has it"
 
 
-def apart(v: Tensor, u: Tensor) -> bool:
-    """Whether two tensors lie in memory at different addresses; unknown counts as no."""
-    if _C is not None:
-        return _C.apart(v, u)
-    return v.layout is u.layout is torch.strided and v.data_ptr() != u.data_ptr()
+def _apart(v: Any, u: Any) -> bool:
+    if not all(type(x) is Tensor and x.layout is torch.strided and not x.is_nested for x in (v, u)):
+        return False
+    return not (v._is_zerotensor() or u._is_zerotensor()) and v.data_ptr() != u.data_ptr()
+
+
+#: (v, u) -> whether two tensors lie in memory at different addresses; unknown counts as no.
+apart: Callable[[Any, Any], bool] = _apart if _C is None else _C.apart
 
 
 class HostPool(NamedTuple):

@@ -1,5 +1,6 @@
 """What every test shares: a clean table cache, torch's defaults put back, and whether a GPU must be there."""
 
+import functools
 import os
 import sys
 
@@ -8,6 +9,11 @@ import torch
 
 sys.path.insert(0, os.path.dirname(__file__))  # published.py and operands.py
 sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))  # flowmatch_kernels, where it is not installed
+
+import build_cache
+
+# Triton's own cache, by sources, options and versions: it belongs to this clone, as all that tests compile.
+os.environ.setdefault("TRITON_CACHE_DIR", str(build_cache.FOLDER / "triton"))
 
 BACKENDS = ("cpu", "reference")
 REQUIRE_GPU = "FLOWMATCH_KERNELS_REQUIRE_GPU"
@@ -95,6 +101,15 @@ def pytest_configure(config):
 def require_gpu(request):
     """Whether a GPU test that cannot run must fail, and not skip."""
     return request.config.stash[_gpu_run].required
+
+
+@pytest.fixture
+def kept_disassemblies(monkeypatch):
+    """What bench.static disassembles is disassembled once."""
+    from bench import static
+
+    kept = functools.partial(build_cache.disassembled, static.disassembled)
+    monkeypatch.setattr(static, "disassembled", kept)
 
 
 @pytest.fixture(autouse=True)

@@ -14,12 +14,14 @@
 #   make clean       remove all that make made
 #
 # ARGS goes to the command: make demo ARGS="--steps 10", make test ARGS="-k guided". PYTHON is the interpreter
-# that .venv is made from, CUDA_TORCH the CUDA build of torch that cuda-build takes.
+# that .venv is made from, CUDA_TORCH the CUDA build of torch that cuda-build takes, PROCESSES how many processes
+# run the tests.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 CUDA_TORCH ?= torch==2.14.1
+PROCESSES ?= 2
 CSRC = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
 .PHONY: setup demo test test-full bench gpu-static gpu gpu-memory cuda-build wheels lint format clean
@@ -40,11 +42,15 @@ setup: .venv/extension.stamp
 demo: setup
 	$(BIN)/python -m flowmatch_kernels demo $(ARGS)
 
+# A file's tests run in one process, so that what a module's fixtures make is made once. Not in pyproject.toml, so
+# that plain pytest stays one process, with its debugger and its output as they come.
+PYTEST = $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
+
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-full: lint
-	$(BIN)/python -m pytest -m "" $(ARGS)
+	$(PYTEST) -m "" $(ARGS)
 
 bench: setup .venv/bench.stamp
 	$(BIN)/python -m bench $(ARGS)

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
+import build_cache
 import pytest
 
 from bench import static_cuda
@@ -68,7 +69,9 @@ WIDTHS = [("256", 32), ("128", 16), ("64", 8), ("U16", 2), ("S16", 2), ("U8", 1)
 def kernels(arch: str) -> list[Kernel]:
     """Every kernel for one architecture."""
     read = []
-    for title, kernel in static_cuda.instantiations(arch).items():
+    with build_cache.lock(f"nvcc-{arch}"):  # tests/test_static_cuda.py asks for it too
+        there = static_cuda.instantiations(arch)
+    for title, kernel in there.items():
         match = re.fullmatch(r"(\w+), (\w+), (\w+), (?:Known<(\w+), (\d)>|Tested), (\d)", title)
         assert match, title
         state, velocity, rounding, guided, terms, vector = match.groups()
@@ -201,6 +204,7 @@ def test_operands_are_asked_for_together(arch: str) -> None:
 @pytest.mark.parametrize("state", ["BFloat16", "Float16"])
 def test_narrowing_rounds_to_nearest(state: str) -> None:
     """The host runs its own conversions, so the machine's are read: cvt.rn, in PTX."""
+    kernels("sm_90")
     ptx = "".join(kernel.ptx for kernel in static_cuda.instantiations("sm_90").values())
     conversions = set(re.findall(rf"cvt\.\S*\.?{'bf16' if state == 'BFloat16' else 'f16'}\.f32\b", ptx))
     assert conversions

@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import build_cache
 import numpy
 import pytest
 import torch
@@ -478,28 +480,32 @@ def instruction_set_runs(instruction_set):
 
 
 @pytest.fixture(scope="module")
-def kernel_library(tmp_path_factory):
+def kernel_library():
     """csrc/fused_step_cpu.cpp alone, with setup.py's flags and an instruction set of our choice."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    folder = tmp_path_factory.mktemp("kernel")
-    (folder / "harness.cpp").write_text(HARNESS)
     with open(os.path.join(root, "setup.py")) as file:
         flags = re.findall(r'"(-[Of][^"]*)"', file.read())
     assert "-ffp-contract=off" in flags
     flags = [flag for flag in flags if flag.startswith(("-O", "-ffp-contract", "-fno-trapping"))]
-    command = [compiler(), "-std=c++20", *flags, "-shared", "-fPIC", f"-I{root}/csrc", "harness.cpp", "-o", "kernel.so"]
-    subprocess.run(command, cwd=folder, check=True)
-    return folder / "kernel.so"
+    command = [compiler(), "-std=c++20", *flags, "-shared", "-fPIC"]
+    sources = [source for kind in ("h", "cpp") for source in sorted(Path(root, "csrc").glob(f"*.{kind}"))]
+
+    def make(path):
+        harness = path.with_name("harness.cpp")
+        harness.write_text(HARNESS)
+        subprocess.run([*command, f"-I{root}/csrc", str(harness), "-o", str(path)], check=True)
+
+    return build_cache.built("kernel.so", [*command, build_cache.version(compiler()), HARNESS, *sources], make)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="one set only on this CPU")
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler, so only the built module's set is tested")
 @pytest.mark.parametrize("instruction_set", SETS)
-def test_every_instruction_set(kernel_library, instruction_set, monkeypatch):
+def test_every_instruction_set(kernel_library, instruction_set, monkeypatch, tmp_path):
     if not instruction_set_runs(instruction_set):
         pytest.skip(f"this CPU has no {instruction_set}")
     monkeypatch.setenv("FLOWMATCH_TEST_FEATURES", SETS[instruction_set])
-    copy = shutil.copy(kernel_library, kernel_library.with_name(f"{instruction_set}.so"))
+    copy = shutil.copy(kernel_library, tmp_path / f"{instruction_set}.so")
     library = ctypes.CDLL(str(copy))  # a copy has its own static choice
     library.set_name.restype = ctypes.c_char_p
     told = library.set_name().decode().lower().replace("-", "")

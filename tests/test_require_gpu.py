@@ -1,4 +1,7 @@
-"""FLOWMATCH_KERNELS_REQUIRE_GPU=1: a run in which no GPU test ran is a failure. Pytest on files of its own."""
+"""A run without a GPU leaves GPU tests out and says so; FLOWMATCH_KERNELS_REQUIRE_GPU=1: that is a failure.
+
+Pytest on files of its own.
+"""
 
 import sys
 from pathlib import Path
@@ -13,6 +16,9 @@ ON_CPU = "def test_on_cpu():\n    pass\n"
 VARIABLE = "FLOWMATCH_KERNELS_REQUIRE_GPU"
 NO_GPU_TEST_RAN = f"FAILED: {VARIABLE}=1 is set, and no GPU test ran"
 NO_DEVICE = "there is no CUDA or ROCm device"
+LEFT_OUT = f"GPU tests left out: {NO_DEVICE}"
+#: As `make test` runs pytest: a controller and its workers.
+TWO_PROCESSES = ("-n", "2", "--dist", "loadfile")
 # Without plugins that take seconds at the end of every run: one collects garbage, one imports all of hypothesis.
 OPTIONS = ("-ra", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p", "no:hypothesispytest")
 
@@ -21,14 +27,17 @@ OPTIONS = ("-ra", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p"
 def outcome(pytester, monkeypatch):
     """Runs pytest, with this folder's conftest.py, on a file: its exit status, counts, and what it prints."""
 
-    def run(tests, required, *arguments, gpu):
+    def run(tests, required, *arguments, gpu, other_tests=None):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         monkeypatch.setenv(VARIABLE, required)
         monkeypatch.setattr(sys, "path", [*sys.path])
         monkeypatch.delitem(sys.modules, "conftest", raising=False)
-        pytester.makeconftest(Path(__file__).with_name("conftest.py").read_text())
+        conftest = Path(__file__).with_name("conftest.py").read_text()
+        # For the workers too, where there are any.
+        pytester.makeconftest(f"{conftest}\n\ntorch.cuda.is_available = lambda: {gpu}\n")
         pytester.makeini("[pytest]\nmarkers = gpu\n")
-        pytester.makepyfile(test_it="import os\nimport pytest\n\n" + tests)
+        files = {"test_it": tests} | ({} if other_tests is None else {"test_other": other_tests})
+        pytester.makepyfile(**{name: "import os\nimport pytest\n\n" + text for name, text in files.items()})
         result = pytester.runpytest_inprocess(*OPTIONS, *arguments)
         return int(result.ret), result.parseoutcomes(), result.stdout.str()
 
@@ -39,8 +48,25 @@ def outcome(pytester, monkeypatch):
 def test_without_a_gpu(outcome, asked):
     status, counts, output = outcome(ON_CPU + ON_GPU.format("pass"), asked, gpu=False)
     assert status == 0
-    assert counts == {"passed": 1, "skipped": 1}
-    assert NO_DEVICE in output
+    assert counts == {"passed": 1, "deselected": 1}
+    assert f"1 {LEFT_OUT}" in output
+    assert "SKIPPED" not in output
+
+
+def test_without_a_gpu_and_gpu_tests_alone(outcome):
+    """As when each skipped: no failure. What -k leaves out is not counted."""
+    tests = ON_GPU.format("pass") + ON_GPU.format("pass").replace("on_gpu", "on_another")
+    status, counts, output = outcome(tests, "0", "-k", "another", gpu=False)
+    assert status == 0
+    assert counts == {"deselected": 2}
+    assert f"1 {LEFT_OUT}" in output
+
+
+def test_with_a_gpu(outcome):
+    status, counts, output = outcome(ON_CPU + ON_GPU.format("pass"), "0", gpu=True)
+    assert status == 0
+    assert counts == {"passed": 2}
+    assert LEFT_OUT not in output
 
 
 def test_required_without_a_gpu(outcome):
@@ -85,3 +111,43 @@ def test_children_are_not_asked(outcome):
     status, counts, _ = outcome(ON_GPU.format(f"assert {VARIABLE!r} not in os.environ"), "1", gpu=True)
     assert status == 0
     assert counts == {"passed": 1}
+
+
+# ---- in two processes ----
+
+
+def test_two_processes_without_a_gpu(outcome):
+    """The workers leave tests out, the controller says so: once, though each of them collects all."""
+    tests = ON_CPU + ON_GPU.format("pass")
+    status, counts, output = outcome(tests, "0", *TWO_PROCESSES, gpu=False, other_tests=tests)
+    assert status == 0
+    assert counts == {"passed": 2}
+    assert output.count(LEFT_OUT) == 1
+    assert f"2 {LEFT_OUT}" in output
+
+
+def test_two_processes_required_with_a_gpu(outcome):
+    """The GPU test runs in one worker; that the other ran none is no failure, nor are their children asked."""
+    on_gpu = ON_GPU.format(f"assert {VARIABLE!r} not in os.environ")
+    status, counts, output = outcome(on_gpu, "1", *TWO_PROCESSES, gpu=True, other_tests=ON_CPU)
+    assert status == 0
+    assert counts == {"passed": 2}
+    assert NO_GPU_TEST_RAN not in output
+
+
+def test_two_processes_required_without_a_gpu(outcome):
+    """The workers are told that a GPU is required, and the controller that none of their tests ran."""
+    status, counts, output = outcome(ON_GPU.format("pass"), "1", *TWO_PROCESSES, gpu=False, other_tests=ON_CPU)
+    assert status == 1
+    assert counts == {"passed": 1, "errors": 1}
+    assert f"{VARIABLE}=1 is set, and {NO_DEVICE}" in output
+    assert NO_GPU_TEST_RAN in output
+
+
+def test_two_processes_none_ran(outcome):
+    """Every GPU test skips: only the controller, which hears of the others' success, can fail the run."""
+    on_gpu = ON_GPU.format("pytest.skip('broken')")
+    status, counts, output = outcome(on_gpu, "1", *TWO_PROCESSES, gpu=True, other_tests=ON_CPU)
+    assert status == 1
+    assert counts == {"passed": 1, "skipped": 1}
+    assert NO_GPU_TEST_RAN in output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
+import build_cache
 import pytest
 
 from bench import static, static_cuda
@@ -24,7 +25,15 @@ SPECIALISATIONS = [
 ]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.fixture
+def arch(request: pytest.FixtureRequest) -> str:
+    """An architecture that the kernel has been compiled for."""
+    with build_cache.lock(f"nvcc-{request.param}"):  # tests/test_cuda_compiled.py asks for it too
+        static_cuda.instantiations(request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("arch", ARCHS, indirect=True)
 def test_rows(arch: str) -> None:
     """The least bytes, nothing local, shared or waited for, and registers for 5 or 6 blocks."""
     for row in [static.measure("cuda", arch, s) for s in SPECIALISATIONS]:
@@ -44,7 +53,7 @@ def test_a_kernel_holds_every_form_of_guidance() -> None:
             assert {static_cuda.picked(s) for s in others} == {static_cuda.picked(specialisation)}
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", ARCHS, indirect=True)
 def test_no_contraction_in_ptx(arch: str) -> None:
     kernels = static_cuda.instantiations(arch).values()
     assert len(kernels) == 162

@@ -14,6 +14,8 @@ from bench import static
 from bench.static import Row, Specialisation, compile_triton, instructions, measure, picked_by_sample
 from flowmatch_kernels.ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, WEIGHTED, arithmetic_dtype
 
+pytestmark = pytest.mark.usefixtures("kept_disassemblies")
+
 ARCHS = static.KERNELS["triton"].archs
 NVIDIA = [arch for arch in ARCHS if arch.startswith("sm_")]
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16

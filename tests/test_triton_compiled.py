@@ -28,6 +28,8 @@ from flowmatch_kernels.ops.fused_step import (
     arithmetic_dtype,
 )
 
+pytestmark = pytest.mark.usefixtures("kept_disassemblies")
+
 ARCHS = static.KERNELS["triton"].archs
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 PAIRS = [(state, velocity) for state, velocities in VELOCITY_DTYPES.items() for velocity in velocities]

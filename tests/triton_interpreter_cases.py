@@ -7,10 +7,13 @@ TRITON_INTERPRET=1 must be set before the kernel is decorated.
 from __future__ import annotations
 
 import functools
+import inspect
 import mmap
 import os
 import random
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +30,20 @@ from flowmatch_kernels.ops.fused_step import Operands
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     raise RuntimeError("run tests/test_triton_interpreter.py: this file needs TRITON_INTERPRET=1 from the start")
+
+
+@functools.cache
+def _names_of_builtins(of: Any) -> list[str]:
+    return [name for name, member in inspect.getmembers(of) if tl.core.is_builtin(member)]
+
+
+def _builtins(of: Any) -> list[tuple[str, Any]]:
+    return [(name, getattr(of, name)) for name in _names_of_builtins(of)]
+
+
+# At each launch, and again at each call from one Triton function to another, the interpreter goes through all of
+# triton.language for the functions to replace: half of the time of this file. Which they are does not change.
+interpreter.inspect = SimpleNamespace(**vars(inspect) | {"getmembers": _builtins})
 
 NAMES = [f"{str(s).removeprefix('torch.')}-{str(v).removeprefix('torch.')}" for s, v in PAIRS]
 every_pair = pytest.mark.parametrize(("state", "velocity"), PAIRS, ids=NAMES)

@@ -127,6 +127,7 @@ std::int64_t View::numel() const {
 }
 
 bool View::contiguous() const {
+  if (numel() == 0) return true;
   std::int64_t stride = 1;
   for (int d = ndim - 1; d >= 0; --d) {
     if (shape[d] != 1 && strides[d] != stride) return false;

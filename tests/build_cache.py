@@ -68,13 +68,13 @@ def version(*command: str) -> str:
 def disassembled(
     disassemble: Callable[[bytes], tuple[str, dict[str, int]]], cubin: bytes
 ) -> tuple[str, dict[str, int]]:
-    """`bench.static.disassembled`, kept: to read a cubin takes five times as long as to compile it."""
-    from bench import static
+    """`bench.machine_code.disassembled`, kept: to read a cubin takes five times as long as to compile it."""
+    from bench import machine_code
 
-    tools = [version(static.nvidia_tool(name)) for name in ("nvdisasm", "cuobjdump")]
+    tools = [version(machine_code.nvidia_tool(name)) for name in ("nvdisasm", "cuobjdump")]
     kept = built(
         "sass.json",
-        [cubin, *tools, Path(static.__file__)],  # where its flags stand
+        [cubin, *tools, Path(machine_code.__file__)],  # where its flags stand
         lambda path: path.write_text(json.dumps(disassemble(cubin))),
     )
     sass, usage = json.loads(kept.read_text())

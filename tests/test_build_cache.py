@@ -8,7 +8,7 @@ from pathlib import Path
 import build_cache
 import pytest
 
-from bench import static, static_cuda
+from bench import static_cuda
 
 sys.path.insert(0, str(Path(__file__).with_name("host_cuda")))
 import host_cuda
@@ -131,7 +131,7 @@ def test_nvcc_is_keyed_by_sources_flags_and_version(monkeypatch, tmp_path):
 def test_disassemblies_are_keyed_by_what_is_read_and_by_the_tools(monkeypatch):
     told = {"version": "1"}
     monkeypatch.setattr(build_cache, "version", lambda *command: told["version"])
-    monkeypatch.setattr(static, "nvidia_tool", lambda name: name)
+    monkeypatch.setattr(machine_code, "nvidia_tool", lambda name: name)
     read = []
 
     def disassemble(cubin):

@@ -33,9 +33,11 @@ def outcome(pytester, monkeypatch):
         monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # build_cache, for the workers' conftest.py
         monkeypatch.setattr(sys, "path", [*sys.path])
         monkeypatch.delitem(sys.modules, "conftest", raising=False)
-        conftest = Path(__file__).with_name("conftest.py").read_text()
-        # For the workers too, where there are any.
-        pytester.makeconftest(f"{conftest}\n\ntorch.cuda.is_available = lambda: {gpu}\n")
+        conftest = Path(__file__).with_name("conftest.py")
+        # Said in the file, for the workers too, where there are any: they are processes of their own, and pytest-xdist
+        # gives them the sys.path that it was imported with, in which this folder is not.
+        beside = f"import sys\n\nsys.path.insert(0, {str(conftest.parent)!r})\n"
+        pytester.makeconftest(f"{beside}{conftest.read_text()}\n\ntorch.cuda.is_available = lambda: {gpu}\n")
         pytester.makeini("[pytest]\nmarkers = gpu\n")
         files = {"test_it": tests} | ({} if other_tests is None else {"test_other": other_tests})
         pytester.makepyfile(**{name: "import os\nimport pytest\n\n" + text for name, text in files.items()})

@@ -8,7 +8,7 @@ from pathlib import Path
 import build_cache
 import pytest
 
-from bench import static_cuda
+from bench import machine_code, static_cuda
 
 sys.path.insert(0, str(Path(__file__).with_name("host_cuda")))
 import host_cuda

@@ -30,7 +30,6 @@ def outcome(pytester, monkeypatch):
     def run(tests, required, *arguments, gpu, other_tests=None):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         monkeypatch.setenv(VARIABLE, required)
-        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # build_cache, for the workers' conftest.py
         monkeypatch.setattr(sys, "path", [*sys.path])
         monkeypatch.delitem(sys.modules, "conftest", raising=False)
         conftest = Path(__file__).with_name("conftest.py")

@@ -59,11 +59,11 @@ def timed(work: Work, takes_part: list[Contestant], seconds: float, least_runs: 
         row = rows[contestant.name] = work.json() | {"contestant": contestant.name, "kind": contestant.kind}
         try:
             function = contestant.bind(problem)
-            told = difference(contestant, problem, function, wanted)
+            outcome = difference(contestant, problem, function, wanted)
         except Exception as error:  # one contestant's failure is a row, not the end
-            told = f"{type(error).__name__}: {error}"
-        row["problem"] = told
-        if told is None:
+            outcome = f"{type(error).__name__}: {error}"
+        row["problem"] = outcome
+        if outcome is None:
             functions[contestant.name] = function
     for name, timing in in_turn(functions, seconds, least_runs).items():
         rows[name] |= timing.json()

@@ -10,6 +10,7 @@ import torch
 
 from flowmatch_kernels import FlowMatching, solvers
 from flowmatch_kernels.ops import native
+from flowmatch_kernels.solvers import ode
 
 # name -> order, evaluations in n steps
 SOLVERS = {
@@ -286,3 +287,32 @@ def test_a_later_stage_may_read_an_earlier_step(monkeypatch):
         for n in (80, 160)
     ]
     assert math.log2(errors[0] / errors[1]) > 2.85  # order 3; with one buffer for both velocities it is 1
+
+
+@pytest.mark.parametrize("time_steps", [None, [0.0, 0.1, 0.4, 1.0]])
+def test_weights_that_do_not_sum_to_the_step(time_steps, monkeypatch):
+    """A slip in a solver's table says so before the first evaluation; the same row, corrected, is rk4_classic's."""
+
+    def rk4_with(last):
+        def solver(steps):
+            (segment,) = ode.rk4_classic(steps)
+            stages = (*segment.stages[:-1], segment.stages[-1]._replace(b0=steps.h * last))
+            return [segment._replace(stages=stages)]
+
+        return solver
+
+    monkeypatch.setitem(ode.SOLVERS, "right", rk4_with(1 / 6))
+    monkeypatch.setitem(ode.SOLVERS, "wrong", rk4_with(1 / 3))
+    evaluated = []
+
+    def step_fn(x, t):
+        evaluated.append(t)
+        return x
+
+    fm, noise = FlowMatching((2,), num_inference_steps=3), torch.randn(2, 2)
+    run = functools.partial(fm.sample, 2, step_fn, noise=noise, time_steps=time_steps)
+    torch.testing.assert_close(run(int_method="right"), run(int_method="rk4_classic"), rtol=0, atol=0)
+    evaluated.clear()
+    with pytest.raises(ValueError, match=r"weights of steps 0 to 2 do not sum to the step sizes: .* by up to 0\.[01]"):
+        run(int_method="wrong")
+    assert not evaluated

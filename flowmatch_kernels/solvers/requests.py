@@ -60,8 +60,8 @@ class Request(NamedTuple):
         given = (self.time_steps, self.step_sizes)
         return tuple(x for x in given if isinstance(x, Tensor) and x.device.type != "cpu")
 
-    def make(self) -> Table:
-        """The table.
+    def make(self, check: bool = False) -> Table:
+        """The table; `check`: each segment's weights too, which reads values.
 
         Raises:
             TypeError: time_steps or step_sizes is no floating-point tensor or list of floats.
@@ -79,7 +79,7 @@ class Request(NamedTuple):
             grid = self._named_grid()
         sizes = self.step_sizes
         dt = torch.diff(grid) if sizes is None else checked_sizes(sizes, grid.numel() - 1).to(grid.device)
-        table = build(self.int_method, grid, dt, self.dtype, self.device, self.noise_at, self.predicts)
+        table = build(self.int_method, grid, dt, self.dtype, self.device, self.noise_at, self.predicts, check)
         given = self.time_steps is not None or sizes is not None or callable(self.time_grid)
         if given:
             check_finite(table, self.int_method, self.noise_at)
@@ -125,14 +125,14 @@ class _Cache:
         """The table of a request, kept if it can be."""
         key = request.key()
         if key is None:
-            return request.make()
+            return request.make(check=True)
         table, tensors = self._tables.get(key, (None, ()))
         if tensors and not all(map(_is, tensors, request.tensors())):
             table = None  # another tensor has the address of one that is gone
         if table is None:
             # Ordinary tensors even under inference mode: who comes next may not be under it.
             with torch.inference_mode(False), torch.no_grad():
-                table = request.make()
+                table = request.make(check=True)
                 if request.time_steps is None and request.step_sizes is None:
                     check_finite(table, request.int_method, request.noise_at)
                 table = table.readable()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -82,6 +83,27 @@ class Segment(NamedTuple):
 
     steps: Steps
     stages: tuple[Stage, ...]
+
+    def check(self) -> None:
+        """Checks that the weights of a step's velocities sum to the step, as they must for a constant velocity.
+
+        Only of a last stage that adds to base: where `a` is a column, the step is not a sum of velocities alone. A NaN
+        is not an error here: `requests.check_finite` says what is wrong with the time grid.
+
+        Raises:
+            ValueError: the weights sum to something else; the largest difference is in the message.
+        """
+        last = self.stages[-1]
+        if isinstance(last.a, Tensor) or last.a != 1.0:
+            return
+        weights = torch.stack([last.b0, *(earlier.b for earlier in last.earlier)])
+        error = (weights.sum(0) - self.steps.h).abs()
+        if (error > 1e-12 * weights.abs().sum(0)).any():  # rounding alone
+            first = self.steps.first
+            raise ValueError(
+                f"the weights of steps {first} to {first + self.steps.n - 1} do not sum to the step sizes: they differ "
+                f"by up to {error.nan_to_num().max().item():.3g}"
+            )
 
 
 Solver = Callable[[Steps], list[Segment]]

@@ -104,6 +104,7 @@ def build(
     device: torch.device,
     noise_at: int = 0,
     predicts: int | None = None,
+    check: bool = False,
 ) -> Table:
     """The table of a solver on a grid.
 
@@ -115,13 +116,18 @@ def build(
         device: Of the coefficients and times.
         noise_at: The end of time at which the noise is.
         predicts: The end of time whose state step_fn predicts; None: it predicts the velocity.
+        check: Check each segment; reads values, so not while a compiler traces.
 
     Raises:
-        ValueError: the prediction says nothing of the velocity at a time where the solver evaluates.
+        ValueError: a segment is not consistent, or the prediction says nothing of the velocity at a time where the
+            solver evaluates.
     """
     n = dt.numel()
     steps = Steps(0, part(grid, 0, n), part(grid, 1, n + 1), dt, noise_at)
     segments = [segment for segment in solver(int_method)(steps) if segment.steps.n]
+    if check:
+        for segment in segments:
+            segment.check()
     if predicts is not None:
         segments = predicting(segments, predicts)
 

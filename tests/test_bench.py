@@ -253,14 +253,17 @@ def test_in_turn(monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc, which Linux alone has")
 def test_peak_bytes():
-    # rel=0.1: the kernel counts pages, and the process has others than the tensors'.
+    # rel=0.1 and the least of three: the kernel counts pages, and the process has others than the tensors'.
+    def peak(function):
+        return min(measure.peak_bytes(function) for _ in range(3))
+
     size = 32 << 20
-    assert measure.peak_bytes(lambda: torch.ones(2 * size, dtype=torch.uint8)) == pytest.approx(2 * size, rel=0.1)
+    assert peak(lambda: torch.ones(2 * size, dtype=torch.uint8)) == pytest.approx(2 * size, rel=0.1)
     # An earlier peak does not show; and of three tensors there is one at a time.
-    peak = measure.peak_bytes(lambda: [torch.ones(size, dtype=torch.uint8).max() for _ in range(3)])
-    assert peak == pytest.approx(size, rel=0.1)
+    in_turn = peak(lambda: [torch.ones(size, dtype=torch.uint8).max() for _ in range(3)])
+    assert in_turn == pytest.approx(size, rel=0.1)
     there = torch.ones(size, dtype=torch.uint8)
-    assert measure.peak_bytes(there.zero_) < size / 10
+    assert peak(there.zero_) < size / 10
 
 
 # ---- targets ----

@@ -5,11 +5,15 @@ from .constraints import inpaint
 from .flow_matching import FlowMatching, Sample
 from .ops.dispatch import available_backends, use_backend
 from .ops.native import empty_cache
+from .solver_comparison import SolverComparison
+from .solvers import FittedSolver
 
 __all__ = [
     "BaseDiffusion",
+    "FittedSolver",
     "FlowMatching",
     "Sample",
+    "SolverComparison",
     "StepFn",
     "available_backends",
     "empty_cache",

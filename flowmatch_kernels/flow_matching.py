@@ -9,16 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import guidance, solvers, time_grids
+from . import fitting, guidance, solver_comparison, solvers, time_grids
 from .arguments import count, number
 from .base import BaseDiffusion, StepFn
 from .guidance import Weight
 from .hooks import Hooks
 from .ops import dispatch
 from .ops.fused_step import VELOCITY_DTYPES, WEIGHTED, arithmetic_dtype
+from .progress import bar as progress_bar
 from .rows import Setting, rows_for
 from .sampling import integrate
-from .solvers import Evaluation, Table
+from .solver_comparison import SolverComparison
+from .solvers import FittedSolver, IntMethod, Table
 from .velocities import Guidance, Velocities, model
 
 
@@ -41,8 +43,9 @@ class FlowMatching(BaseDiffusion):
 
     Args:
         x_dims: The shape of one sample: an int or a sequence of ints.
-        int_method: The solver; see `flowmatch_kernels.solvers`.
-        num_inference_steps: Steps on the time grid; 0 returns the noise.
+        int_method: The solver: a name (see `flowmatch_kernels.solvers`), a `FittedSolver`, or the path of its file,
+            which ends in .json. A fitted solver brings its own times.
+        num_inference_steps: Steps on the time grid; 0 returns the noise. None: 10, or those of a fitted solver.
         train_timestep_sampler: "beta" (t = 0.999 - 0.999 * Beta(1.5, 1), as in pi-zero) or "uniform".
         train_ignore_guidance_rate: How often training drops the condition, with guidance on.
         inference_guidance_weight: w in v = (1 - w) * v_unguided + w * v_guided, or the weight of another form: one
@@ -79,8 +82,8 @@ class FlowMatching(BaseDiffusion):
     def __init__(
         self,
         x_dims: int | Sequence[int],
-        int_method: str = "euler",
-        num_inference_steps: int = 10,
+        int_method: IntMethod = "euler",
+        num_inference_steps: int | None = None,
         *,
         train_timestep_sampler: str = "beta",
         train_ignore_guidance_rate: float = 0.1,
@@ -100,9 +103,11 @@ class FlowMatching(BaseDiffusion):
             raise ValueError(f"noise_at must be 0 or 1, got {noise_at!r}")
         self.prediction_type = prediction_type
         self.noise_at = int(noise_at)
-        solvers.solver(int_method)
-        self.int_method = int_method
+        self.int_method = solvers.loaded(int_method)
+        if num_inference_steps is None:
+            num_inference_steps = self.int_method.evaluations if isinstance(self.int_method, FittedSolver) else 10
         self.num_inference_steps = count(num_inference_steps, "num_inference_steps")
+        self._steps(None, None)
         if train_timestep_sampler not in ("beta", "uniform"):
             raise ValueError(f"train_timestep_sampler must be 'beta' or 'uniform', got {train_timestep_sampler!r}")
         self.train_timestep_sampler = train_timestep_sampler
@@ -142,7 +147,7 @@ class FlowMatching(BaseDiffusion):
         device: torch.device | str = "cpu",
         return_all_steps: bool = False,
         inference_step: int | None = None,
-        int_method: str | None = None,
+        int_method: IntMethod | None = None,
         *,
         unguided_step_fn: StepFn | None = None,
         use_classifier_free_guidance: bool | None = None,
@@ -177,8 +182,8 @@ class FlowMatching(BaseDiffusion):
                 narrower one. It may keep x, write to it, or return it.
             device: Where to sample.
             return_all_steps: Return the trajectory too.
-            inference_step: Steps; None or 0: num_inference_steps.
-            int_method: The solver; None: the constructor's.
+            inference_step: Steps; None or 0: num_inference_steps, or those of a fitted solver given here.
+            int_method: The solver, as for the constructor; None: the constructor's. A file is read at each call.
             unguided_step_fn: The velocity without the condition; called after step_fn.
             use_classifier_free_guidance: None: the constructor's. Without it, what else belongs to guidance is
                 ignored, as upstream does.
@@ -237,14 +242,14 @@ class FlowMatching(BaseDiffusion):
         for name, hook in (("constraint", constraint), ("callback", callback)):
             if hook is not None and not callable(hook):
                 raise TypeError(f"{name} must be callable, got {hook!r:.60}")
-        bar = _progress_bar() if progress else iter
+        bar = progress_bar() if progress else iter
         hooks = None if constraint is None and callback is None else Hooks(constraint, callback)
         shape = (batch_size, *self.x_dims)
         dtype = _state_dtype(dtype, noise, shape, device)
         eager = dispatch.is_eager()
         backend_ = dispatch.choose(backend or self.backend, device.type)
         table = self._table(
-            *(int_method or self.int_method, inference_step, time_steps, step_sizes, dtype, device, form, weight),
+            *(int_method, inference_step, time_steps, step_sizes, dtype, device, form, weight),
             cached=eager and not (device.type == "cuda" and dispatch.is_capturing()),
         )
         velocities = Velocities(shape, dtype, device, guided, table.weights)
@@ -309,7 +314,9 @@ class FlowMatching(BaseDiffusion):
         weight = guidance.checked(_or(weight, self.inference_guidance_weight))
         return Guidance(its_form, unguided_step_fn, skip), form, weight
 
-    def nfe(self, inference_step: int | None = None, int_method: str | None = None, guided: bool | None = None) -> int:
+    def nfe(
+        self, inference_step: int | None = None, int_method: IntMethod | None = None, guided: bool | None = None
+    ) -> int:
         """The model calls that one sample() spends: evaluations, twice as many with guidance.
 
         Args:
@@ -320,12 +327,179 @@ class FlowMatching(BaseDiffusion):
 
         Raises:
             TypeError: inference_step is not an int.
-            ValueError: inference_step is negative, or there is no such solver.
+            ValueError: inference_step is negative or contradicts a fitted solver, or there is no such solver.
         """
-        steps = count(inference_step, "inference_step") if inference_step is not None else 0
-        steps = steps or count(self.num_inference_steps, "num_inference_steps")
+        solver, steps = self._steps(int_method, inference_step)
         guided = self.use_classifier_free_guidance if guided is None else guided
-        return solvers.evaluations(int_method or self.int_method, steps) * (2 if guided else 1)
+        return solvers.evaluations(solver, steps) * (2 if guided else 1)
+
+    def _steps(self, int_method: IntMethod | None, inference_step: int | None) -> tuple[str | FittedSolver, int]:
+        """The solver and the number of steps that these arguments of sample() mean."""
+        solver = solvers.loaded(self.int_method if int_method is None else int_method)
+        steps = count(inference_step, "inference_step") if inference_step is not None else 0
+        name = "inference_step"
+        if not steps and (int_method is None or not isinstance(solver, FittedSolver)):
+            steps, name = count(self.num_inference_steps, "num_inference_steps"), "num_inference_steps"
+        if isinstance(solver, FittedSolver):
+            if steps not in (0, solver.evaluations) or (name == "num_inference_steps" and not steps):
+                raise ValueError(
+                    f"{name} is {steps}, and the fitted solver has {solver.evaluations} evaluations: it was fitted to "
+                    f"that many. Leave {name} out, or fit a solver to {steps}"
+                )
+            steps = solver.evaluations
+        return solver, steps
+
+    def fit_solver(
+        self,
+        step_fn: StepFn | None = None,
+        evaluations: int | Sequence[int] | None = None,
+        *,
+        batch_size: int = 256,
+        batches: Iterable[StepFn | Mapping[str, Any]] | None = None,
+        device: torch.device | str = "cpu",
+        time_steps: Tensor | Sequence[float] | None = None,
+        held_out: float = 0.25,
+        reference: str = "ab3",
+        reference_steps: int = 256,
+        search_grid: int = 64,
+        search_batches: int = 1,
+        trajectory_device: torch.device | str | None = None,
+        progress: bool = False,
+        **arguments: Any,
+    ) -> Any:
+        """Fits a solver to a model: the error of many evaluations for a few. No training, no gradients.
+
+        The numbers of each row are the linear least squares solution for where converged trajectories from the same
+        noise go, and its times are searched on a grid; see `flowmatch_kernels.fitting`. What the solver is fitted to
+        is the model with its guidance: fit again where one of them changes. It carries over to other noise and, as far
+        as the batches show them, to other conditions.
+
+        Costs `reference_steps` * 1.5 evaluations of each batch, and some 10 to 100 times N for the search.
+
+        Memory: the first `search_batches` keep their converged states at `search_grid` + 1 times; each further batch
+        keeps them at the N + 1 times chosen. Beside them, N states and N velocities of each batch.
+
+        Args:
+            step_fn: The velocity, as for sample().
+            evaluations: N, those that the solver may spend; several: one solver for each, from the same converged
+                trajectories. None: 4, or as many as time_steps have steps.
+            batch_size: B. With more samples the error on other noise falls; a few scenes already help.
+            batches: Instead of step_fn, several batches, as one for each scene or prompt: a step_fn each, or a dict
+                with "step_fn" and any of "unguided_step_fn", "noise" and "batch_size".
+            device: Where to sample.
+            time_steps: [N + 1]: keep these times, and fit only the coefficients.
+            held_out: The share of the samples that is not fitted to, between 0 and 1: it decides between a fitted row
+                and a plain multistep row, and measures the errors that the solver reports.
+            reference: The solver of the converged trajectories, by name. ab3 does not evaluate at the end of time.
+            reference_steps: Its steps: even, and a multiple of search_grid.
+            search_grid: How many steps the grid of times has; a smaller one takes less memory.
+            search_batches: How many of the batches the search of times sees; the coefficients are fitted to all.
+            trajectory_device: Where the converged states are kept, as "cpu"; None: `device`.
+            progress: Show a bar over the tries of the search (needs tqdm).
+            **arguments: What sample() takes to shape the velocity and the noise: unguided_step_fn,
+                use_classifier_free_guidance, inference_guidance_weight, guidance_form, combined_guidance,
+                skip_irrelevant_model, temperature, noise, generator, dtype, backend. Weights for each step, N of them,
+                hold from step to step of the time grid. Without noise and generator a fixed seed draws the noise, so
+                that the same call gives the same solver.
+
+        Returns:
+            A `FittedSolver`, or a list of them where evaluations is a sequence.
+
+        Raises:
+            TypeError: an argument is of the wrong type, or unknown.
+            ValueError: an argument has a value that cannot be used, there are too few samples, or a velocity is not
+                finite.
+
+        Warns:
+            UserWarning: the reference has not converged, or a solver with a name is better at as many evaluations.
+
+        Example:
+            >>> import torch
+            >>> from flowmatch_kernels import FlowMatching
+            >>> fm = FlowMatching(x_dims=(64, 2))
+            >>> step_fn = lambda x, t: torch.sin(4 * t) - x
+            >>> solver = fm.fit_solver(step_fn, evaluations=3, batch_size=16)
+            >>> fm.sample(6, step_fn, int_method=solver).shape
+            torch.Size([6, 64, 2])
+
+        Source: the form of the solver is of the family of Bespoke Non-Stationary Solvers, arXiv 2403.01329.
+        """
+        found = fitting.fit(
+            self,
+            step_fn,
+            evaluations,
+            batches,
+            batch_size,
+            device,
+            time_steps,
+            held_out,
+            reference,
+            reference_steps,
+            search_grid,
+            search_batches,
+            trajectory_device,
+            progress,
+            arguments,
+        )
+        return found if isinstance(evaluations, Sequence) else found[0]
+
+    def compare_solvers(
+        self,
+        step_fn: StepFn | None = None,
+        evaluations: int | Sequence[int] = (4, 6, 8, 10),
+        solvers: Iterable[IntMethod] | None = None,
+        *,
+        batch_size: int = 256,
+        batches: Iterable[StepFn | Mapping[str, Any]] | None = None,
+        device: torch.device | str = "cpu",
+        reference: str = "ab3",
+        reference_steps: int = 256,
+        error: Callable[[Tensor, Tensor], float] | None = None,
+        quality: Callable[[Tensor], float] | None = None,
+        **arguments: Any,
+    ) -> SolverComparison:
+        """Measures solvers on a model: the distance of their samples to converged ones, from the same noise.
+
+        Args:
+            step_fn: The velocity, as for sample().
+            evaluations: How many each solver may spend: one number or several.
+            solvers: Names, fitted solvers and files of them; None: all with a name. A fitted solver is measured at its
+                own evaluations.
+            batch_size: B.
+            batches: Instead of step_fn, as for `fit_solver`.
+            device: Where to sample.
+            reference: The solver of the converged samples, by name.
+            reference_steps: Its steps, even.
+            error: Called as error(samples, converged), both [all samples, *x_dims]; None: the root mean square of the
+                difference of all entries.
+            quality: Called as quality(samples): a measure of one's own, smaller being better, as a distance to data.
+            **arguments: As for `fit_solver`; the weight of guidance is a number or a function. To measure a fitted
+                solver on noise that it has not seen, pass noise or a generator.
+
+        Returns:
+            A `SolverComparison`: print it, or call its plot("solvers.png").
+
+        Raises:
+            TypeError: an argument is of the wrong type, or unknown.
+            ValueError: an argument has a value that cannot be used, or a solver cannot use the time grid.
+
+        Warns:
+            UserWarning: the reference has not converged.
+        """
+        return solver_comparison.compare(
+            self,
+            step_fn,
+            evaluations,
+            solvers,
+            batches,
+            batch_size,
+            device,
+            reference,
+            reference_steps,
+            error,
+            quality,
+            arguments,
+        )
 
     def construct_training_data(self, x: Tensor) -> dict[str, Any]:
         """The training pair of conditional flow matching: noisy_x = t*x + (1 - t)*noise.
@@ -377,9 +551,24 @@ class FlowMatching(BaseDiffusion):
             raise ValueError(f"pred must have x's shape {list(x.shape)}, got {list(pred.shape)}")
         return torch.nn.functional.mse_loss((x - noise).to(pred.dtype), pred)
 
+    def _check_times(self, solver: FittedSolver, time_steps: Any, step_sizes: Any) -> None:
+        """Raises where arguments of sample() contradict the times of a fitted solver."""
+        if solver.noise_at != self.noise_at:
+            raise ValueError(f"noise_at is {self.noise_at}, and the solver was fitted with noise_at={solver.noise_at}")
+        if step_sizes is not None:
+            raise ValueError("step_sizes and a fitted solver: its coefficients are its step sizes. Leave them out")
+        if time_steps is None:
+            return
+        grid = solvers.checked_grid(time_steps, "time_steps")
+        if grid.tolist() != solver.grid(grid.dtype, grid.device).tolist():
+            raise ValueError(
+                f"time_steps {grid.tolist()!s:.100} contradict the fitted solver, which was fitted to the times "
+                f"{list(solver.times)!s:.100}: leave time_steps out"
+            )
+
     def _table(
         self,
-        int_method: str,
+        int_method: IntMethod | None,
         inference_step: int | None,
         time_steps: Tensor | Sequence[float] | None,
         step_sizes: Tensor | Sequence[float] | None,
@@ -390,23 +579,25 @@ class FlowMatching(BaseDiffusion):
         cached: bool,
     ) -> Table:
         """The solver's table on the grid that the arguments describe, with the weights of guidance."""
-        solvers.solver(int_method)
-        steps = count(inference_step, "inference_step") if inference_step is not None else 0
-        steps = steps or count(self.num_inference_steps, "num_inference_steps")
+        solver, steps = self._steps(int_method, inference_step)
+        time_grid, options = self.time_grid, self.time_grid_options
+        if isinstance(solver, FittedSolver):
+            self._check_times(solver, time_steps, step_sizes)
+            time_grid, options, time_steps = "uniform", {}, None  # it brings its own times
         predicts = None
         if self.prediction_type != "velocity":
             predicts = self.noise_at if self.prediction_type == "noise" else 1 - self.noise_at
         # A weight that is a function is asked at each sample(), and what it returns is not kept.
         kept_form, kept_weight = (None, 0.0) if callable(weight) else (form, weight)
         request = solvers.Request(
-            int_method,
+            solver,
             steps if time_steps is None else 0,
             arithmetic_dtype(dtype),
             device,
             self.noise_at,
             predicts,
-            self.time_grid,
-            tuple(self.time_grid_options.items()) if self.time_grid_options else (),
+            time_grid,
+            tuple(options.items()) if options else (),
             torch.get_default_dtype(),
             time_steps,
             step_sizes,
@@ -487,11 +678,3 @@ def _resolved(device: torch.device | str) -> torch.device:
     if device.type != "cpu" and device.index is None:
         device = torch.empty(0, device=device).device
     return device
-
-
-def _progress_bar() -> Callable[[Sequence[Evaluation]], Iterable[Evaluation]]:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        raise ImportError("progress=True needs tqdm: pip install tqdm") from None
-    return tqdm

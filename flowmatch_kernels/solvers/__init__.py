@@ -1,11 +1,13 @@
 """Solvers: each turns a time grid into a table, one row for each evaluation of the velocity field.
 
-stages.py says what a solver takes and returns, ode.py has the solvers, predictions.py changes their columns for a model
+stages.py says what a solver takes and returns, ode.py has the solvers with a name, fitted.py those that were fitted to
+a model, predictions.py changes their columns for a model
 that predicts the data or the noise, table.py makes the rows, and requests.py keeps them.
 """
 
-from .ode import SOLVERS, ab2, ab3, dpmpp_2m, euler, heun, midpoint, rk4, rk4_classic, solver
-from .requests import Request, cache, check_finite
+from .fitted import FittedSolver
+from .ode import SOLVERS, IntMethod, ab2, ab3, dpmpp_2m, euler, heun, loaded, midpoint, rk4, rk4_classic, solver
+from .requests import Request, cache, check_finite, checked_grid
 from .stages import Earlier, Segment, Stage, Steps
 from .table import Evaluation, Table, build, evaluations
 
@@ -13,6 +15,8 @@ __all__ = [
     "SOLVERS",
     "Earlier",
     "Evaluation",
+    "FittedSolver",
+    "IntMethod",
     "Request",
     "Segment",
     "Stage",
@@ -23,10 +27,12 @@ __all__ = [
     "build",
     "cache",
     "check_finite",
+    "checked_grid",
     "dpmpp_2m",
     "euler",
     "evaluations",
     "heun",
+    "loaded",
     "midpoint",
     "rk4",
     "rk4_classic",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
+from .fitted import FittedSolver
 from .stages import Earlier, Segment, Solver, Stage, Steps, part
 
 
@@ -118,12 +121,34 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
-def solver(name: str) -> Solver:
-    """The solver of that name.
+IntMethod = str | os.PathLike[str] | FittedSolver
+"""A solver as users name it."""
+
+
+def solver(int_method: IntMethod) -> Solver:
+    """A fitted solver as it is, or the solver of that name.
 
     Raises:
         ValueError: there is none.
     """
-    if not isinstance(name, str) or name not in SOLVERS:
-        raise ValueError(f"Invalid integration method: {name} (known: {', '.join(SOLVERS)})")
-    return SOLVERS[name]
+    if isinstance(int_method, FittedSolver):
+        return int_method
+    if not isinstance(int_method, str) or int_method not in SOLVERS:
+        raise ValueError(
+            f"Invalid integration method: {int_method} (known: {', '.join(SOLVERS)}; or a FittedSolver, or the path of "
+            "its file, which ends in .json)"
+        )
+    return SOLVERS[int_method]
+
+
+def loaded(int_method: IntMethod) -> str | FittedSolver:
+    """A solver's name, or a fitted solver, read from its file where a path is given.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds no fitted solver, or there is no solver of that name.
+    """
+    if isinstance(int_method, os.PathLike) or (isinstance(int_method, str) and int_method.endswith(".json")):
+        return FittedSolver.load(int_method)
+    solver(int_method)
+    return int_method

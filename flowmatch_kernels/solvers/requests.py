@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import guidance, time_grids
 from ..guidance import Weight
+from .fitted import FittedSolver
 from .stages import part
 from .table import Table, build
 
@@ -22,9 +23,9 @@ Numbers = Tensor | Sequence[float]
 class Request(NamedTuple):
     """What describes a table."""
 
-    int_method: str
+    int_method: str | FittedSolver
     steps: int
-    """N of a named grid; without meaning where time_steps are given."""
+    """N of a named grid; without meaning where time_steps are given, or a fitted solver brings its own times."""
     dtype: torch.dtype
     """Of the coefficients."""
     device: torch.device
@@ -67,7 +68,9 @@ class Request(NamedTuple):
             TypeError: time_steps or step_sizes is no floating-point tensor or list of floats.
             ValueError: their shape or a value is wrong, or the solver cannot use the grid.
         """
-        if self.time_steps is not None:
+        if isinstance(self.int_method, FittedSolver):
+            grid = self.int_method.grid(self.grid_dtype, self.device)
+        elif self.time_steps is not None:
             grid = checked_grid(self.time_steps, "time_steps")
         elif callable(self.time_grid) and self.steps:
             grid = checked_grid(self.time_grid(self.steps), "what time_grid returned")
@@ -206,7 +209,7 @@ def checked_sizes(step_sizes: Any, steps: int) -> Tensor:
     return step_sizes.detach()
 
 
-def check_finite(table: Table, int_method: str, noise_at: int) -> None:
+def check_finite(table: Table, int_method: str | FittedSolver, noise_at: int) -> None:
     """Raises where a solver cannot use a time grid.
 
     Raises:

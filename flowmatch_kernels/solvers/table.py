@@ -21,6 +21,7 @@ from .. import guidance
 from ..guidance import Form, Weight
 from ..ops import reference
 from ..ops.fused_step import COLUMNS
+from .fitted import FittedSolver
 from .ode import solver
 from .predictions import predicting
 from .stages import Segment, Steps, part
@@ -97,7 +98,7 @@ class Table(NamedTuple):
 
 
 def build(
-    int_method: str,
+    int_method: str | FittedSolver,
     grid: Tensor,
     dt: Tensor,
     dtype: torch.dtype,
@@ -109,7 +110,7 @@ def build(
     """The table of a solver on a grid.
 
     Args:
-        int_method: The solver's name.
+        int_method: The solver's name, or a fitted solver.
         grid: [T], the time grid.
         dt: [N], its step sizes; what is computed from them is float64, and rounded to `dtype` last.
         dtype: Of the coefficients: the arithmetic dtype of the state.
@@ -196,8 +197,10 @@ def _coefficients(segment: Segment) -> Tensor:
     return torch.stack(rows, dim=1).flatten(0, 1)
 
 
-def evaluations(int_method: str, steps: int) -> int:
+def evaluations(int_method: str | FittedSolver, steps: int) -> int:
     """How often a solver evaluates the velocity in so many steps."""
+    if isinstance(int_method, FittedSolver):
+        return int_method.evaluations
     grid = torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64, device="cpu")
     segments = solver(int_method)(Steps(0, part(grid, 0, steps), part(grid, 1, steps + 1), torch.diff(grid)))
     return sum(segment.steps.n * len(segment.stages) for segment in segments)

@@ -247,7 +247,7 @@ def fit(
     device: torch.device | str,
     time_steps: Any,
     held_out: float,
-    reference: str,
+    reference: str | None,
     reference_steps: int,
     search_grid: int,
     search_batches: int,
@@ -263,9 +263,11 @@ def fit(
         raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
     if count(search_batches, "search_batches") < 1:
         raise ValueError("search_batches must be 1 or more, got 0")
-    how = _reference(reference, reference_steps, search_grid, grid, trajectory_device)
     weight = guidance_weight(flow_matching, arguments)
     weights = weight if isinstance(weight, tuple) else None
+    if reference is None:
+        reference = "ab3" if weights is None else "midpoint"
+    how = _reference(reference, reference_steps, search_grid, grid, trajectory_device)
     if weights is not None:
         if any(n != len(weights) for n in budgets):
             raise ValueError(
@@ -297,7 +299,10 @@ def fit(
         paths = [_path([Prefix(made)], path.indices)[-1] for path in paths]
     change = max(batch.trajectory.change for batch in made)
     check_converged(change, how.steps, stacklevel=4)
-    return [_solver(flow_matching, path, grid is not None, how, weight, change) for path in paths]
+    fitted = []
+    for path in paths:  # no comprehension, whose frame the warning in it would count
+        fitted.append(_solver(flow_matching, path, grid is not None, how, weight, change))
+    return fitted
 
 
 def _budgets(evaluations: Any, grid: Tensor | None, search_grid: int) -> list[int]:

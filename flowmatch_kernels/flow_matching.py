@@ -359,7 +359,7 @@ class FlowMatching(BaseDiffusion):
         device: torch.device | str = "cpu",
         time_steps: Tensor | Sequence[float] | None = None,
         held_out: float = 0.25,
-        reference: str = "ab3",
+        reference: str | None = None,
         reference_steps: int = 256,
         search_grid: int = 64,
         search_batches: int = 1,
@@ -390,7 +390,8 @@ class FlowMatching(BaseDiffusion):
             time_steps: [N + 1]: keep these times, and fit only the coefficients.
             held_out: The share of the samples that is not fitted to, between 0 and 1: it decides between a fitted row
                 and a plain multistep row, and measures the errors that the solver reports.
-            reference: The solver of the converged trajectories, by name. ab3 does not evaluate at the end of time.
+            reference: The solver of the converged trajectories, by name. None: ab3, and with weights for each step
+                midpoint, which remembers nothing across a jump; neither evaluates at the end of time.
             reference_steps: Its steps: even, and a multiple of search_grid.
             search_grid: How many steps the grid of times has; a smaller one takes less memory.
             search_batches: How many of the batches the search of times sees; the coefficients are fitted to all.

@@ -70,10 +70,15 @@ class FittedSolver:
                 raise ValueError(f"coefficients[{i}] must have 2 to {most} numbers (a, b0, b1, ...), got {len(row)}")
         if self.noise_at not in (0, 1):
             raise ValueError(f"noise_at must be 0 or 1, got {self.noise_at!r:.60}")
-        names = tuple(self.rows) or ("fitted",) * steps
-        if len(names) != steps or not all(isinstance(name, str) for name in names):
+        names = self.rows or ("fitted",) * steps
+        if not isinstance(names, Sequence) or len(names) != steps or not all(isinstance(name, str) for name in names):
             raise ValueError(f"rows must name each of the {steps} rows, got {names!r:.60}")
-        for name, value in (("times", times), ("coefficients", rows), ("rows", names)):
+        for name in ("errors", "fitted_with"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name} must be a dict, got {getattr(self, name)!r:.60}")
+        errors = dict(zip(self.errors, _floats(tuple(self.errors.values()), "errors"), strict=True))
+        values = (times, rows, tuple(names), errors, dict(self.fitted_with))
+        for name, value in zip(("times", "coefficients", "rows", "errors", "fitted_with"), values, strict=True):
             object.__setattr__(self, name, value)
 
     @property
@@ -122,9 +127,6 @@ class FittedSolver:
             missing = fields - content.keys()
             if missing:
                 raise ValueError(f"it has no {', '.join(sorted(missing))}")
-            for name in ("errors", "fitted_with"):
-                if not isinstance(content[name], dict):
-                    raise ValueError(f"{name} must be an object, got {content[name]!r:.60}")
             return cls(**{name: content[name] for name in fields})
         except (ValueError, TypeError) as error:  # a JSONDecodeError and a UnicodeDecodeError are ValueErrors
             raise ValueError(f"{os.fspath(path)} is not a saved FittedSolver: {error}") from error

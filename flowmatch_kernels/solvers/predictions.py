@@ -31,6 +31,8 @@ def predicting(segments: list[Segment], end: int) -> list[Segment]:
                     f"what step_fn predicts stands at t = {end} and says nothing of the velocity there, where this "
                     f"solver evaluates: {way_out}"
                 )
+    if not segments:
+        return []
     # 1 / (end - t) at each step's first stage, for what earlier steps have remembered.
     firsts = torch.cat([1 / (end - segment.stages[0].time.double()) for segment in segments])
     return [_predicting(segment, end, firsts) for segment in segments]

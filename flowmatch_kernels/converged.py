@@ -218,8 +218,8 @@ def check_converged(change: float, steps: int, stacklevel: int) -> None:
     if not change <= CONVERGED:
         warnings.warn(
             f"the reference has not converged: with half of its {steps} steps the samples change by {change:.2g} of "
-            f"their RMS, more than {CONVERGED:g}. Solvers are compared with what it gives: pass more reference_steps, or "
-            "reference='midpoint' where the velocity jumps in time, as with a weight that does",
+            f"their RMS, more than {CONVERGED:g}. Solvers are compared with what it gives: pass more "
+            "reference_steps; or reference='midpoint' where the velocity jumps in time, as with a weight that does",
             stacklevel=stacklevel,
         )
 

@@ -265,17 +265,19 @@ def fit(
         raise ValueError("search_batches must be 1 or more, got 0")
     weight = guidance_weight(flow_matching, arguments)
     weights = weight if isinstance(weight, tuple) else None
-    if reference is None:
-        reference = "ab3" if weights is None else "midpoint"
-    how = _reference(reference, reference_steps, search_grid, grid, trajectory_device)
+    jumps = grid
     if weights is not None:
         if any(n != len(weights) for n in budgets):
             raise ValueError(
                 f"inference_guidance_weight has {len(weights)} entries, one for each evaluation, and evaluations is "
                 f"{', '.join(map(str, budgets))}: pass a function of t, or fit one at a time"
             )
-        ends = time_grid(flow_matching, len(weights)) if grid is None else grid.tolist()
-        arguments = {**arguments, "inference_guidance_weight": held_weight(weights, ends)}
+        if jumps is None:
+            jumps = torch.tensor(time_grid(flow_matching, len(weights)))
+        arguments = {**arguments, "inference_guidance_weight": held_weight(weights, jumps.tolist())}
+    if reference is None:
+        reference = "ab3" if weights is None else "midpoint"
+    how = _reference(reference, reference_steps, search_grid, jumps, grid is None, trajectory_device)
     found = problems(flow_matching, step_fn, batches, batch_size, device, arguments)
     masks = _held_out([len(problem.noise) for problem in found], held_out)
     _check_sizes(found[:search_batches], masks[:search_batches], masks)
@@ -323,9 +325,22 @@ def _budgets(evaluations: Any, grid: Tensor | None, search_grid: int) -> list[in
 
 
 def _reference(
-    solver: str, steps: int, search_grid: int, grid: Tensor | None, place: torch.device | str | None
+    solver: str,
+    steps: int,
+    search_grid: int,
+    grid: Tensor | None,
+    searched: bool,
+    place: torch.device | str | None,
 ) -> Reference:
-    """How to make the converged trajectories, through all times that the solver may take."""
+    """How to make the converged trajectories, through all times that the solver may take.
+
+    Args:
+        solver, steps: The reference's.
+        search_grid: How many steps the times are searched on.
+        grid: Times to pass; None: the model's own time grid.
+        searched: The solver takes times between them too.
+        place: Where to keep the states.
+    """
     solvers.solver(solver)
     steps = count(steps, "reference_steps")
     if isinstance(solver, FittedSolver):
@@ -336,11 +351,13 @@ def _reference(
                 f"reference_steps must be even and a multiple of search_grid, got {steps} and {search_grid}"
             )
         return Reference(solver, {"inference_step": steps}, steps // search_grid, place)
-    parts = 2 * max(-(-steps // (2 * (len(grid) - 1))), 1)  # even, so that half of the steps pass the same times
-    fractions = torch.arange(parts, dtype=torch.float64) / parts
+    # Of each interval as many kept states, and an even number of steps between them, of which half pass them too.
+    kept = 1 if not searched else -(-search_grid // (len(grid) - 1))
+    every = 2 * max(-(-steps // (2 * kept * (len(grid) - 1))), 1)
+    fractions = torch.arange(kept * every, dtype=torch.float64) / (kept * every)
     start, size = grid[:-1].double()[:, None], grid.double().diff()[:, None]
     fine = torch.cat([(start + fractions * size).flatten(), grid[-1:].double()]).to(torch.get_default_dtype())
-    return Reference(solver, {"time_steps": fine}, parts, place)
+    return Reference(solver, {"time_steps": fine}, every, place)
 
 
 def _held_out(sizes: Sequence[int], share: float) -> list[Tensor]:

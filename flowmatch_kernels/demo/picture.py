@@ -1,7 +1,8 @@
-"""The picture: held-out and sampled trajectories side by side, and the way from noise to them."""
+"""The picture: held-out and sampled trajectories side by side, and quality against evaluations."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -15,6 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from .. import SolverComparison
 from .flights import total_turn
 
 NIGHT, PANEL, INK, FAINT = "#0b1020", "#111831", "#eef1f8", "#8d97b3"
@@ -23,64 +25,101 @@ TURN = LinearSegmentedColormap.from_list(
 )
 MOST_TURN = 90.0
 """Degrees; the ends of the colour scale."""
-PANELS = 6
-"""How many states of the way from noise to trajectory are shown, at most."""
+CURVES = {"euler": "#dfe4f2", "fitted": "#ffe14d"}
+"""Colours of the solvers in the curve; the others have `OTHER`."""
+OTHER = "#5b7cff"
 
 
-def draw(out: Path, held_out: Tensor, way: Tensor, times: Tensor, distance: float, floor: float) -> None:
-    """Writes the picture as a PNG.
+def draw(out: Path, held_out: Tensor, sampled: Mapping[str, Tensor], measured: SolverComparison, floor: float) -> None:
+    """Writes the picture as a PNG: flights side by side, and the quality against the evaluations.
 
     Args:
         out: The file.
         held_out: [M, 64, 2], km.
-        way: [N, T, 64, 2], km: the positions at every step of the sampling; the last are the samples.
-        times: [T], from noise at 0 to data at 1.
-        distance: Of the samples to the held-out, km.
-        floor: Of training to the held-out, km.
+        sampled: By its title, [N, 64, 2], km.
+        measured: The solvers, with the distance to the held-out as their quality, km.
+        floor: That of training to the held-out, km.
     """
-    figure = Figure(figsize=(14, 10.4), dpi=150, facecolor=NIGHT)
+    figure = Figure(figsize=(15, 9.6), dpi=110, facecolor=NIGHT)
     rows = figure.add_gridspec(
-        2, 1, height_ratios=[3.02, 1], left=0.055, right=0.975, top=0.868, bottom=0.022, hspace=0.25
+        2, 1, height_ratios=[1.0, 1.0], left=0.055, right=0.975, top=0.865, bottom=0.085, hspace=0.34
     )
-    large = rows[0].subgridspec(1, 2, wspace=0.06)
-    steps = len(times) - 1
     limits = _limits(held_out)
-    turns = total_turn(way[:, -1])
-
-    panels = [figure.add_subplot(large[0]), figure.add_subplot(large[1])]
-    titles = ["Held-out flights", f"Sampled in {_plural(steps, 'step')}"]
-    for axes, title, positions, colour in zip(
-        panels, titles, [held_out, way[:, -1]], [total_turn(held_out), turns], strict=True
-    ):
-        _trajectories(axes, positions, colour, limits, width=0.9, alpha=0.55)
+    panels = {"Held-out flights": held_out, **sampled}
+    places = rows[0].subgridspec(1, len(panels), wspace=0.06)
+    for k, (title, positions) in enumerate(panels.items()):
+        axes = figure.add_subplot(places[k])
+        _trajectories(axes, positions, total_turn(positions), limits, width=0.8, alpha=0.5)
         axes.set_title(title, color=INK, fontsize=15, loc="left", pad=8)
-        axes.set_title(f"{len(positions)} trajectories", color=FAINT, fontsize=11, loc="right", pad=8)
+        axes.set_title(f"{len(positions)} flights", color=FAINT, fontsize=11, loc="right", pad=8)
         axes.set_xlabel("km, along the first heading", color=FAINT, fontsize=11)
-    panels[0].set_ylabel("km, to the left", color=FAINT, fontsize=11)
-    panels[1].tick_params(labelleft=False)
-
-    shown = sorted({round(i * steps / (PANELS - 1)) for i in range(PANELS)})
-    small = rows[1].subgridspec(1, len(shown), wspace=0.08)
-    for i, slot in enumerate(shown):
-        axes = figure.add_subplot(small[i])
-        _trajectories(axes, way[:, slot], turns, limits, width=0.5, alpha=0.45)
-        axes.set_title(f"t = {float(times[slot]):.2g}", color=INK, fontsize=12, pad=6)
-        axes.tick_params(labelleft=False, labelbottom=False, length=0)
-        if i == 0:
-            box = axes.get_position()
-            figure.text(box.x0, box.y1 + 0.035, "From noise to flight", color=INK, fontsize=15)
-
-    figure.text(0.055, 0.952, "Flow matching learns to fly", color=INK, fontsize=25, weight="bold")
+        if k == 0:
+            axes.set_ylabel("km, to the left", color=FAINT, fontsize=11)
+        else:
+            axes.tick_params(labelleft=False)
+    _curve(figure.add_subplot(rows[1]), measured, floor)
+    figure.text(0.055, 0.95, "Four evaluations of the network are enough", color=INK, fontsize=25, weight="bold")
     figure.text(
         0.055,
-        0.921,
-        f"Sliced Wasserstein distance of the samples to the held-out flights: {distance:.1f} km "
-        f"(training flights: {floor:.1f} km)",
+        0.918,
+        "A solver fitted to the model in seconds, beside the published Euler loop: same network, same noise.",
         color=FAINT,
         fontsize=13,
     )
+    figure.text(
+        0.975,
+        0.012,
+        "Flights: samples of the Python package traffic (MIT licence, Xavier Olive), positions of the OpenSky Network",
+        color=FAINT,
+        fontsize=9,
+        ha="right",
+    )
     _colour_bar(figure)
     figure.savefig(out, format="png", facecolor=NIGHT)
+
+
+def _curve(axes: Axes, measured: SolverComparison, floor: float) -> None:
+    """The distance to the held-out flights against the evaluations."""
+    measured.draw(axes, "quality")
+    axes.set_facecolor(PANEL)
+    axes.set_title("Quality against evaluations", color=INK, fontsize=15, loc="left", pad=8)
+    axes.set_xlabel("evaluations of the network for one flight", color=FAINT, fontsize=11)
+    axes.set_ylabel("km to the held-out flights\n(sliced Wasserstein)", color=FAINT, fontsize=11)
+    for line in axes.get_lines():
+        name = str(line.get_label())
+        line.set_color(CURVES.get(name, FAINT if name == "converged" else OTHER))
+        line.set_alpha(1.0 if name in CURVES else 0.75)
+    assert measured.converged_quality is not None
+    axes.axhline(floor, color=FAINT, linewidth=1, linestyle=":")
+    left = axes.get_xlim()[0]
+    for height, text in ((measured.converged_quality, "converged"), (floor, "training flights")):
+        axes.annotate(
+            f"{text}: {height:.1f} km",
+            (left, height),
+            xytext=(6, -5),
+            textcoords="offset points",
+            va="top",
+            color=FAINT,
+            fontsize=11,
+        )
+    axes.set_ylim(0.9 * floor, None)
+    for name, points in measured.curves().items():
+        end = points[-1] if name == "fitted" else points[0]
+        assert end.quality is not None
+        axes.annotate(
+            name,
+            (end.evaluations, end.quality),
+            xytext=(10, 4) if name == "fitted" else (-10, -4),
+            textcoords="offset points",
+            ha="left" if name == "fitted" else "right",
+            color=CURVES.get(name, OTHER),
+            fontsize=12,
+            weight="bold",
+        )
+    axes.grid(color="#ffffff", alpha=0.06, linewidth=0.8)
+    axes.tick_params(colors=FAINT, labelsize=10, length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
 
 
 def _trajectories(
@@ -131,7 +170,3 @@ def _colour_bar(figure: Figure) -> None:
     axes.spines["outline"].set_visible(False)
     axes.tick_params(colors=FAINT, labelsize=10, length=0)
     axes.set_title("turns right          total turn          turns left", color=FAINT, fontsize=11, pad=5)
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -22,9 +22,6 @@ TRAINING_SECONDS = 75.0
 #: Written where `--out` names no other file.
 PICTURE, SOLVERS_PICTURE = Path("demo.png"), Path("demo-solvers.png")
 
-EVALUATIONS = (4, 6, 10, 20, 40)
-"""At which solvers are measured."""
-
 #: Installed by `flowmatch_kernels[demo]`, and by nothing else here.
 PACKAGES = ("matplotlib", "numpy", "tqdm")
 
@@ -120,11 +117,11 @@ def _course(
     print(f"\nFitted solvers with {', '.join(map(str, FITTED))} evaluations: {time.perf_counter() - fitting:.0f} s.\n")
     same = True
     if args.compare_solvers:
-        measured = comparison.solvers(EVALUATIONS, (*SOLVERS, *fitted))
+        measured = comparison.solvers((*SOLVERS, *fitted))
         print(f"{measured}\nErrors and distances to the held-out flights (quality) are in km.")
         measured.plot(out)
     else:
-        measured = comparison.solvers(EVALUATIONS, ("euler", *NAMED, *fitted))
+        measured = comparison.solvers(("euler", *NAMED, *fitted))
         lines, same = comparison.lines(measured, fitted), comparison.same_bits()
         print(f"{table(lines)}\n  {'converged':28} {measured.converged_quality:38.2f} km")
         print(f"  {'floor: training flights':28} {comparison.floor:38.2f} km\n")

@@ -19,12 +19,18 @@ DRAWS = 2
 """Of the noise, of as many flights as are held out; one draw's distance differs by about 0.3 km from another's."""
 FITTED = (3, 4, 6)
 """Evaluations of the fitted solvers."""
+FIT_SAMPLES = 256
+"""Draws of noise that they are fitted to."""
 PUBLISHED = (10, 20, 40)
 """Steps of the published loop."""
 NAMED = ("ab2", "ab3")
 """The solvers with a name that the best is chosen of."""
 NAMED_EVALUATIONS = 10
 """At which it is chosen."""
+EVALUATIONS = (4, 6, 10, 20, 40)
+"""At which solvers with a name are measured: those of the two above among them."""
+REFERENCE_STEPS = 256
+"""Of the solver of the converged trajectories."""
 FLOOR_DRAWS = 10
 """Draws of a subset of train for the floor; one draw's distance differs by about 0.4 km from another's."""
 NOISE_SEED = 1
@@ -73,9 +79,14 @@ class Comparison:
         self.count = len(flights.test)
 
     def fit(self) -> list[FittedSolver]:
-        """The fitted solvers, to 256 draws of noise."""
+        """The fitted solvers."""
         fitted: list[FittedSolver] = self.flow_matching.fit_solver(
-            self.network, FITTED, device=self.device, progress=True
+            self.network,
+            FITTED,
+            batch_size=FIT_SAMPLES,
+            device=self.device,
+            reference_steps=REFERENCE_STEPS,
+            progress=True,
         )
         return fitted
 
@@ -108,14 +119,15 @@ class Comparison:
         difference = self.scaling.positions(states) - self.scaling.positions(converged)
         return float(difference.square().sum(dim=-1).mean().sqrt())
 
-    def solvers(self, evaluations: Sequence[int], solvers: Sequence[str | FittedSolver]) -> SolverComparison:
+    def solvers(self, solvers: Sequence[str | FittedSolver]) -> SolverComparison:
         """Solvers on this network, by their distance to the held-out flights and to the converged ones, km."""
         return self.flow_matching.compare_solvers(
             self.network,
-            evaluations,
+            EVALUATIONS,
             solvers,
             batch_size=DRAWS * self.count,
             device=self.device,
+            reference_steps=REFERENCE_STEPS,
             generator=torch.Generator().manual_seed(self.seed + NOISE_SEED),
             error=self.error,
             quality=self.distance,

@@ -360,7 +360,7 @@ class FlowMatching(BaseDiffusion):
         time_steps: Tensor | Sequence[float] | None = None,
         held_out: float = 0.25,
         reference: str | None = None,
-        reference_steps: int = 256,
+        reference_steps: int = 192,
         search_grid: int = 64,
         search_batches: int = 1,
         trajectory_device: torch.device | str | None = None,

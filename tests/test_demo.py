@@ -234,6 +234,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(comparison, "DRAWS", 1)
     monkeypatch.setattr(comparison, "FIT_SAMPLES", 32)
     monkeypatch.setattr(comparison, "REFERENCE_STEPS", 64)
+    monkeypatch.setattr(comparison, "FIT_REFERENCE_STEPS", 64)
     monkeypatch.setattr(comparison, "PUBLISHED", (3, 5))
     monkeypatch.setattr(comparison, "EVALUATIONS", (3, 4, 5, 10))
     few = Flights.load()

@@ -30,7 +30,9 @@ NAMED_EVALUATIONS = 10
 EVALUATIONS = (4, 6, 10, 20, 40)
 """At which solvers with a name are measured: those of the two above among them."""
 REFERENCE_STEPS = 256
-"""Of the solver of the converged trajectories."""
+"""Of the solver of the converged trajectories that samples are measured by."""
+FIT_REFERENCE_STEPS = 192
+"""Of those that solvers are fitted to."""
 FLOOR_DRAWS = 10
 """Draws of a subset of train for the floor; one draw's distance differs by about 0.4 km from another's."""
 NOISE_SEED = 1
@@ -85,7 +87,7 @@ class Comparison:
             FITTED,
             batch_size=FIT_SAMPLES,
             device=self.device,
-            reference_steps=REFERENCE_STEPS,
+            reference_steps=FIT_REFERENCE_STEPS,
             progress=True,
         )
         return fitted

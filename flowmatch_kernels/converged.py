@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -76,6 +77,10 @@ class Trajectory(NamedTuple):
     """RMS of the change of the last states when the reference takes half as many steps, in parts of their own RMS."""
 
 
+class NotFiniteError(ValueError):
+    """A velocity is infinite or NaN."""
+
+
 class Problem:
     """One batch to integrate: a velocity field, and the noise to start from.
 
@@ -96,33 +101,51 @@ class Problem:
             len(noise), self.step_fn, noise.device, noise=noise, **(self.options | arguments)
         )
 
-    def velocity(self, x: Tensor, time: float, end: float, **arguments: Any) -> Tensor:
-        """The velocity at a state and a time, with guidance, or made of a prediction: [B, *x_dims], in x's dtype.
+    def velocity(self, x: Tensor, time: float, end: float, **arguments: Any) -> tuple[Tensor, Tensor]:
+        """The velocity at a state and a time, with guidance, or made of a prediction; and the state after the call.
+
+        Both are [B, *x_dims], in x's dtype. The state is another one where step_fn wrote to it.
 
         Raises:
-            ValueError: it is not finite.
+            NotFiniteError: the velocity is not finite.
         """
         # One row, 0*x + 1*v: the velocity as sample() checks, guides and converts it.
         once = FittedSolver((time, end), ((0.0, 1.0),), noise_at=self.flow_matching.noise_at)
-        v: Tensor = self.sample(x, int_method=once, **arguments)
+        states, _ = self.sample(x, int_method=once, return_all_steps=True, **arguments)
+        x, v = states.unbind(1)
         if not v.isfinite().all():
-            raise ValueError(f"the velocity at t = {time:g} is not finite: no solver can be fitted to it")
-        return v
+            raise NotFiniteError(f"the velocity at t = {time:g} is not finite: no solver can be fitted to it")
+        return v, x
+
+    def wide(self) -> Problem:
+        """This problem with a float32 state, of which the models see what a 16-bit state would be."""
+        dtype = self.noise.dtype
+        if dtype.itemsize > 2:
+            return self
+
+        def narrow(step_fn: StepFn) -> StepFn:
+            return lambda x, t: step_fn(x=x.to(dtype), t=t)
+
+        options = dict(self.options)
+        if options.get("unguided_step_fn") is not None:
+            options["unguided_step_fn"] = narrow(options["unguided_step_fn"])
+        return Problem(self.flow_matching, narrow(self.step_fn), self.noise.float(), options)
 
     def converged(self, reference: Reference) -> Trajectory:
-        """The trajectory from the noise.
+        """The trajectory from the noise; of a 16-bit state in float32, where many small steps do not round to none.
 
         Raises:
             ValueError: its last states are not finite.
         """
         place = reference.place or self.noise.device
-        states = {0: self.noise.to(place)}
+        wide = self.wide()
+        states = {0: wide.noise.to(place)}
 
         def keep(step: int, t: Tensor, x: Tensor) -> None:
             if reference.every and (step + 1) % reference.every == 0:
                 states[(step + 1) // reference.every] = x.to(place)
 
-        x, grid, _ = self.sample(int_method=reference.solver, callback=keep, **reference.grid)
+        x, grid, _ = wide.sample(int_method=reference.solver, callback=keep, **reference.grid)
         if not x.isfinite().all():
             raise ValueError(
                 f"the reference, {reference.solver} with {reference.steps} steps, ends in values that are not finite. "
@@ -131,8 +154,9 @@ class Problem:
             )
         every = reference.every or reference.steps
         states[reference.steps // every] = x.to(place)
-        coarse = self.sample(int_method=reference.solver, time_steps=grid[::2])
-        return Trajectory(grid[::every].tolist(), states, rms(x - coarse) / max(rms(x), 1e-30))
+        coarse = wide.sample(int_method=reference.solver, time_steps=grid[::2])
+        change = rms(x - coarse) / max(rms(x), 1e-30)
+        return Trajectory(grid[::every].tolist(), states, change if change < math.inf else math.inf)  # NaN too
 
 
 def problems(
@@ -165,6 +189,8 @@ def problems(
             raise TypeError(f"unexpected argument {name!r} (of sample()'s: {', '.join(OPTIONS + NOISE)})")
     if (step_fn is None) == (batches is None):
         raise ValueError("pass step_fn, or batches, each with a step_fn of its own")
+    if batches is not None and not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be an iterable of step_fn or of dicts, got {batches!r:.60}")
     items = [step_fn] if batches is None else list(batches)
     if not items:
         raise ValueError("batches is empty")
@@ -172,7 +198,7 @@ def problems(
     drawing.int_method, drawing.num_inference_steps = "euler", 0  # sample() then returns the noise
     generator = arguments.get("generator")
     if generator is None:  # the same noise at each call, and the default generator is left as it is
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
     shared = {name: arguments[name] for name in NOISE if name in arguments} | {"generator": generator}
     made = []
     for item in items:
@@ -183,6 +209,8 @@ def problems(
         options = {name: both[name] for name in OPTIONS if name in both}
         noise = own.get("noise", arguments.get("noise"))
         size = own.get("batch_size", len(noise) if isinstance(noise, Tensor) and noise.dim() else batch_size)
+        if size == 0:
+            raise ValueError("batch_size must be 1 or more, got 0")
         start = drawing.sample(size, own.get("step_fn"), device, **(shared | {"noise": noise} | options))  # type: ignore[arg-type]
         made.append(Problem(flow_matching, own["step_fn"], start, options))
     return made

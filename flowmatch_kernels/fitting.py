@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,7 +27,18 @@ from torch import Tensor
 from . import solvers
 from .arguments import count, number
 from .base import StepFn
-from .converged import Problem, Reference, Trajectory, check_converged, double, guidance_weight, held_weight, problems
+from .converged import (
+    NotFiniteError,
+    Problem,
+    Reference,
+    Trajectory,
+    check_converged,
+    double,
+    guidance_weight,
+    held_weight,
+    problems,
+    rms,
+)
 from .ops import reference as reference_op
 from .ops.fused_step import COLUMNS, arithmetic_dtype
 from .progress import bar as progress_bar
@@ -93,19 +105,22 @@ class Prefix:
     @functools.cached_property
     def velocities(self) -> list[tuple[Tensor, ...]]:
         """For each batch the velocity here, and up to three before it."""
-        found = []
+        found, states = [], []
         for batch, state, before in zip(self.batches, self.states, self._before, strict=True):
             times = batch.trajectory.times
             weight = {} if batch.weights is None else {"inference_guidance_weight": batch.weights[len(self.rows)]}
-            v = batch.problem.velocity(state, times[self.indices[-1]], times[-1], **weight)
+            v, state = batch.problem.velocity(state, times[self.indices[-1]], times[-1], **weight)
             found.append((v, *before[:EARLIER]))
+            states.append(state)
+        self.states = states  # as step_fn left them
         return found
 
     def to(self, index: int) -> Prefix:
         """One row more, to this time."""
+        velocities = self.velocities
         row = self._fitted(index)
-        states = [_combined(state, vs, row) for state, vs in zip(self.states, self.velocities, strict=True)]
-        return Prefix(self.batches, (*self.indices, index), (*self.rows, row), states, self.velocities)
+        states = [_combined(state, vs, row) for state, vs in zip(self.states, velocities, strict=True)]
+        return Prefix(self.batches, (*self.indices, index), (*self.rows, row), states, velocities)
 
     def error(self, held_out: bool) -> float:
         """RMS distance to the converged states, of the samples held out or of the others."""
@@ -148,10 +163,14 @@ def error(batches: Sequence[Batch], states: Sequence[Tensor], index: int, held_o
 
 def squared_error(products: Tensor, coefficients: Sequence[float]) -> float:
     """|sum of coefficients * columns - target|^2, of the scalar products of the columns and the target."""
-    r = torch.zeros(len(products), dtype=torch.float64)
-    r[: len(coefficients)] = torch.tensor(coefficients, dtype=torch.float64)
+    r = _vector(coefficients, len(products))
     r[-1] = -1.0
     return float(r @ products @ r)
+
+
+def _vector(numbers: Sequence[float], size: int) -> Tensor:
+    """Numbers, and zeros to this size, on the CPU, whatever the default device is."""
+    return torch.tensor([*numbers, *[0.0] * (size - len(numbers))], dtype=torch.float64, device="cpu")
 
 
 def least_squares(products: Tensor, plain: Sequence[float]) -> tuple[float, ...]:
@@ -162,11 +181,10 @@ def least_squares(products: Tensor, plain: Sequence[float]) -> tuple[float, ...]
         plain: At most m coefficients, which the ridge draws the solution towards.
     """
     m = len(products) - 1
-    start = torch.zeros(m, dtype=torch.float64)
-    start[: len(plain)] = torch.tensor(plain, dtype=torch.float64)
+    start = _vector(plain, m)
     scale = products.diagonal()[:m].sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
-    matrix = products[:m, :m] / scale / scale[:, None] + RIDGE * torch.eye(m, dtype=torch.float64)
+    matrix = products[:m, :m] / scale / scale[:, None] + RIDGE * torch.eye(m, dtype=torch.float64, device="cpu")
     residual = (products[:m, m] - products[:m, :m] @ start) / scale
     return tuple((start + torch.linalg.solve(matrix, residual) / scale).tolist())
 
@@ -179,10 +197,10 @@ def adams_bashforth(times: Sequence[float], k: int) -> tuple[float, ...]:
         k: At most as many as velocities.
     """
     # In units of the step, from its start: sum_j b_j * s_j^p = 1 / (p + 1).
-    t = torch.tensor(times, dtype=torch.float64)
+    t = _vector(times, len(times))
     h = t[-1] - t[-2]
     s = (t[:-1].flip(0)[:k] - t[-2]) / h
-    powers = torch.arange(k, dtype=torch.float64)
+    powers = torch.arange(k, dtype=torch.float64, device="cpu")
     b = torch.linalg.solve(s[None, :] ** powers[:, None], 1 / (powers + 1))
     return (1.0, *(b * h).tolist())
 
@@ -191,7 +209,7 @@ def _combined(x: Tensor, vs: Sequence[Tensor], row: Row) -> Tensor:
     """What the sampler's row makes of a state and its velocities, to the bit."""
     a, *b = row.coefficients
     columns = dict.fromkeys(COLUMNS, 0.0) | {"a": a} | {f"b{k}": value for k, value in enumerate(b)}
-    rows = torch.tensor([list(columns.values())], dtype=torch.float64).to(x.device, arithmetic_dtype(x.dtype))
+    rows = _vector(list(columns.values()), len(columns))[None].to(x.device, arithmetic_dtype(x.dtype))
     terms = (*vs[: len(b)], None, None, None, None)[:4]
     return reference_op.combine(x, terms, reference_op.Columns.of(rows, 0, x.dim()))
 
@@ -221,8 +239,11 @@ def search(start: Prefix, evaluations: int, moved: bool, tried: Callable[[], obj
                     if indices in seen or not now[k - 1] < index < now[k + 1]:
                         continue
                     seen.add(indices)
-                    path = _path(best[:k], indices)
-                    found = path[-1].error(held_out=False)
+                    try:
+                        path = _path(best[:k], indices)
+                        found = path[-1].error(held_out=False)
+                    except NotFiniteError:  # where these times lead; the ones before go on
+                        found = math.inf
                     if tried is not None:
                         tried()
                     if found < least:
@@ -257,14 +278,17 @@ def fit(
 ) -> list[FittedSolver]:
     """`FlowMatching.fit_solver`, for each number of evaluations."""
     grid = None if time_steps is None else solvers.checked_grid(time_steps, "time_steps")
-    budgets = _budgets(evaluations, grid, count(search_grid, "search_grid"))
+    search_grid, search_batches = count(search_grid, "search_grid"), count(search_batches, "search_batches")
+    weight = guidance_weight(flow_matching, arguments)
+    weights = weight if isinstance(weight, tuple) else None
+    if evaluations is None and weights is not None:
+        evaluations = len(weights)
+    budgets = _budgets(evaluations, grid, search_grid)
     held_out = number(held_out, "held_out")
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
-    if count(search_batches, "search_batches") < 1:
+    if search_batches < 1:
         raise ValueError("search_batches must be 1 or more, got 0")
-    weight = guidance_weight(flow_matching, arguments)
-    weights = weight if isinstance(weight, tuple) else None
     jumps = grid
     if weights is not None:
         if any(n != len(weights) for n in budgets):
@@ -273,7 +297,7 @@ def fit(
                 f"{', '.join(map(str, budgets))}: pass a function of t, or fit one at a time"
             )
         if jumps is None:
-            jumps = torch.tensor(time_grid(flow_matching, len(weights)))
+            jumps = torch.tensor(time_grid(flow_matching, len(weights)), device="cpu")
         arguments = {**arguments, "inference_guidance_weight": held_weight(weights, jumps.tolist())}
     if reference is None:
         reference = "ab3" if weights is None else "midpoint"
@@ -345,8 +369,10 @@ def _reference(
     steps = count(steps, "reference_steps")
     if isinstance(solver, FittedSolver):
         raise TypeError("reference must be the name of a solver, got a FittedSolver")
+    if steps < 2:
+        raise ValueError(f"reference_steps must be 2 or more, got {steps}")
     if grid is None:
-        if steps < 2 or steps % 2 or search_grid < 1 or steps % search_grid:
+        if steps % 2 or search_grid < 1 or steps % search_grid:
             raise ValueError(
                 f"reference_steps must be even and a multiple of search_grid, got {steps} and {search_grid}"
             )
@@ -354,18 +380,25 @@ def _reference(
     # Of each interval as many kept states, and an even number of steps between them, of which half pass them too.
     kept = 1 if not searched else -(-search_grid // (len(grid) - 1))
     every = 2 * max(-(-steps // (2 * kept * (len(grid) - 1))), 1)
-    fractions = torch.arange(kept * every, dtype=torch.float64) / (kept * every)
-    start, size = grid[:-1].double()[:, None], grid.double().diff()[:, None]
-    fine = torch.cat([(start + fractions * size).flatten(), grid[-1:].double()]).to(torch.get_default_dtype())
+    grid = double(grid).cpu()
+    fractions = torch.arange(kept * every, dtype=torch.float64, device="cpu") / (kept * every)
+    start, size = grid[:-1, None], grid.diff()[:, None]
+    fine = torch.cat([(start + fractions * size).flatten(), grid[-1:]]).to(torch.get_default_dtype())
     return Reference(solver, {"time_steps": fine}, every, place)
 
 
 def _held_out(sizes: Sequence[int], share: float) -> list[Tensor]:
-    """For each batch which samples are held out: evenly spread over all of them."""
-    spread = (torch.arange(1 + sum(sizes), dtype=torch.float64) * share).floor().diff() > 0
-    if not 0 < int(spread.sum()) < len(spread):
-        raise ValueError(f"held_out {share:g} of {sum(sizes)} samples leaves nothing to fit or nothing to check with")
-    return list(spread.split(list(sizes)))
+    """For each batch which samples are held out: drawn with a seed, since conditions may repeat along a batch."""
+    samples = sum(sizes)
+    held = int(samples * share)
+    if not 0 < held < samples:
+        raise ValueError(f"held_out {share:g} of {samples} samples leaves nothing to fit or nothing to check with")
+    generator = torch.Generator("cpu").manual_seed(0)
+    # Not the first sample: a search that sees one batch of one sample has to fit to it.
+    order = 1 + torch.randperm(samples - 1, generator=generator, device="cpu")
+    mask = torch.zeros(samples, dtype=torch.bool, device="cpu")
+    mask[order[:held]] = True
+    return list(mask.split(list(sizes)))
 
 
 def _check_sizes(searched: Sequence[Problem], masks: Sequence[Tensor], all_masks: Sequence[Tensor]) -> None:
@@ -382,7 +415,7 @@ def _check_sizes(searched: Sequence[Problem], masks: Sequence[Tensor], all_masks
 
 def time_grid(flow_matching: FlowMatching, steps: int) -> list[float]:
     """The model's time grid."""
-    still = torch.zeros(1, *flow_matching.x_dims)
+    still = torch.zeros(1, *flow_matching.x_dims, device="cpu")
     _, grid = flow_matching.sample(
         1,
         lambda x, t: still,
@@ -391,6 +424,7 @@ def time_grid(flow_matching: FlowMatching, steps: int) -> list[float]:
         inference_step=steps,
         int_method="euler",
         use_classifier_free_guidance=False,
+        backend="reference",  # on the CPU, which the constructor's may not serve
     )
     times: list[float] = grid.tolist()
     return times
@@ -403,15 +437,18 @@ def _solver(
     batches = path.batches
     times = batches[0].trajectory.times
     n = len(path.rows)
-    errors = {"fitted": path.error(held_out=True)}
+    errors, diverged = {"fitted": path.error(held_out=True)}, []
     for name in FIXED:
         steps = most_steps(flow_matching, name, n)
         if steps:
             fixed = _fixed(batches, name, {"time_steps": _even(how, steps)} if kept else {"inference_step": steps})
-            if fixed is not None:
+            if fixed is not None and math.isfinite(fixed):
                 errors[name] = fixed
+            elif fixed is not None:
+                diverged.append(name)
     better = min(errors, key=lambda name: errors[name])
-    if errors[better] < errors["fitted"]:
+    rounding = 1e-6 * max(rms(state) for state in path.states)
+    if errors[better] < 0.99 * errors["fitted"] and errors["fitted"] > rounding:
         warnings.warn(
             f"with {n} evaluations {better} is better than the fitted solver on the samples held out, "
             f"{errors[better]:.3g} against {errors['fitted']:.3g}: fit to more samples, or use int_method={better!r}",
@@ -437,6 +474,7 @@ def _solver(
             "guidance": "none" if weight is None else f"{form}, weight {shown}",
             "prediction": flow_matching.prediction_type,
             "times": "as given" if kept else "searched",
+            **({"diverged at as many evaluations": diverged} if diverged else {}),
             "reference": f"{how.solver} with {how.steps} steps, converged to {change:.1g} of the samples' RMS",
         },
     )
@@ -452,7 +490,6 @@ def _fixed(batches: Sequence[Batch], name: str, grid: Mapping[str, Any]) -> floa
 
 
 def _even(how: Reference, steps: int) -> Tensor:
-    """So many steps, evenly spread over the reference's."""
-    index = torch.arange(steps + 1) * how.steps
+    """So many steps, evenly spread over the reference's times."""
     grid: Tensor = how.grid["time_steps"]
-    return grid[index // steps]
+    return torch.linspace(float(grid[0]), float(grid[-1]), steps + 1, device="cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -128,10 +129,17 @@ class SolverComparison:
         if what == "quality" and self.converged_quality is not None:
             axes.axhline(self.converged_quality, color="gray", linestyle="--", linewidth=1, label="converged")
         ticks = sorted({point.evaluations for point in self.points})
-        axes.set(xscale="log", yscale="log", xlabel="evaluations of the network for one sample", ylabel=what)
+        positive = any(0 < getattr(point, what) < math.inf for point in self.points)
+        axes.set(
+            xscale="log",
+            yscale="log" if positive else "linear",
+            xlabel="evaluations of the network for one sample",
+            ylabel=what,
+        )
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        if positive:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.minorticks_off()
         axes.grid(alpha=0.3)
 
@@ -155,7 +163,10 @@ def compare(
     budgets = [count(n, "evaluations") for n in several]
     if not budgets or min(budgets) < 1:
         raise ValueError(f"evaluations must be 1 or more, got {evaluations!r:.60}")
-    chosen = [solvers.loaded(one) for one in (solvers.SOLVERS if compared is None else compared)]
+    named = compared if compared is not None else tuple(solvers.SOLVERS)
+    if isinstance(named, (str, os.PathLike, FittedSolver)):
+        named = [named]
+    chosen = [solvers.loaded(one) for one in named]
     steps = count(reference_steps, "reference_steps")
     if steps < 2 or steps % 2:
         raise ValueError(f"reference_steps must be even, got {steps}")
@@ -178,7 +189,14 @@ def compare(
         taken = None if isinstance(solver, FittedSolver) else most_steps(flow_matching, solver, budget)
         if taken == 0:
             continue
-        x = torch.cat([problem.sample(int_method=solver, inference_step=taken) for problem in found])
+        if isinstance(solver, FittedSolver):
+            _check_span(solver, trajectories[0].times)
+        try:
+            x = torch.cat([problem.sample(int_method=solver, inference_step=taken) for problem in found])
+        except ValueError as wrong:
+            if compared is None:  # one that evaluates where a prediction has no velocity, as heun at the data
+                continue
+            raise ValueError(f"{name}: {wrong}") from wrong
         points.append(
             Point(
                 name,
@@ -210,6 +228,15 @@ def _runs(chosen: Sequence[str | FittedSolver], budgets: Sequence[int]) -> list[
             again = taken[solver.evaluations] = taken.get(solver.evaluations, 0) + 1
             fitted.append((f"fitted {again}" if again > 1 else "fitted", solver, solver.evaluations))
     return runs + sorted(fitted, key=lambda run: (run[0], run[2]))
+
+
+def _check_span(solver: FittedSolver, times: Sequence[float]) -> None:
+    """Raises where a fitted solver starts or ends at other times than the converged samples."""
+    if max(abs(solver.times[0] - times[0]), abs(solver.times[-1] - times[-1])) > 1e-6:
+        raise ValueError(
+            f"a fitted solver runs from t = {solver.times[0]:g} to {solver.times[-1]:g}, and the converged samples "
+            f"from {times[0]:g} to {times[-1]:g}: they are not to be compared"
+        )
 
 
 def most_steps(flow_matching: FlowMatching, solver: str, evaluations: int) -> int:

@@ -1,6 +1,7 @@
 """A fitted solver as a solver: its bits on every backend, its file, and what contradicts it."""
 
 import json
+import math
 import struct
 
 import pytest
@@ -124,6 +125,15 @@ def test_a_table_is_kept_and_a_solver_counts_by_its_numbers():
     fm, noise = FlowMatching(DIMS), start()
     for solver in (SOLVER, other, twin):
         assert same_bits(fm.sample(BATCH, field, noise=noise, int_method=solver), eager(solver, noise)[:, -1])
+
+
+def test_a_kept_table_tells_minus_zero_from_zero():
+    fm = FlowMatching(1)
+    for zero in (0.0, -0.0):
+        x = fm.sample(
+            1, lambda x, t: -0.0 * x, noise=torch.ones(1, 1), int_method=FittedSolver((0.0, 1.0), ((zero, 1.0),))
+        )
+        assert math.copysign(1.0, x.item()) == math.copysign(1.0, zero)
 
 
 # ---- what contradicts it ----
@@ -274,6 +284,8 @@ DAMAGED = {
     "a row too long": (changed(coefficients=[[1, 0.1, 0.1]] + [[1, 0.5]] * 4), r"coefficients\[0\] must have 2 to 2"),
     "coefficients of null": (changed(coefficients=None), "a row for each"),
     "rows": (changed(rows=["fitted"]), "rows must name each of the 5 rows"),
+    "nested too deep": (lambda content: "[" * 100_000, "recursion"),
+    "rows of a string": (changed(rows="abcde"), "rows must name each"),
     "rows of numbers": (changed(rows=5), "rows must name each"),
     "noise_at": (changed(noise_at=2), "noise_at must be 0 or 1, got 2"),
     "errors": (changed(errors=[]), "errors must be a dict"),

@@ -176,3 +176,33 @@ def test_refused(case):
 
 def test_it_is_public():
     assert isinstance(FlowMatching(3).compare_solvers(decay, 1, ["euler"], **FAST), SolverComparison)
+
+
+def test_a_fitted_solver_of_another_span_is_refused():
+    short = FittedSolver((0.0, 0.25, 0.9), ((1.0, 0.25), (1.0, 0.65)))
+    with pytest.raises(ValueError, match=r"from t = 0 to 0\.9, and the converged samples from 0 to 1"):
+        FlowMatching(3).compare_solvers(decay, 2, [short], **FAST)
+
+
+@pytest.mark.filterwarnings("ignore:the reference has not converged")
+def test_solvers_that_a_prediction_rules_out():
+    """Left out where all are compared, named where they are asked for."""
+    fm = FlowMatching(3, prediction_type="data")
+    compared = fm.compare_solvers(lambda x, t: x.tanh(), 8, **FAST).curves()
+    assert "euler" in compared and not {"heun", "rk4", "rk4_classic"} & compared.keys()
+    with pytest.raises(ValueError, match="heun: what step_fn predicts"):
+        fm.compare_solvers(lambda x, t: x.tanh(), 8, ["heun"], **FAST)
+
+
+def test_one_solver_without_a_list():
+    for one in ("euler", TWO):
+        assert len(FlowMatching(3).compare_solvers(decay, 2, one, **FAST).points) == 1
+
+
+def test_plot_without_a_finite_error(tmp_path):
+    pytest.importorskip("matplotlib")
+    target = lambda x, t: (1 - x) / (1 - t)  # noqa: E731
+    comparison = FlowMatching(3).compare_solvers(target, 4, ["heun"], **FAST)
+    assert math.isnan(comparison.points[0].error)
+    comparison.plot(tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 1000

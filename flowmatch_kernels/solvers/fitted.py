@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
+import struct
 import sys
 from collections.abc import Mapping, Sequence
 from operator import gt, lt
@@ -68,10 +70,14 @@ class FittedSolver:
             most = 2 + min(i, EARLIER)
             if not 2 <= len(row) <= most:
                 raise ValueError(f"coefficients[{i}] must have 2 to {most} numbers (a, b0, b1, ...), got {len(row)}")
-        if self.noise_at not in (0, 1):
+        if type(self.noise_at) is not int or self.noise_at not in (0, 1):
             raise ValueError(f"noise_at must be 0 or 1, got {self.noise_at!r:.60}")
         names = self.rows or ("fitted",) * steps
-        if not isinstance(names, Sequence) or len(names) != steps or not all(isinstance(name, str) for name in names):
+        if (
+            not isinstance(names, (list, tuple))
+            or len(names) != steps
+            or not all(isinstance(name, str) for name in names)
+        ):
             raise ValueError(f"rows must name each of the {steps} rows, got {names!r:.60}")
         for name in ("errors", "fitted_with"):
             if not isinstance(getattr(self, name), Mapping):
@@ -85,6 +91,11 @@ class FittedSolver:
     def evaluations(self) -> int:
         """N."""
         return len(self.coefficients)
+
+    def bits(self) -> bytes:
+        """Its times and coefficients; unlike ==, they tell -0.0 from 0.0."""
+        numbers = [*self.times, *itertools.chain(*self.coefficients)]
+        return struct.pack(f"{len(numbers)}d", *numbers) + bytes(map(len, self.coefficients))
 
     def grid(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Its times, [N + 1]."""
@@ -128,7 +139,11 @@ class FittedSolver:
             if missing:
                 raise ValueError(f"it has no {', '.join(sorted(missing))}")
             return cls(**{name: content[name] for name in fields})
-        except (ValueError, TypeError) as error:  # a JSONDecodeError and a UnicodeDecodeError are ValueErrors
+        except (
+            ValueError,
+            TypeError,
+            RecursionError,
+        ) as error:  # JSON and Unicode errors are ValueErrors
             raise ValueError(f"{os.fspath(path)} is not a saved FittedSolver: {error}") from error
 
     def __repr__(self) -> str:

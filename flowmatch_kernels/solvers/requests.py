@@ -54,7 +54,8 @@ class Request(NamedTuple):
         if grid is None or sizes is None or weight is None:
             return None
         options = content(tuple(option for _, option in self.options)) if self.options else b""
-        return (*self[:7], options, self.grid_dtype, grid, sizes, self.form, weight)
+        solver = self.int_method.bits() if isinstance(self.int_method, FittedSolver) else self.int_method
+        return (solver, *self[1:7], options, self.grid_dtype, grid, sizes, self.form, weight)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors that its key names by identity."""
@@ -171,7 +172,8 @@ def checked_grid(time_steps: Any, name: str) -> Tensor:
         ValueError: it is not 1-D with two or more entries, finite and strictly monotonic.
     """
     try:
-        grid = torch.as_tensor(time_steps).detach()
+        # On the CPU, whatever the default device is: the host checks it.
+        grid = (time_steps if isinstance(time_steps, Tensor) else torch.as_tensor(time_steps, device="cpu")).detach()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a tensor or a sequence of floats, got {time_steps!r:.60}") from None
     if not grid.is_floating_point():
@@ -195,7 +197,7 @@ def checked_sizes(step_sizes: Any, steps: int) -> Tensor:
     """
     if not isinstance(step_sizes, Tensor):
         try:
-            step_sizes = torch.tensor(step_sizes, dtype=torch.float64)
+            step_sizes = torch.tensor(step_sizes, dtype=torch.float64, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"step_sizes must be a tensor or a sequence of floats, got {step_sizes!r:.60}") from None
     if not step_sizes.is_floating_point():

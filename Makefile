@@ -13,7 +13,7 @@
 #   make format      let ruff and clang-format rewrite the code
 #   make clean       remove all that make made
 #
-# ARGS goes to the command: make demo ARGS="--steps 10", make test ARGS="-k guided". PYTHON is the interpreter
+# ARGS goes to the command: make demo ARGS=--compare-solvers, make test ARGS="-k guided". PYTHON is the interpreter
 # that .venv is made from, CUDA_TORCH the CUDA build of torch that cuda-build takes, PROCESSES how many processes
 # run the tests.
 

@@ -91,7 +91,7 @@ def digits() -> Iterator[Bound]:
 def closed(name: str, field: Callable[..., torch.Tensor], evaluations: tuple[int, ...]) -> Iterator[Bound]:
     """A field in the plane: at most the error of the best solver with a name."""
     fm = FlowMatching(2)
-    solvers = fm.fit_solver(field, evaluations, batch_size=2048)
+    solvers = fm.fit_solver(field, evaluations, batch_size=4096)
     comparison = fm.compare_solvers(field, evaluations, (*FIXED, *solvers), noise=noise(4096, 2))
     _show(name, comparison)
     curves = comparison.curves()

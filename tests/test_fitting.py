@@ -38,14 +38,14 @@ def text(solver, path):
 REACHED = {
     # field: (samples, {evaluations: bound}). The bounds are RMS distances to the converged samples.
     # What was reached on three draws of noise, and a quarter more: which samples start between two modes, whose ends
-    # are the hardest, depends on the draw. 0.148, 0.073, 0.045 and 0.032; the best solver with a name: 0.35, 0.19,
+    # are the hardest, depends on the draw. 0.137, 0.068, 0.052 and 0.031; the best solver with a name: 0.35, 0.19,
     # 0.11 and 0.042.
-    "mixture": (mixture, 2048, {4: 0.185, 6: 0.09, 8: 0.057, 12: 0.04}),
+    "mixture": (mixture, 4096, {4: 0.172, 6: 0.085, 8: 0.065, 12: 0.039}),
     # A linear field is in reach of the five numbers: what is left is float32, 1e-6 after 4 steps of entries up to 4.
     "rotation": (rotation, 256, {2: 1e-5, 4: 1e-5, 6: 1e-5}),
-    # Our own choice. What was reached on three draws, 0.474, 0.129, 0.031 and 0.007, and a tenth more; the best solver
+    # Our own choice. What was reached on three draws, 0.466, 0.118, 0.030 and 0.008, and a tenth more; the best solver
     # with a name: 0.57, 0.22, 0.098 and 0.028.
-    "pendulum": (pendulum, 512, {4: 0.52, 6: 0.142, 8: 0.034, 12: 0.0077}),
+    "pendulum": (pendulum, 1024, {4: 0.52, 6: 0.13, 8: 0.033, 12: 0.0088}),
 }
 
 

@@ -22,6 +22,7 @@ NAME = "flowmatch_kernels._C"
 # No FMA, ever; selects may be computed without a branch, so that loops vectorise.
 CXX_FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false", "-Xcompiler=-fvisibility=hidden"]
+ROOT = Path(__file__).resolve().parent
 # Within one major architecture, what is built for the first runs on all. The PTX of 8.0 is for the embedded
 # ones (Orin, Thor), which do not run the others' binaries.
 ARCHITECTURES = ("7.5", "8.0+PTX", "9.0", "10.0", "12.0")
@@ -29,6 +30,14 @@ ARCHITECTURES = ("7.5", "8.0+PTX", "9.0", "10.0", "12.0")
 
 def flag(variable: str) -> bool:
     return os.environ.get(variable, "0") not in ("", "0")
+
+
+def prefix_maps() -> list[str]:
+    """Flags that keep this machine's folders out of what is built: __FILE__ is in messages of torch's headers."""
+    import torch
+
+    folders = {ROOT: ".", Path(torch.__file__).parent: "torch"}
+    return [f"-ffile-prefix-map={folder}={name}" for folder, name in folders.items()]
 
 
 def find_toolkit() -> None:
@@ -109,7 +118,10 @@ def extension() -> dict:
         depends=["setup.py", *glob("csrc/*.h")],
         include_dirs=[pybind11.get_include()],
         define_macros=macros,
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        extra_compile_args={
+            "cxx": [*CXX_FLAGS, *prefix_maps()],
+            "nvcc": [*NVCC_FLAGS, *[f"-Xcompiler={flag}" for flag in prefix_maps()]],
+        },
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildOrExplain}}
 

@@ -8,6 +8,8 @@
 #endif
 #include <torch/csrc/stable/ops.h>
 
+#include <stdexcept>
+
 #include "fused_step_cpu.h"
 #ifdef FLOWMATCH_KERNELS_CUDA
 #include "fused_step_cuda.h"
@@ -16,8 +18,9 @@
 namespace flowmatch_kernels {
 
 void launch_cpu(const Operands& o, Dtype state, Dtype velocity, bool velocity_rounding) {
-  STD_TORCH_CHECK(dispatch(state, velocity, velocity_rounding, [](auto) {}),
-                  "the velocity's dtype is wider than the state's");
+  if (!dispatch(state, velocity, velocity_rounding, [](auto) {})) {
+    throw std::invalid_argument("fused_step: the velocity's dtype is wider than the state's");
+  }
   const auto part = [&](std::int64_t begin, std::int64_t end) {
     fused_step_cpu(o, state, velocity, velocity_rounding, begin, end);
   };

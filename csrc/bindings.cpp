@@ -220,6 +220,7 @@ PYBIND11_MODULE(_C, m) {
   add_fused_step(m);
   add_rows(m);
 #ifdef FLOWMATCH_KERNELS_CUDA
-  m.attr("cuda_archs") = FLOWMATCH_KERNELS_CUDA;
+  m.attr("cuda_archs") = FLOWMATCH_KERNELS_CUDA;  // what flowmatch_kernels._C_cuda was built for, and with
+  m.attr("cuda_version") = FLOWMATCH_KERNELS_CUDA_VERSION;
 #endif
 }

@@ -29,6 +29,8 @@ enum Field {
   kFieldCount
 };
 
+LaunchCuda* launch_cuda = nullptr;  // of flowmatch_kernels._C_cuda, once it is loaded
+
 // Their names, for messages.
 constexpr const char* kNames[] = {
     "out",      "base",       "v",    "u",      "h1", "h2", "h3", "coefficients", "row", "velocity_rounding",
@@ -121,12 +123,9 @@ PyObject* fused_step_python(PyObject*, PyObject* operands) {
     }
     const bool rounding = truth(field(kVelocityRounding));
     if (base.device >= 0) {
-#ifdef FLOWMATCH_KERNELS_CUDA
+      if (!launch_cuda) raise(PyExc_RuntimeError, "fused_step_: the extension's CUDA half is not loaded");
       launch_cuda(o, *base.dtype, *v.dtype, rounding, base.device);
       Py_RETURN_NONE;
-#else
-      raise(PyExc_RuntimeError, "fused_step_: the extension was built without CUDA");
-#endif
     }
     if (base.device != View::kHost) refuse(PyExc_ValueError, kBase, " must be on the CPU or on CUDA");
     std::optional<pybind11::gil_scoped_release> released;  // worth its cost only for a large state
@@ -136,6 +135,15 @@ PyObject* fused_step_python(PyObject*, PyObject* operands) {
     Py_RETURN_NONE;
   });
 }
+
+PyObject* use_cuda(PyObject*, PyObject* capsule) {
+  void* const address = PyCapsule_GetPointer(capsule, kLaunchCudaCapsule);
+  if (!address) return nullptr;
+  launch_cuda = reinterpret_cast<LaunchCuda*>(address);
+  Py_RETURN_NONE;
+}
+PyMethodDef kUseCuda = {"use_cuda", use_cuda, METH_O,
+                        "use_cuda(capsule)\n--\n\nTakes flowmatch_kernels._C_cuda.launch for tensors on CUDA."};
 
 PyMethodDef kFusedStep = {
     "fused_step_", fused_step_python, METH_O,
@@ -160,6 +168,7 @@ PyMethodDef kApart = {"apart", reinterpret_cast<PyCFunction>(reinterpret_cast<vo
 void add_fused_step(pybind11::module_& m) {
   m.attr("fused_step_") =
       pybind11::reinterpret_steal<pybind11::object>(PyCFunction_NewEx(&kFusedStep, nullptr, nullptr));
+  m.attr("use_cuda") = pybind11::reinterpret_steal<pybind11::object>(PyCFunction_NewEx(&kUseCuda, nullptr, nullptr));
   m.attr("apart") = pybind11::reinterpret_steal<pybind11::object>(PyCFunction_NewEx(&kApart, nullptr, nullptr));
 }
 

@@ -59,7 +59,7 @@ BACKENDS = {
         Backend(
             "cuda",
             ("cuda",),
-            lambda device_type: native.cuda_unavailable(),
+            lambda device_type: native.cuda_unavailable(),  # which loads it
             lambda: native.fused_step_,
         ),
         Backend(

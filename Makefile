@@ -114,4 +114,4 @@ format: setup
 	$(BIN)/clang-format -i $(CSRC)
 
 clean:
-	rm -rf .venv build dist *.egg-info flowmatch_kernels/_C.* .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info flowmatch_kernels/_C.* flowmatch_kernels/_C_cuda.* .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,12 +1,14 @@
-"""Builds the extension flowmatch_kernels._C; everything else is in pyproject.toml.
+"""Builds the extension, flowmatch_kernels._C and for CUDA flowmatch_kernels._C_cuda; all else is in pyproject.toml.
 
 FLOWMATCH_KERNELS_NO_EXT=1       install pure Python
+FLOWMATCH_KERNELS_NO_CUDA=1      build for the CPU only
 FLOWMATCH_KERNELS_REQUIRE_EXT=1  fail where the extension cannot be built, instead of installing without it
 FORCE_CUDA=1                     build CUDA in, or fail
 TORCH_CUDA_ARCH_LIST             the GPU architectures; the default ends in PTX, so that newer GPUs run too
 CXX, CUDA_HOME, MAX_JOBS         the C++ compiler, where nvcc is, how many compilers at once
 """
 
+import copy
 import os
 import re
 import shlex
@@ -16,12 +18,23 @@ import warnings
 from glob import glob
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
 
-NAME = "flowmatch_kernels._C"
+if (
+    int(setuptools.__version__.split(".")[0]) < 77
+):  # which does not know pyproject.toml's license, and says so at length
+    raise SystemExit(
+        f"flowmatch_kernels needs setuptools >= 77 to build, and this is {setuptools.__version__}: "
+        "pip install --upgrade setuptools"
+    )
+
+NAME, CUDA_NAME = "flowmatch_kernels._C", "flowmatch_kernels._C_cuda"
 # No FMA, ever; selects may be computed without a branch, so that loops vectorise.
 CXX_FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false", "-Xcompiler=-fvisibility=hidden"]
+CUDA_SOURCES = ["csrc/launch_cuda.cpp", "csrc/fused_step_cuda.cu"]
+ROOT = Path(__file__).resolve().parent
 # Within one major architecture, what is built for the first runs on all. The PTX of 8.0 is for the embedded
 # ones (Orin, Thor), which do not run the others' binaries.
 ARCHITECTURES = ("7.5", "8.0+PTX", "9.0", "10.0", "12.0")
@@ -29,6 +42,14 @@ ARCHITECTURES = ("7.5", "8.0+PTX", "9.0", "10.0", "12.0")
 
 def flag(variable: str) -> bool:
     return os.environ.get(variable, "0") not in ("", "0")
+
+
+def prefix_maps() -> list[str]:
+    """Flags that keep this machine's folders out of what is built: __FILE__ is in messages of torch's headers."""
+    import torch
+
+    folders = {ROOT: ".", Path(torch.__file__).parent: "torch"}
+    return [f"-ffile-prefix-map={folder}={name}" for folder, name in folders.items()]
 
 
 def find_toolkit() -> None:
@@ -54,7 +75,9 @@ def cuda_architectures() -> str | None:
         return subprocess.run([compiler, option], check=True, capture_output=True, text=True).stdout
 
     compiler = Path(CUDA_HOME or "", "bin", "nvcc")
-    if torch.version.cuda is None:
+    if flag("FLOWMATCH_KERNELS_NO_CUDA"):
+        reason = "FLOWMATCH_KERNELS_NO_CUDA=1 is set too"
+    elif torch.version.cuda is None:
         reason = f"torch {torch.__version__} is not a CUDA build"
     elif CUDA_HOME is None or not compiler.exists():
         reason = "nvcc is not found: put it on PATH, or set CUDA_HOME"
@@ -77,12 +100,29 @@ def extension() -> dict:
     import pybind11
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, get_cxx_compiler
 
+    def explanation(place: Path) -> Path:
+        return place.with_name(f"{place.name.split('.')[0]}.py")
+
     class BuildOrExplain(BuildExtension):
-        """Where the extension cannot be built, a module in its place says why when it is imported."""
+        """Where a module cannot be built, one in its place says why when it is imported.
+
+        One module after the other: what CUDA's needs must not take the CPU's with it.
+        """
 
         def run(self) -> None:
-            explanation = Path(self.get_ext_fullpath(NAME)).with_name("_C.py")
-            explanation.unlink(missing_ok=True)
+            modules, compiler, inplace = self.extensions, self.compiler, self.inplace
+            places = {name: Path(self.get_ext_fullpath(name)) for name in (NAME, CUDA_NAME)}
+            for name, place in places.items():  # what an earlier build left does not go with this one
+                explanation(place).unlink(missing_ok=True)
+                if name not in [module.name for module in modules]:
+                    place.unlink(missing_ok=True)
+            for module in modules:
+                self.extensions, self.compiler, self.inplace = [module], compiler, inplace
+                if not self._build(module.name, places[module.name]):
+                    break
+            self.extensions = modules
+
+        def _build(self, name: str, place: Path) -> bool:
             try:
                 compiler = shlex.split(get_cxx_compiler())[0]
                 if shutil.which(compiler) is None:
@@ -92,26 +132,36 @@ def extension() -> dict:
                 if flag("FORCE_CUDA") or flag("FLOWMATCH_KERNELS_REQUIRE_EXT"):
                     raise
                 reason = f"it was not built: {error}; FLOWMATCH_KERNELS_REQUIRE_EXT=1 shows all of it"
-                explanation.parent.mkdir(parents=True, exist_ok=True)
-                explanation.write_text(f"raise ImportError({reason!r})\n")
-                warnings.warn(f"flowmatch_kernels is installed without its C++ extension: {reason}", stacklevel=1)
+                place.unlink(missing_ok=True)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                explanation(place).write_text(f"raise ModuleNotFoundError({reason!r})\n")
+                what = "CUDA half" if name == CUDA_NAME else "C++ extension"
+                warnings.warn(f"flowmatch_kernels is installed without its {what}: {reason}", stacklevel=1)
+                return False
+            return True
 
-    sources = sorted(glob("csrc/*.cpp"))
+    import torch
+
     macros = [("TORCH_TARGET_VERSION", "0x020a000000000000")]  # the stable ABI of torch 2.10
-    architectures = cuda_architectures()
+    options = {
+        "depends": ["setup.py", *glob("csrc/*.h")],
+        "include_dirs": [pybind11.get_include()],
+        "extra_compile_args": {
+            "cxx": [*CXX_FLAGS, *prefix_maps()],
+            "nvcc": [*NVCC_FLAGS, *[f"-Xcompiler={flag}" for flag in prefix_maps()]],
+        },
+    }
+    architectures, cuda = cuda_architectures(), []
     if architectures is not None:
-        sources.append("csrc/fused_step_cuda.cu")
-        macros.append(("FLOWMATCH_KERNELS_CUDA", f'"{architectures}"'))
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures  # where BuildExtension reads it
-    module = (CppExtension if architectures is None else CUDAExtension)(
-        NAME,
-        sources,
-        depends=["setup.py", *glob("csrc/*.h")],
-        include_dirs=[pybind11.get_include()],
-        define_macros=macros,
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
-    )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildOrExplain}}
+        cuda = [CUDAExtension(CUDA_NAME, CUDA_SOURCES, define_macros=[*macros], **copy.deepcopy(options))]
+        macros += [
+            ("FLOWMATCH_KERNELS_CUDA", f'"{architectures}"'),
+            ("FLOWMATCH_KERNELS_CUDA_VERSION", f'"{torch.version.cuda}"'),
+        ]
+    sources = sorted({*glob("csrc/*.cpp")} - {*CUDA_SOURCES})
+    modules = [CppExtension(NAME, sources, define_macros=macros, **copy.deepcopy(options)), *cuda]
+    return {"ext_modules": modules, "cmdclass": {"build_ext": BuildOrExplain}}
 
 
 setup(**extension())

@@ -9,11 +9,14 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <sstream>
 #include <string>
+#include <utility>
 
 #include "fused_step_cpu.h"
 #include "host_pool.h"
 #include "launch.h"
+#include "overlap.h"
 #include "python_operands.h"
 #include "python_tensor.h"
 #include "row.h"
@@ -26,7 +29,18 @@ using OptionalTensor = std::optional<Tensor>;
 
 // ---- the registered ops ----
 
-Dtype dtype_of(const Tensor& tensor, const char* name) {
+// Which reach Python as what they are, through torch's dispatcher too: std::runtime_errors that pybind11 knows.
+using TypeError = pybind11::type_error;
+using ValueError = pybind11::value_error;
+
+template <class Error, class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw Error(message.str());
+}
+
+std::optional<Dtype> dtype_of(const Tensor& tensor) {
   using torch::headeronly::ScalarType;
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
@@ -38,8 +52,30 @@ Dtype dtype_of(const Tensor& tensor, const char* name) {
     case ScalarType::Half:
       return Dtype::kFloat16;
     default:
-      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
+      return std::nullopt;
   }
+}
+
+const char* name_of(Dtype dtype) {
+  constexpr const char* kNames[] = {"torch.float32", "torch.float64", "torch.bfloat16", "torch.float16"};
+  return kNames[static_cast<int>(dtype)];
+}
+
+std::string dtype_name(const Tensor& tensor) {
+  const std::optional<Dtype> dtype = dtype_of(tensor);
+  return dtype ? name_of(*dtype) : torch::headeronly::toString(tensor.scalar_type());
+}
+
+Dtype dtype_of(const Tensor& tensor, const char* name) {
+  const std::optional<Dtype> dtype = dtype_of(tensor);
+  if (!dtype) refuse<TypeError>(name, " must be float32, float64, bfloat16 or float16, got ", dtype_name(tensor));
+  return *dtype;
+}
+
+std::string list(const torch::headeronly::IntHeaderOnlyArrayRef& sizes) {
+  std::string text = "[";
+  for (const std::int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + "]";
 }
 
 bool same_shape(const Tensor& x, const Tensor& y) {
@@ -50,14 +86,30 @@ bool same_shape(const Tensor& x, const Tensor& y) {
   return true;
 }
 
+void check_device(const Tensor& tensor, const char* name) {
+  if (!tensor.is_cpu()) {
+    refuse<ValueError>(name, " must be on base's device cpu, got ", tensor.is_cuda() ? "cuda" : "another");
+  }
+}
+
+void check_dtype(const Tensor& tensor, const char* name, Dtype dtype) {
+  if (dtype_of(tensor, name) != dtype) {
+    refuse<TypeError>(name, " must be ", name_of(dtype), ", got ", dtype_name(tensor));
+  }
+}
+
 void check(const Tensor& tensor, const char* name, const Tensor& base, Dtype dtype) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on base's device, the CPU");
-  STD_TORCH_CHECK(dtype_of(tensor, name) == dtype, name, " has the wrong dtype for this state");
-  STD_TORCH_CHECK(same_shape(tensor, base), name, " must have base's shape");
+  check_device(tensor, name);
+  check_dtype(tensor, name, dtype);
+  if (!same_shape(tensor, base)) {
+    refuse<ValueError>(name, " must have base's shape ", list(base.sizes()), ", got ", list(tensor.sizes()));
+  }
 }
 
 void check_contiguous(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+  if (!tensor.is_contiguous()) {
+    refuse<ValueError>(name, " must be contiguous, got strides ", list(tensor.strides()));
+  }
 }
 
 void* written(const OptionalTensor& tensor) { return tensor ? tensor->mutable_data_ptr() : nullptr; }
@@ -72,15 +124,19 @@ void fused_step_(Tensor out, Tensor base, Tensor v, OptionalTensor u, OptionalTe
   check(out, "out", base, state);
   check_contiguous(out, "out");
   check(v, "v", base, velocity);
-  STD_TORCH_CHECK(dispatch(state, velocity, false, [](auto) {}),
-                  "v is wider than the state: cast v, or choose a wider state");
+  if (!dispatch(state, velocity, false, [](auto) {})) {
+    refuse<TypeError>("v is ", name_of(velocity), ", wider than the state's ", name_of(state),
+                      ": cast v, or choose a wider state");
+  }
   v = torch::stable::contiguous(v);
   if (u) {
     check(*u, "u", base, velocity);
     u = torch::stable::contiguous(*u);
   }
-  STD_TORCH_CHECK(!(h2 && !h1) && !(h3 && !h2), "history terms fill up from h1: h2 needs h1, h3 needs h2");
-  STD_TORCH_CHECK(guidance >= 0 && guidance <= 2, "guidance must be 0, 1 or 2, got ", guidance);
+  if ((h2 && !h1) || (h3 && !h2)) {
+    refuse<ValueError>("history terms fill up from h1: ", h3 && !h2 ? "h3 needs h2" : "h2 needs h1");
+  }
+  if (guidance < 0 || guidance > 2) refuse<ValueError>("guidance must be 0, 1 or 2, got ", guidance);
   const std::pair<const OptionalTensor*, const char*> histories[] = {
       {&h1, "h1"}, {&h2, "h2"}, {&h3, "h3"}, {&history, "history"}};
   for (const auto& [tensor, name] : histories) {
@@ -88,41 +144,48 @@ void fused_step_(Tensor out, Tensor base, Tensor v, OptionalTensor u, OptionalTe
     check(**tensor, name, base, arithmetic);
     check_contiguous(**tensor, name);
   }
-  STD_TORCH_CHECK(coefficients.is_cpu(), "coefficients must be on base's device, the CPU");
-  STD_TORCH_CHECK(dtype_of(coefficients, "coefficients") == arithmetic,
-                  "coefficients must have the arithmetic dtype: float64 for a float64 state, else float32");
-  STD_TORCH_CHECK(coefficients.dim() == 2 && coefficients.size(1) == kColumns, "coefficients must be [rows, 8]");
-  check_contiguous(coefficients, "coefficients");
-  STD_TORCH_CHECK(row >= 0 && row < coefficients.size(0), "row must be in [0, ", coefficients.size(0), "), got ", row);
+  check_device(coefficients, "coefficients");
+  check_dtype(coefficients, "coefficients", arithmetic);
+  if (coefficients.dim() != 2 || coefficients.size(1) != kColumns || !coefficients.is_contiguous()) {
+    refuse<ValueError>("coefficients must be contiguous, [rows, 8], got ", list(coefficients.sizes()));
+  }
+  if (row < 0 || row >= coefficients.size(0)) {
+    refuse<ValueError>("row must be in [0, ", coefficients.size(0), "), got ", row);
+  }
   std::int64_t slots = 1;
   if (trajectory) {
-    STD_TORCH_CHECK(trajectory->is_cpu(), "trajectory must be on base's device, the CPU");
-    STD_TORCH_CHECK(dtype_of(*trajectory, "trajectory") == state, "trajectory must have the state's dtype");
+    check_device(*trajectory, "trajectory");
+    check_dtype(*trajectory, "trajectory", state);
     bool fits = base.dim() > 0 && trajectory->dim() == base.dim() + 1 && trajectory->size(0) == base.size(0);
     for (std::int64_t d = 1; fits && d < base.dim(); ++d) fits = trajectory->size(d + 1) == base.size(d);
-    STD_TORCH_CHECK(fits, "trajectory must be [B, slots, *x_dims]");
-    check_contiguous(*trajectory, "trajectory");
+    if (!fits || !trajectory->is_contiguous()) {
+      refuse<ValueError>("trajectory must be contiguous, [B, slots, *x_dims] for a state ", list(base.sizes()),
+                         ", got ", list(trajectory->sizes()));
+    }
     slots = trajectory->size(1);
-    STD_TORCH_CHECK(slot >= 0 && slot < slots, "slot must be in [0, ", slots, "), got ", slot);
+    if (slot < 0 || slot >= slots) refuse<ValueError>("slot must be in [0, ", slots, "), got ", slot);
   }
   if (base.numel() == 0) return;
 
   const auto read = [](const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; };
   const std::int64_t row_bytes = kColumns * (arithmetic == Dtype::kFloat64 ? 8 : 4);
-  launch_cpu(Operands{.out = out.mutable_data_ptr(),
-                      .base = base.const_data_ptr(),
-                      .v = v.const_data_ptr(),
-                      .u = read(u),
-                      .h = {read(h1), read(h2), read(h3)},
-                      .row = static_cast<const char*>(coefficients.const_data_ptr()) + row * row_bytes,
-                      .trajectory = written(trajectory),
-                      .history = written(history),
-                      .numel = base.numel(),
-                      .sample = base.dim() > 0 ? base.numel() / base.size(0) : 1,
-                      .slots = slots,
-                      .slot = slot,
-                      .guidance = static_cast<Guidance>(guidance)},
-             state, velocity, velocity_rounding);
+  const Operands o{.out = out.mutable_data_ptr(),
+                   .base = base.const_data_ptr(),
+                   .v = v.const_data_ptr(),
+                   .u = read(u),
+                   .h = {read(h1), read(h2), read(h3)},
+                   .row = static_cast<const char*>(coefficients.const_data_ptr()) + row * row_bytes,
+                   .trajectory = written(trajectory),
+                   .history = written(history),
+                   .numel = base.numel(),
+                   .sample = base.dim() > 0 ? base.numel() / base.size(0) : 1,
+                   .slots = slots,
+                   .slot = slot,
+                   .guidance = static_cast<Guidance>(guidance)};
+  if (const auto found = overlap(o, state, velocity, coefficients.const_data_ptr(), coefficients.size(0))) {
+    refuse<ValueError>(*found);
+  }
+  launch_cpu(o, state, velocity, velocity_rounding);
 }
 
 Tensor fused_step(Tensor base, Tensor v, OptionalTensor u, OptionalTensor h1, OptionalTensor h2, OptionalTensor h3,
@@ -157,6 +220,7 @@ PYBIND11_MODULE(_C, m) {
   add_fused_step(m);
   add_rows(m);
 #ifdef FLOWMATCH_KERNELS_CUDA
-  m.attr("cuda_archs") = FLOWMATCH_KERNELS_CUDA;
+  m.attr("cuda_archs") = FLOWMATCH_KERNELS_CUDA;  // what flowmatch_kernels._C_cuda was built for, and with
+  m.attr("cuda_version") = FLOWMATCH_KERNELS_CUDA_VERSION;
 #endif
 }

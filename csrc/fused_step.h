@@ -27,6 +27,8 @@ namespace flowmatch_kernels {
 
 enum class Dtype : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
+constexpr std::int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
+
 struct BFloat16 {
   std::uint16_t bits;
 };
@@ -40,7 +42,7 @@ enum Column : int { kA = 0, kB0 = 1, kB1 = 2, kB2 = 3, kB3 = 4, kW0 = 5, kW1 = 6
 // How the two velocities of guidance are combined.
 enum class Guidance : int { kWeighted = 0, kFromUnguided = 1, kFromGuided = 2 };
 
-// What a launch reads and writes. Every tensor is contiguous; optional ones are null.
+// What a launch reads and writes. Every tensor is contiguous; optional ones are null. Which may overlap: overlap.h.
 struct Operands {
   void* out;         // S[numel]; may be base
   const void* base;  // S[numel]

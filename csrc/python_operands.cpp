@@ -1,6 +1,10 @@
 #include "python_operands.h"
 
+#include <iterator>
+#include <string>
+
 #include "launch.h"
+#include "overlap.h"
 #include "python_tensor.h"
 
 namespace flowmatch_kernels {
@@ -25,35 +29,80 @@ enum Field {
   kFieldCount
 };
 
-View look(PyObject* tensor, bool optional = false) {
+LaunchCuda* launch_cuda = nullptr;  // of flowmatch_kernels._C_cuda, once it is loaded
+
+// Their names, for messages.
+constexpr const char* kNames[] = {
+    "out",      "base",       "v",    "u",      "h1", "h2", "h3", "coefficients", "row", "velocity_rounding",
+    "guidance", "trajectory", "slot", "history"};
+static_assert(std::size(kNames) == kFieldCount);
+
+[[noreturn, gnu::cold]] void refuse(PyObject* type, Field k, const std::string& words) {
+  raise(type, std::string("fused_step_: ") + kNames[k] + words);
+}
+
+std::string type_name(PyObject* object) { return Py_TYPE(object)->tp_name; }
+
+std::string dtype_name(PyObject* tensor) {
+  const pybind11::object dtype = pybind11::handle(tensor).attr("dtype");
+  return pybind11::str(dtype).cast<std::string>();
+}
+
+// A tensor whose values lie in memory as they are: v and u may be strided.
+Object dense(PyObject* tensor, Field k) {
+  try {
+    return flowmatch_kernels::dense(tensor);
+  } catch (const PythonError&) {  // no question beforehand: it costs 0.1 us
+    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw;
+    PyErr_Clear();
+    refuse(PyExc_TypeError, k, " must be a tensor, got " + type_name(tensor));
+  }
+}
+
+View look(PyObject* tensor, Field k, bool optional = false) {
   View view(tensor);
   if (tensor == Py_None && optional) return view;
-  if (!view.seen || !view.memory) raise(PyExc_ValueError, "fused_step_: an operand has no memory (a fake tensor?)");
+  if (!view.seen || !view.memory) {
+    if (!is_tensor(tensor)) refuse(PyExc_TypeError, k, " must be a tensor, got " + type_name(tensor));
+    refuse(PyExc_ValueError, k, " must be a dense tensor that has memory, got a " + type_name(tensor) + " without");
+  }
   return view;
 }
 
 PyObject* fused_step_python(PyObject*, PyObject* operands) {
   return guard([&]() -> PyObject* {
-    if (!PyTuple_Check(operands) || PyTuple_GET_SIZE(operands) != kFieldCount) {
-      raise(PyExc_TypeError, "fused_step_ takes one argument, the Operands");
+    if (!PyTuple_Check(operands)) {
+      raise(PyExc_TypeError, "fused_step_ takes one argument, the Operands, got " + type_name(operands));
+    }
+    if (PyTuple_GET_SIZE(operands) != kFieldCount) {
+      raise(PyExc_TypeError, "fused_step_ takes Operands of " + std::to_string(kFieldCount) + " fields, got " +
+                                 std::to_string(PyTuple_GET_SIZE(operands)));
     }
     const auto field = [&](Field k) { return PyTuple_GET_ITEM(operands, k); };
     const View base(field(kBase));
     if (base.seen && base.numel() == 0) Py_RETURN_NONE;
-    const Object v_dense(dense(field(kV)));
-    const Object u_dense(field(kU) == Py_None ? Py_NewRef(Py_None) : dense(field(kU)).release());
-    const View out = look(field(kOut)), v = look(v_dense.get()), u = look(u_dense.get(), true);
-    const View h1 = look(field(kH1), true), h2 = look(field(kH2), true), h3 = look(field(kH3), true);
-    const View coefficients = look(field(kCoefficients)), history = look(field(kHistory), true);
-    const View trajectory = look(field(kTrajectory), true);
-    if (!base.dtype || !v.dtype) {
-      raise(PyExc_TypeError, "fused_step_: an operand is not float32, float64, bfloat16 or float16");
+    if (!base.seen || !base.memory) look(field(kBase), kBase);  // says what it is instead
+    const Object v_dense(dense(field(kV), kV));
+    const Object u_dense(field(kU) == Py_None ? Py_NewRef(Py_None) : dense(field(kU), kU).release());
+    const View out = look(field(kOut), kOut), v = look(v_dense.get(), kV), u = look(u_dense.get(), kU, true);
+    const View h1 = look(field(kH1), kH1, true), h2 = look(field(kH2), kH2, true), h3 = look(field(kH3), kH3, true);
+    const View coefficients = look(field(kCoefficients), kCoefficients);
+    const View history = look(field(kHistory), kHistory, true);
+    const View trajectory = look(field(kTrajectory), kTrajectory, true);
+    for (const auto& [view, k] : {std::pair(&base, kBase), std::pair(&v, kV)}) {
+      if (view->dtype) continue;
+      refuse(PyExc_TypeError, k, " must be float32, float64, bfloat16 or float16, got " + dtype_name(field(k)));
+    }
+    if (!dispatch(*base.dtype, *v.dtype, false, [](auto) {})) {
+      refuse(PyExc_TypeError, kV,
+             " is " + dtype_name(field(kV)) + ", wider than the state's " + dtype_name(field(kBase)) +
+                 ": cast v, or choose a wider state");
     }
     const std::int64_t numel = base.numel(), slot = integer(field(kSlot));
     const std::int64_t row_bytes = kColumns * (*base.dtype == Dtype::kFloat64 ? 8 : 4);
     const std::int64_t slots = trajectory.seen ? trajectory.shape[1] : 1;
     if (trajectory.seen && (slot < 0 || slot >= slots)) {
-      raise(PyExc_ValueError, "fused_step_: slot is out of range");
+      refuse(PyExc_ValueError, kSlot, " must be in [0, " + std::to_string(slots) + "), got " + std::to_string(slot));
     }
     const Operands o{.out = out.memory,
                      .base = base.memory,
@@ -68,16 +117,17 @@ PyObject* fused_step_python(PyObject*, PyObject* operands) {
                      .slots = slots,
                      .slot = slot,
                      .guidance = static_cast<Guidance>(integer(field(kGuidance)))};
+    const std::int64_t rows = coefficients.numel() / kColumns;
+    if (const auto found = overlap(o, *base.dtype, *v.dtype, coefficients.memory, rows)) {
+      raise(PyExc_ValueError, "fused_step_: " + *found);
+    }
     const bool rounding = truth(field(kVelocityRounding));
     if (base.device >= 0) {
-#ifdef FLOWMATCH_KERNELS_CUDA
+      if (!launch_cuda) raise(PyExc_RuntimeError, "fused_step_: the extension's CUDA half is not loaded");
       launch_cuda(o, *base.dtype, *v.dtype, rounding, base.device);
       Py_RETURN_NONE;
-#else
-      raise(PyExc_RuntimeError, "fused_step_: the extension was built without CUDA");
-#endif
     }
-    if (base.device != View::kHost) raise(PyExc_ValueError, "fused_step_: tensors must be on the CPU or on CUDA");
+    if (base.device != View::kHost) refuse(PyExc_ValueError, kBase, " must be on the CPU or on CUDA");
     std::optional<pybind11::gil_scoped_release> released;  // worth its cost only for a large state
     if (numel > kGrain) released.emplace();
     launch_cpu(o, *base.dtype, *v.dtype, rounding);
@@ -86,17 +136,26 @@ PyObject* fused_step_python(PyObject*, PyObject* operands) {
   });
 }
 
+PyObject* use_cuda(PyObject*, PyObject* capsule) {
+  void* const address = PyCapsule_GetPointer(capsule, kLaunchCudaCapsule);
+  if (!address) return nullptr;
+  launch_cuda = reinterpret_cast<LaunchCuda*>(address);
+  Py_RETURN_NONE;
+}
+PyMethodDef kUseCuda = {"use_cuda", use_cuda, METH_O,
+                        "use_cuda(capsule)\n--\n\nTakes flowmatch_kernels._C_cuda.launch for tensors on CUDA."};
+
 PyMethodDef kFusedStep = {
     "fused_step_", fused_step_python, METH_O,
     "fused_step_(operands)\n--\n\n"
     "flowmatch_kernels.ops.fused_step on the CPU or a CUDA device's current stream. Only v and u may be "
-    "non-contiguous: each costs one copy. Shapes, devices, the row and the dtypes of others than base and v are not "
-    "checked."};
+    "non-contiguous: each costs one copy. Raises TypeError and ValueError. Shapes, devices, the row and the dtypes of "
+    "others than base and v are not checked; overlaps are."};
 
 // Whether two tensors lie in memory at different addresses; unknown counts as no.
 PyObject* apart(PyObject*, PyObject* const* p, Py_ssize_t count) {
   return guard([&]() -> PyObject* {
-    if (count != 2) raise(PyExc_TypeError, "apart takes two tensors");
+    if (count != 2) raise(PyExc_TypeError, "apart takes two tensors, got " + std::to_string(count) + " arguments");
     const View v(p[0]), u(p[1]);
     return PyBool_FromLong(v.seen && u.seen && v.memory != u.memory);
   });
@@ -109,6 +168,7 @@ PyMethodDef kApart = {"apart", reinterpret_cast<PyCFunction>(reinterpret_cast<vo
 void add_fused_step(pybind11::module_& m) {
   m.attr("fused_step_") =
       pybind11::reinterpret_steal<pybind11::object>(PyCFunction_NewEx(&kFusedStep, nullptr, nullptr));
+  m.attr("use_cuda") = pybind11::reinterpret_steal<pybind11::object>(PyCFunction_NewEx(&kUseCuda, nullptr, nullptr));
   m.attr("apart") = pybind11::reinterpret_steal<pybind11::object>(PyCFunction_NewEx(&kApart, nullptr, nullptr));
 }
 

@@ -5,7 +5,7 @@
 
 namespace flowmatch_kernels {
 
-// Adds fused_step_ and apart to the extension module.
+// Adds fused_step_, use_cuda and apart to the extension module.
 void add_fused_step(pybind11::module_& m);
 
 }  // namespace flowmatch_kernels

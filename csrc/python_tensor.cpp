@@ -35,8 +35,8 @@ void clear_exception() {
 
 }  // namespace
 
-void raise(PyObject* type, const char* message) {
-  PyErr_SetString(type, message);
+void raise(PyObject* type, const std::string& message) {
+  PyErr_SetString(type, message.c_str());
   throw PythonError();
 }
 
@@ -58,8 +58,6 @@ bool truth(PyObject* object) {
   return value == 1;
 }
 
-std::int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
-
 void find_torch(const pybind11::module_& torch) {
   const char* const names[] = {"float32", "float64", "bfloat16", "float16"};
   for (int k = 0; k < 4; ++k) torch_dtypes[k] = pybind11::object(torch.attr(names[k])).release().ptr();
@@ -74,13 +72,15 @@ void find_torch(const pybind11::module_& torch) {
 
 const dlpack::ExchangeApi* exchange_api() { return api; }
 
+bool is_tensor(PyObject* object) {
+  const int answer = PyObject_IsInstance(object, tensor_type);
+  if (answer < 0) throw PythonError();
+  return answer == 1;
+}
+
 View::View(PyObject* tensor) {
   plain = reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == tensor_type;
-  if (!plain) {
-    const int is_tensor = PyObject_IsInstance(tensor, tensor_type);
-    if (is_tensor < 0) throw PythonError();
-    if (!is_tensor) return;
-  }
+  if (!plain && !is_tensor(tensor)) return;
   if (!api) {
     by_attributes(tensor);
     return;

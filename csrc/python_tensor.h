@@ -5,6 +5,8 @@
 
 #include <cstdint>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -33,7 +35,7 @@ class Object {  // owns a reference
   PyObject* object_;
 };
 
-// Runs f; a C++ exception becomes Python's.
+// Runs f; a C++ exception becomes Python's: std::invalid_argument a ValueError, what is no other a RuntimeError.
 template <class F>
 PyObject* guard(F&& f) {
   try {
@@ -43,18 +45,18 @@ PyObject* guard(F&& f) {
     error.restore();
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }
   return nullptr;
 }
 
-[[noreturn]] void raise(PyObject* type, const char* message);
+[[noreturn]] void raise(PyObject* type, const std::string& message);
 PyObject* interned(const char* name);
 std::int64_t integer(PyObject* object);
 bool truth(PyObject* object);
-
-std::int64_t size_of(Dtype dtype);
 
 // Looks up what is torch's, once, when the module is imported.
 void find_torch(const pybind11::module_& torch);
@@ -62,6 +64,8 @@ void find_torch(const pybind11::module_& torch);
 // torch's DLPack exchange functions, or null: then a tensor is asked by its Python attributes, and no memory can become
 // a tensor.
 const dlpack::ExchangeApi* exchange_api();
+
+bool is_tensor(PyObject* object);
 
 // A tensor's memory and shape, while the tensor lives and is not changed in place.
 struct View {

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints what `info` prints.
 
     Returns:
-        0, or 1 where a backend's self-test failed.
+        0, or 1 where a backend's self-test failed, or where the extension is installed and cannot be loaded.
     """
     for name, value in _environment().items():
         print(f"{name:<18}{value}")
@@ -50,16 +50,13 @@ def run(arguments: argparse.Namespace) -> int:
             result = self_test(name)
             failed |= result.failure is not None
             print(f"  {name:<11}available on {result.device}; self-test: {result}")
-    return int(failed)
+    broken = native.broken()
+    for reason in broken:
+        print(f"\nBROKEN: {reason}.\nTo mend it: {native.REMEDY} for the torch that is installed.")
+    return int(failed or bool(broken))
 
 
 def _environment() -> dict[str, str]:
-    if torch.version.cuda is not None:
-        build = f"built for CUDA {torch.version.cuda}"
-    elif torch.version.hip is not None:
-        build = f"built for ROCm {torch.version.hip}"
-    else:
-        build = "built for the CPU"
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -67,7 +64,7 @@ def _environment() -> dict[str, str]:
     environment = {
         "flowmatch_kernels": __version__,
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "torch": f"{torch.__version__}, {build}",
+        "torch": f"{torch.__version__}, {native.torch_build()}",
         "triton": triton,
         "CPU": f"{_cpu_name()}, {torch.get_num_threads()} threads",
         "instruction set": native.instruction_set() or "none: the cpu backend is unavailable",

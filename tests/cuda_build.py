@@ -76,7 +76,9 @@ def main() -> None:
     assert native._C.cuda_archs in line, f"info does not say what cuda is built for: {line}"
     assert "no CUDA or ROCm device" in line, f"info does not say why cuda cannot run: {line}"
 
-    inside, named = compiled_for(native._C.__file__), native._C.cuda_archs.replace(" ", ";").split(";")
+    cuda_half = sys.modules["flowmatch_kernels._C_cuda"]
+    assert compiled_for(native._C.__file__) == set(), "GPU code belongs to the CUDA half"
+    inside, named = compiled_for(cuda_half.__file__), native._C.cuda_archs.replace(" ", ";").split(";")
     sys.stdout.write(f"code inside the extension: {' '.join(sorted(inside))}\n")
     assert inside == {arch.removesuffix("+PTX") for arch in named} | {arch for arch in named if "+" in arch}
 

@@ -1,13 +1,17 @@
 """The two registered ops: opcheck, fakes, compile, export, gradients, and what they refuse."""
 
 import itertools
+import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from operands import FORMS, assert_same_bits, remembered, values
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flowmatch_kernels.ops import dispatch, reference
+from flowmatch_kernels import use_backend
+from flowmatch_kernels.ops import dispatch, native, reference
 from flowmatch_kernels.ops.fused_step import (
     FROM_GUIDED,
     FROM_UNGUIDED,
@@ -324,13 +328,23 @@ def faked(names):
         call_({k: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for k, x in names.items()})
 
 
+def error(bad):
+    """What a direct call raises, and torch.ops too: its dispatcher passes both on."""
+    kinds = ("dtype", "wider", "integer", "float8", "complex", "base float64, the rest float32")
+    return TypeError if bad.endswith(kinds) else ValueError
+
+
 @pytest.mark.parametrize("door", [call_, router, faked], ids=["op", "router", "fake"])
 @pytest.mark.parametrize("bad", BAD)
 def test_bad_operands(bad, door):
     good = operands() | written()
     names = good | BAD[bad]()
-    with pytest.raises((RuntimeError, TypeError, ValueError, NotImplementedError)) as raised:
+    # Tensors of two devices never reach a kernel: torch's own dispatcher refuses them, in its own words.
+    elsewhere = "another device" in bad
+    with pytest.raises((RuntimeError, ValueError) if elsewhere else error(bad)) as raised:
         door(names)
+    assert elsewhere or " got " in str(raised.value) or "needs" in str(raised.value) or "wider" in str(raised.value)
+    assert "csrc" not in str(raised.value)
     assert bad.split()[0].rstrip(",") in str(raised.value) or "another device" in bad or "float64" in bad
     for key in ("out", "trajectory", "history"):
         if door is not faked and key not in BAD[bad]():
@@ -349,10 +363,202 @@ def test_good_operands(door):
 @pytest.mark.parametrize("bad", [b for b in BAD if not ({"out", "trajectory", "history", "slot"} & set(BAD[b]()))])
 def test_bad_operands_functional(bad):
     names = operands() | BAD[bad]()
-    with pytest.raises((RuntimeError, TypeError, ValueError, NotImplementedError)):
+    wanted = (RuntimeError, ValueError) if "another device" in bad else error(bad)
+    with pytest.raises(wanted):
         OP(**names)
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True) as mode,
-        pytest.raises((RuntimeError, TypeError, ValueError, NotImplementedError)),
-    ):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, pytest.raises(wanted):
         OP(**{k: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for k, x in names.items()})
+
+
+DIRECT = {
+    "no operands": (lambda names: 3, TypeError, "takes one argument, the Operands, got int"),
+    "too few": (lambda names: (names["out"],), TypeError, "Operands of 14 fields, got 1"),
+    "v wider": (lambda names: {"v": names["v"].double()}, TypeError, "v is torch.float64, wider than.*torch.float32"),
+    "base integer": (lambda names: {"base": names["base"].int()}, TypeError, "base must be float32.*got torch.int32"),
+    "v integer": (lambda names: {"v": names["v"].int()}, TypeError, "v must be float32, .*got torch.int32"),
+    "base a list": (lambda names: {"base": [1.0]}, TypeError, "base must be a tensor, got list"),
+    "v a list": (lambda names: {"v": [1.0]}, TypeError, "v must be a tensor, got list"),
+    "u a number": (lambda names: {"u": 1.0}, TypeError, "u must be a tensor, got float"),
+    "out None": (lambda names: {"out": None}, TypeError, "out must be a tensor, got NoneType"),
+    "h2 a string": (lambda names: {"h2": "h2"}, TypeError, "h2 must be a tensor, got str"),
+    "h1 sparse": (lambda names: {"h1": names["h1"].to_sparse()}, ValueError, "h1 must be a dense tensor that has mem"),
+    "history meta": (lambda names: {"history": names["base"].to("meta")}, ValueError, "history must be a dense tensor"),
+    "slot beyond": (lambda names: {"slot": 4}, ValueError, r"slot must be in \[0, 4\), got 4"),
+    "row a float": (lambda names: {"row": 1.0}, TypeError, "float"),
+}
+
+
+@pytest.mark.skipif(native._C is None, reason="the extension is not built")
+@pytest.mark.parametrize("case", DIRECT)
+def test_direct_call_says_what_it_got(case):
+    change, kind, words = DIRECT[case]
+    names = operands() | written()
+    changed = change(names)
+    given = Operands(**(names | changed)) if isinstance(changed, dict) else changed
+    with pytest.raises(kind, match=words):
+        native._C.fused_step_(given)
+    assert names["out"].isnan().all()
+
+
+@pytest.mark.skipif(native._C is None, reason="the extension is not built")
+def test_no_folder_of_the_build_is_in_the_extension():
+    """Messages of torch's headers name their file."""
+    built = Path(native._C.__file__).read_bytes()
+    for folder in (Path(__file__).parent.parent, Path(torch.__file__).parent):
+        assert os.fsencode(folder) not in built
+
+
+# ---- operands that overlap ----
+
+
+def pooled(replace):
+    """Operands, all views of one buffer, apart; then those that `replace(window, pool)` returns, by name."""
+    names = operands() | written()
+    tensors = [name for name, x in names.items() if isinstance(x, torch.Tensor)]
+    size = sum(names[name].numel() for name in tensors)
+    pool = values([size + 400], torch.float32, torch.Generator().manual_seed(5), special=False)
+    at = 400
+    for name in tensors:
+        size = names[name].numel()
+        names[name] = pool[at : at + size].view(names[name].shape)
+        at += size
+    return names | replace(lambda k, shape=SHAPE: pool[k : k + math.prod(shape)].view(shape), pool)
+
+
+TRAJECTORY = (2, 4, *SHAPE[1:])  # slot 2 of it: elements 30 to 44, and 90 to 104
+LAST_OF_SLOT = 104
+#: (what is written, what it overlaps, bytes from the other's begin): operands, of windows on one buffer.
+OVERLAPS = {
+    ("out", "base", 4): lambda at, pool: {"base": at(0), "out": at(1)},
+    ("out", "base", -4): lambda at, pool: {"base": at(1), "out": at(0)},
+    ("out", "base", 116): lambda at, pool: {"base": at(0), "out": at(29)},
+    ("out", "v", 0): lambda at, pool: {"v": at(0), "out": at(0)},
+    ("out", "v", 8): lambda at, pool: {"v": at(0), "out": at(2)},
+    ("out", "v", -8): lambda at, pool: {"base": at(0), "out": at(0), "v": at(2)},
+    ("out", "u", 0): lambda at, pool: {"u": at(0), "out": at(0)},
+    ("out", "h1", 0): lambda at, pool: {"h1": at(0), "out": at(0)},
+    ("out", "h2", 0): lambda at, pool: {"h2": at(0), "out": at(0)},
+    ("out", "h3", -60): lambda at, pool: {"h3": at(15), "out": at(0)},
+    ("out", "coefficients", -4): lambda at, pool: {"coefficients": at(1, (3, 8)), "out": at(0)},
+    # Not the row that is read: the table would be lost all the same.
+    ("out", "coefficients", -116): lambda at, pool: {"coefficients": at(29, (3, 8)), "out": at(0)},
+    ("out", "history", 0): lambda at, pool: {"history": at(0), "out": at(0)},
+    ("out", "history", 4): lambda at, pool: {"history": at(0), "h1": at(0), "out": at(1)},
+    ("history", "base", 0): lambda at, pool: {"history": at(0), "base": at(0)},
+    ("history", "v", 0): lambda at, pool: {"history": at(0), "v": at(0)},
+    ("history", "u", 4): lambda at, pool: {"history": at(1), "u": at(0)},
+    ("history", "h1", 4): lambda at, pool: {"history": at(1), "h1": at(0)},
+    ("history", "h2", -4): lambda at, pool: {"history": at(0), "h1": at(0), "h2": at(1)},
+    ("history", "h3", 80): lambda at, pool: {"history": at(20), "h3": at(0)},
+    ("history", "coefficients", 0): lambda at, pool: {"history": at(0), "coefficients": at(0, (3, 8))},
+    ("trajectory's slot", "base", -240): lambda at, pool: {"trajectory": at(0, TRAJECTORY), "base": at(90)},
+    ("trajectory's slot", "v", 0): lambda at, pool: {"trajectory": at(0, TRAJECTORY), "v": at(30)},
+    ("trajectory's slot", "u", 60): lambda at, pool: {"trajectory": at(0, TRAJECTORY), "u": at(15)},
+    ("trajectory's slot", "h1", 116): lambda at, pool: {"trajectory": at(0, TRAJECTORY), "h1": at(1)},
+    ("trajectory's slot", "coefficients", -296): lambda at, pool: {
+        "trajectory": at(0, TRAJECTORY), "coefficients": at(LAST_OF_SLOT, (3, 8)),
+    },
+    ("trajectory's slot", "history", -296): lambda at, pool: {
+        "trajectory": at(0, TRAJECTORY), "history": at(LAST_OF_SLOT),
+    },
+    ("out", "trajectory's slot", 296): lambda at, pool: {"trajectory": at(0, TRAJECTORY), "out": at(LAST_OF_SLOT)},
+}  # fmt: skip
+#: Which the contract names, or where nothing that is written overlaps.
+MAY_OVERLAP = {
+    "out is base": lambda at, pool: {"out": at(0), "base": at(0)},
+    "history is h1": lambda at, pool: {"history": at(0), "h1": at(0)},
+    "history is h2": lambda at, pool: {"history": at(0), "h2": at(0)},
+    "history is h3, out is base": lambda at, pool: {"history": at(0), "h3": at(0), "out": at(30), "base": at(30)},
+    "history is h1 and h2": lambda at, pool: {"history": at(0), "h1": at(0), "h2": at(0)},
+    "v is base": lambda at, pool: {"v": at(0), "base": at(0)},
+    "v is u": lambda at, pool: {"v": at(0), "u": at(0)},
+    "what is read overlaps": lambda at, pool: {
+        "base": at(0), "v": at(1), "u": at(2), "h1": at(3), "h2": at(3), "h3": at(5), "coefficients": at(6, (3, 8)),
+    },
+    "neighbours": lambda at, pool: {"base": at(0), "out": at(30), "v": at(60), "history": at(90), "h1": at(120)},
+    "base before the slot": lambda at, pool: {"trajectory": at(0, TRAJECTORY), "base": at(0)},
+    "v after the slot": lambda at, pool: {"trajectory": at(0, TRAJECTORY), "v": at(LAST_OF_SLOT + 1)},
+    "v strided over out": lambda at, pool: {"out": at(0), "base": at(0), "v": at(0, (5, 3, 2)).transpose(0, 2)},
+    "u expanded over out": lambda at, pool: {"out": at(0), "base": at(0), "u": at(0, (1, 1, 5)).expand(SHAPE)},
+}  # fmt: skip
+
+
+def direct(names):
+    native.fused_step_(Operands(**names))
+
+
+def by_reference(names):
+    reference.fused_step_(Operands(**names))
+
+
+def by_triton(names):
+    triton = pytest.importorskip("flowmatch_kernels.ops.triton", reason="Triton is not installed")
+    triton.fused_step_(Operands(**names))
+
+
+def routed_to_reference(names):
+    with use_backend("reference"):
+        router(names)
+
+
+OVERLAP_DOORS = {
+    "op": call_,
+    "router": router,
+    "router to the reference": routed_to_reference,
+    "direct": pytest.param(direct, marks=pytest.mark.skipif(native._C is None, reason="the extension is not built")),
+    "reference": by_reference,
+}
+REFUSING_DOORS = OVERLAP_DOORS | {"triton": by_triton}
+
+
+@pytest.mark.parametrize("door", REFUSING_DOORS.values(), ids=REFUSING_DOORS)
+@pytest.mark.parametrize("overlap", OVERLAPS, ids=str)
+def test_overlaps_are_refused(overlap, door):
+    """A ValueError that names both, in the same words everywhere; nothing is written."""
+    name, other, distance = overlap
+    names = pooled(OVERLAPS[overlap])
+    before = {key: x.clone() for key, x in names.items() if isinstance(x, torch.Tensor)}
+    where = f"{abs(distance)} bytes {'before' if distance < 0 else 'after'} {other} does"
+    with pytest.raises(ValueError, match=rf"{name} overlaps {other}: it begins {where}; wanted memory of its own"):
+        door(names)
+    for key, x in before.items():
+        assert_same_bits(names[key], x, key)
+
+
+@pytest.mark.parametrize("door", OVERLAP_DOORS.values(), ids=OVERLAP_DOORS)
+@pytest.mark.parametrize("case", MAY_OVERLAP)
+def test_overlaps_that_are_allowed(case, door):
+    """They give what operands apart give."""
+    names = pooled(MAY_OVERLAP[case])
+    apart = {key: x.clone() if isinstance(x, torch.Tensor) else x for key, x in names.items()}
+    reference.fused_step_(Operands(**apart))
+    door(names)
+    assert_same_bits(names["out"], apart["out"])
+    assert_same_bits(names["history"], apart["history"])
+    assert_same_bits(names["trajectory"][:, 2], apart["trajectory"][:, 2])
+
+
+@pytest.mark.parametrize("state, inside", [(torch.bfloat16, 31), (torch.float16, 59), (torch.float64, 29)], ids=str)
+@pytest.mark.parametrize("door", [call_, by_reference], ids=["op", "reference"])
+def test_overlaps_count_by_bytes(state, inside, door):
+    """A state of 16 bits that ends where h1 goes on; and the first element behind h1 that is out's."""
+    names = operands(state) | written(state)
+    buffer = torch.zeros(1000, dtype=state)
+    wide = buffer.view(arithmetic_dtype(state))
+    names["h1"] = wide[:30].view(SHAPE)
+    names["out"] = buffer[inside : inside + 30].view(SHAPE)
+    with pytest.raises(ValueError, match="out overlaps h1"):
+        door(names)
+    behind = 30 * wide.element_size() // buffer.element_size()
+    door(names | {"out": buffer[behind : behind + 30].view(SHAPE)})
+
+
+def test_trajectory_of_one_sample_may_hold_the_base():
+    """base lies in one slot, and the next one is written; in the slot itself it is refused."""
+    trajectory = torch.randn(1, 4, 30)
+    names = operands(shape=(1, 30)) | written(shape=(1, 30)) | {"trajectory": trajectory, "base": trajectory[:, 1]}
+    wanted = reference.fused_step(**{k: names[k] for k in operands()})
+    call_(names)
+    assert_same_bits(trajectory[:, 2], wanted)
+    with pytest.raises(ValueError, match="trajectory's slot overlaps base: it begins 0 bytes after base does"):
+        call_(names | {"slot": 1})

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import native, reference
-from .fused_step import Operands, check_operands, library
+from .fused_step import Operands, check_operands, check_overlap, library
 
 logger = logging.getLogger("flowmatch_kernels")
 
@@ -32,7 +32,7 @@ class Backend(NamedTuple):
     unavailable: Callable[[str], str | None]
     """Why it cannot serve tensors of this device type, or None. Does not ask whether there is a GPU."""
     load: Callable[[], Callable[[Operands], None]]
-    """Its fused_step_."""
+    """Its fused_step_; unchecked, where its checks would cost a step."""
 
 
 def _triton_unavailable(device_type: str) -> str | None:
@@ -54,12 +54,12 @@ BACKENDS = {
             "triton",
             ("cuda", "cpu"),
             _triton_unavailable,
-            lambda: importlib.import_module(".triton", __package__).fused_step_,
+            lambda: importlib.import_module(".triton", __package__).launch,
         ),
         Backend(
             "cuda",
             ("cuda",),
-            lambda device_type: native.cuda_unavailable(),
+            lambda device_type: native.cuda_unavailable(),  # which loads it
             lambda: native.fused_step_,
         ),
         Backend(
@@ -219,6 +219,7 @@ def _op_by(backend: str, *operands: Any) -> Tensor:
 def _routed_fused_step_(*operands: Any) -> None:
     given = Operands(*operands)
     check_operands(given)
+    check_overlap(given)
     choose("auto", given.out.device.type).load()(given)
 
 

@@ -14,6 +14,14 @@ The weights w0, w1 are cast to V's own arithmetic dtype first (float32 unless V 
 Rounding. Each product and each partial sum is rounded to S. With `velocity_rounding`, each product
 b_k*h_k is rounded to V instead, its coefficient rounded to V first; a*base stays in S.
 
+Overlaps. What is written (out, the trajectory's slot, history) lies in memory of its own. Two exceptions: out may be
+base, and history may be one of h1..h3, each the same memory to the byte. Whatever is only read may overlap. A v or u
+that is not contiguous counts for nothing here: a backend copies it before it writes. Everything else raises a
+ValueError, in every backend's `fused_step_` and in the registered op; a fake tensor has no memory to compare.
+
+Errors. TypeError: a wrong dtype, or no tensor. ValueError: a wrong shape, device, layout, row, slot, or an overlap.
+`torch.ops` raises them too, save what torch's dispatcher refuses in its own words: tensors of two devices.
+
 Bytes moved per element are the least possible: each operand is read once, each result written once.
 Every backend gives the same bits as `reference.fused_step`, which is the definition.
 """
@@ -47,7 +55,7 @@ class Operands(NamedTuple):
     """What one fused step reads and writes. Every backend takes one; the schemas below are its fields."""
 
     out: Tensor
-    """S, [B, *x_dims], contiguous; written; may be base."""
+    """S, [B, *x_dims], contiguous; written; may be base itself, and overlaps nothing else."""
     base: Tensor
     """S, [B, *x_dims], contiguous."""
     v: Tensor
@@ -64,14 +72,20 @@ class Operands(NamedTuple):
     velocity_rounding: bool = False
     guidance: int = WEIGHTED
     trajectory: Tensor | None = None
-    """S, [B, slots, *x_dims], contiguous; its slot is written."""
+    """S, [B, slots, *x_dims], contiguous; its slot is written, and overlaps nothing else."""
     slot: int = 0
     history: Tensor | None = None
-    """A, [B, *x_dims], contiguous; written; may be one of h1..h3."""
+    """A, [B, *x_dims], contiguous; written; may be one of h1..h3 itself, and overlaps nothing else."""
 
 
 #: The operands that a step writes.
 WRITTEN = ("out", "trajectory", "history")
+#: What else they may be, to the byte; and how that is said.
+_MAY_BE = {
+    "out": (("base",), ", or base itself"),
+    "history": (("h1", "h2", "h3"), ", or one of h1, h2, h3 itself"),
+    "trajectory's slot": ((), ""),
+}
 _SCHEMA_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "int": "int", "bool": "bool"}
 
 
@@ -110,7 +124,7 @@ def dense(v: Tensor) -> Tensor:
 
 
 def check_operands(operands: Operands) -> None:
-    """Raises where an operand breaks the contract above; the C++ ops hold the same checks.
+    """Raises where an operand breaks the contract above, overlaps aside; the C++ ops hold the same checks.
 
     Raises:
         TypeError: a dtype is wrong.
@@ -173,6 +187,56 @@ def check_operands(operands: Operands) -> None:
             raise ValueError(f"trajectory must be on base's device {device}, got {trajectory.device}")
         if not 0 <= slot < trajectory.shape[1]:
             raise ValueError(f"slot must be in [0, {trajectory.shape[1]}), got {slot}")
+
+
+def check_overlap(operands: Operands) -> None:
+    """Raises where what is written overlaps what it may not: csrc/overlap.cpp holds the same rule, in the same words.
+
+    Compares addresses only. From the first element of the trajectory's slot to its last, all counts as written.
+
+    Raises:
+        ValueError: two operands overlap; says which, and how.
+    """
+    out, base, v, u, h1, h2, h3, coefficients, _, _, _, trajectory, slot, history = operands
+    numel = base.numel()
+    if not numel:
+        return
+    regions: list[tuple[str, int, int]] = []  # name, begin, end
+
+    def add(name: str, tensor: Tensor | None, first: int = 0, elements: int = numel) -> None:
+        try:
+            begin = 0 if tensor is None else tensor.data_ptr()
+        except RuntimeError:  # no memory: a fake tensor, a transform's
+            return
+        if tensor is not None and begin:
+            size = tensor.element_size()
+            regions.append((name, begin + first * size, begin + (first + elements) * size))
+
+    add("out", out)
+    if trajectory is not None:
+        samples, slots = trajectory.shape[:2]
+        sample = numel // samples
+        add("trajectory's slot", trajectory, slot * sample, numel + (slots - 1) * (numel - sample))
+    add("history", history)
+    written = len(regions)
+    add("base", base)
+    for name, velocity in (("v", v), ("u", u)):
+        if velocity is not None and velocity.is_contiguous():  # else it is copied first
+            add(name, velocity)
+    add("h1", h1)
+    add("h2", h2)
+    add("h3", h3)
+    add("coefficients", coefficients, 0, coefficients.numel())
+    for k, (name, begin, end) in enumerate(regions[:written]):
+        for other, its_begin, its_end in regions[k + 1 :]:
+            if end <= its_begin or its_end <= begin:
+                continue
+            if begin != its_begin or other not in _MAY_BE[name][0]:
+                raise ValueError(
+                    f"{name} overlaps {other}: it begins {abs(begin - its_begin)} bytes "
+                    f"{'after' if begin >= its_begin else 'before'} {other} does; wanted memory of its own"
+                    f"{_MAY_BE[name][1]}"
+                )
 
 
 # ---- registration: schemas, fakes, autograd. dispatch.py adds the kernels. ----

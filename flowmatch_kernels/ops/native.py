@@ -1,7 +1,12 @@
-"""The `cpu` and `cuda` backends: the C++ extension `flowmatch_kernels._C`, called directly."""
+"""The `cpu` and `cuda` backends: the C++ extension, called directly.
+
+Two modules: `flowmatch_kernels._C`, and `flowmatch_kernels._C_cuda` for what needs torch's CUDA libraries, loaded when
+the `cuda` backend is first asked for. Where the second cannot be loaded, the first serves all the same.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -16,16 +21,44 @@ from .fused_step import Operands
 #: csrc/fused_step.h, Dtype
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
-_C: ModuleType | None = None
-_import_error: str | None = None
-try:
-    _C = importlib.import_module("flowmatch_kernels._C")
-except ImportError as error:  # reported when the backend is asked for, never at import
-    _import_error = f"the extension flowmatch_kernels._C cannot be imported: {error}"
+
+def torch_build() -> str:
+    """What this torch is built for."""
+    if torch.version.cuda is not None:
+        return f"built for CUDA {torch.version.cuda}"
+    return "built for the CPU" if torch.version.hip is None else f"built for ROCm {torch.version.hip}"
+
+
+#: Which modules are installed and cannot be loaded, and why: a broken install, not one without a compiler.
+_broken: dict[str, str] = {}
+
+
+def _loaded(name: str) -> tuple[ModuleType | None, str | None]:
+    """A module of the extension, or why it cannot be imported; kept for when its backend is asked for."""
+    try:
+        return importlib.import_module(f"flowmatch_kernels.{name}"), None
+    except ModuleNotFoundError as error:  # not there, or a module in its place that says why it was not built
+        return None, f"the extension flowmatch_kernels.{name} cannot be imported: {error}"
+    except ImportError as error:
+        _broken[name] = (
+            f"the extension flowmatch_kernels.{name} is installed and cannot be loaded: {error}. It needs a library or "
+            f"a symbol that is not here, most often because it was built for another torch; this is torch "
+            f"{torch.__version__}, {torch_build()}"
+        )
+        return None, _broken[name]
+
+
+_C, _import_error = _loaded("_C")
 
 
 #: What to do where there is no extension.
 REMEDY = "a C++ compiler and `pip install --no-build-isolation --force-reinstall --no-deps .` build the extension"
+
+
+def broken() -> list[str]:
+    """What is installed and cannot be loaded with this torch, as sentences; a missing compiler is no such thing."""
+    cuda_unavailable()
+    return list(_broken.values())
 
 
 def cpu_unavailable() -> str | None:
@@ -34,12 +67,28 @@ def cpu_unavailable() -> str | None:
 
 
 def cuda_unavailable() -> str | None:
-    """Why the `cuda` backend is not built, or None. Whether there is a GPU is not asked here."""
-    if _C is None:
-        return _import_error
-    if not hasattr(_C, "cuda_archs"):
+    """Why the `cuda` backend is not built or cannot be loaded, or None. Whether there is a GPU is not asked here."""
+    return _import_error if _C is None else _load_cuda()
+
+
+@functools.cache
+def _load_cuda() -> str | None:
+    built = getattr(_C, "cuda_version", None)
+    if built is None:
         return "the extension was built without CUDA (FORCE_CUDA=1 says why it cannot be)"
-    return None
+    if (torch.version.cuda or "").split(".")[0] != built.split(".")[0]:
+        mismatch = (
+            f"the extension was built with CUDA {built} and needs a torch of CUDA {built.split('.')[0]}: "
+            f"this is torch {torch.__version__}, {torch_build()}"
+        )
+        if torch.version.cuda is not None:  # else nothing is lost: such a torch has no CUDA
+            _broken["_C_cuda"] = mismatch
+        return mismatch
+    module, reason = _loaded("_C_cuda")
+    if module is not None:
+        assert _C is not None
+        _C.use_cuda(module.launch)
+    return reason
 
 
 def cuda_architectures() -> str | None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .fused_step import FROM_UNGUIDED, WEIGHTED, Operands, arithmetic_dtype
+from .fused_step import FROM_UNGUIDED, WEIGHTED, Operands, arithmetic_dtype, check_overlap
 
 #: Tensor.copy_, which asks for the device even of a FakeTensor, without that question.
 copy_ = torch.ops.aten.copy_.default
@@ -50,7 +50,12 @@ def fused_step(base: Tensor, *operands: Any, **named: Any) -> Tensor:
 
 
 def fused_step_(o: Operands) -> None:
-    """`fused_step` into `out`, which may be `base`; writes the trajectory's slot and the history too."""
+    """`fused_step` into `out`, which may be `base`; writes the trajectory's slot and the history too.
+
+    Raises:
+        ValueError: operands overlap that may not, as `check_overlap` says.
+    """
+    check_overlap(o)
     columns = Columns.of(o.coefficients, o.row, o.base.dim())
     h0 = velocity(o.v, o.u, columns, o.guidance)
     result = combine(o.base, (h0, o.h1, o.h2, o.h3), columns, o.v.dtype if o.velocity_rounding else None)

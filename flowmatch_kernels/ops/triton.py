@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fused_step import FROM_UNGUIDED, WEIGHTED, Operands, dense
+from .fused_step import FROM_UNGUIDED, WEIGHTED, Operands, check_overlap, dense
 
 #: Elements of a block without 16-byte accesses, and threads of every block.
 _SCALAR_BLOCK = 512
@@ -292,8 +292,17 @@ def block(vector: int) -> int:
 def fused_step_(o: Operands) -> None:
     """`ops.fused_step` in Triton, one launch on the current stream of out's device.
 
-    Unchecked. Only v and u may be non-contiguous: each costs one copy.
+    Only v and u may be non-contiguous: each costs one copy. Of the contract, overlaps alone are checked.
+
+    Raises:
+        ValueError: operands overlap that may not, as `check_overlap` says.
     """
+    check_overlap(o)
+    launch(o)
+
+
+def launch(o: Operands) -> None:
+    """`fused_step_` unchecked: for operands that are checked already, or that the caller made."""
     numel = o.base.numel()
     if numel == 0:
         return
@@ -305,7 +314,7 @@ def fused_step_(o: Operands) -> None:
     tensors = (o.out, o.base, v, u, o.h1, o.h2, o.h3, o.trajectory, o.history)
     vector = elements_per_access([tensor for tensor in tensors if tensor is not None], numel, sample)
     block_size = block(vector)
-    launch = fused_step_kernel[(-(-numel // block_size),)]
+    run = fused_step_kernel[(-(-numel // block_size),)]
     arguments = (
         *(o.out, o.base, v, u, o.h1, o.h2, o.h3, o.coefficients, o.trajectory, o.history),
         *(o.row, numel, sample, slots, o.slot),
@@ -313,6 +322,6 @@ def fused_step_(o: Operands) -> None:
     )
     if o.out.is_cuda and o.out.device.index != torch.cuda.current_device():
         with torch.cuda.device(o.out.device):
-            launch(*arguments, **_LAUNCH_OPTIONS)
+            run(*arguments, **_LAUNCH_OPTIONS)
     else:
-        launch(*arguments, **_LAUNCH_OPTIONS)
+        run(*arguments, **_LAUNCH_OPTIONS)

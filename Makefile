@@ -1,6 +1,6 @@
 # From a fresh clone; needs Python 3.10+, a C++ compiler and make. Each target does the set-up it needs.
 #
-#   make demo        train, sample and draw the flight trajectories
+#   make demo        train on flight trajectories, fit solvers to the network, compare and draw
 #   make test        lint, types and tests
 #   make test-full   the same, with the long matrix
 #   make bench       times against every peer, targets, counts: bench/results/bench.md; under ten minutes

@@ -134,6 +134,7 @@ def test_a_cuda_half_that_fails_leaves_the_cpu_half(project, toolkit):
     assert built(project) == ["_C.so"]
 
 
+@pytest.mark.full  # each builds an extension
 @pytest.mark.parametrize("variable", ["FORCE_CUDA", "FLOWMATCH_KERNELS_REQUIRE_EXT"])
 def test_a_cuda_half_that_is_required_fails_the_build(project, toolkit, variable):
     done = setup("12.8", "--quiet", "build_ext", "--inplace", cwd=project, CUDA_HOME=str(toolkit), **{variable: "1"})
@@ -141,6 +142,7 @@ def test_a_cuda_half_that_is_required_fails_the_build(project, toolkit, variable
     assert "no kernel today" in done.stdout + done.stderr
 
 
+@pytest.mark.full  # each builds an extension
 def test_a_cpu_half_that_fails_takes_both(project, toolkit):
     (project / "csrc" / "bindings.cpp").write_text("#error no compiler likes this")
     done = setup("12.8", "--quiet", "build_ext", "--inplace", cwd=project, CUDA_HOME=str(toolkit))
@@ -247,6 +249,7 @@ def test_the_cpu_backend_outlives_the_cuda_half(case):
 
 @needs_extension
 @pytest.mark.skipif(sys.platform != "linux", reason="links as Linux does")
+@pytest.mark.full  # each builds an extension
 @pytest.mark.parametrize("stream", [True, False], ids=["libtorch_cuda", "no libtorch_cuda"])
 def test_the_cuda_half_is_taken_when_it_loads(stream):
     """csrc/launch_cuda.cpp itself, with a double for the kernel; torch's own CUDA library is there, or not."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .. import FlowMatching
 
 #: Training stops here on a slow machine, so that the whole demo stays within three minutes.
-TRAINING_SECONDS = 75.0
+TRAINING_SECONDS = 60.0
 
 #: Written where `--out` names no other file.
 PICTURE, SOLVERS_PICTURE = Path("demo.png"), Path("demo-solvers.png")

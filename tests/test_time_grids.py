@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import doctest
 import functools
+import itertools
 import math
 
 import eager_loops
@@ -444,7 +445,7 @@ def test_a_grid_that_dpmpp_2m_cannot_use(inside):
     fm = FlowMatching(DIMS, "dpmpp_2m")
     before, calls = torch.get_rng_state(), []
     for grid in (inside, torch.tensor(inside, dtype=torch.float64)):
-        with pytest.raises(ValueError, match=r"dpmpp_2m has no finite coefficients on this time grid.*the noise"):
+        with pytest.raises(ValueError, match=r"dpmpp_2m computes with the time itself.*(\[0, 1\]|the other way)"):
             fm.sample(BATCH, calls.append, time_steps=grid)
     assert torch.equal(before, torch.get_rng_state()) and not calls
 
@@ -492,3 +493,57 @@ def test_grids_given_on_other_devices(device):
         assert FlowMatching(DIMS).sample(BATCH, field, device, **keywords).device.type == device
     fm = sampler("ab2", time_grid=lambda n: torch.linspace(0, 1, n + 1))
     assert fm.sample(BATCH, field, device).device.type == device
+
+
+FRACTIONS = {
+    "euler": [0], "midpoint": [0, 1 / 2], "heun": [0, 1], "rk4": [0, 1 / 3, 2 / 3, 1],
+    "rk4_classic": [0, 1 / 2, 1 / 2, 1], "ab2": [0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("solver", FRACTIONS)
+def test_times_and_step_sizes_of_different_units(solver):
+    """Model times 1000 to 0 with the steps of sigma: a stage's time is start + fraction * (end - start)."""
+    grid = torch.tensor([1000.0, 900.0, 600.0, 200.0, 0.0])
+    sigmas = grid / 1000
+    seen = []
+
+    def velocity(x, t):
+        seen.append(t.flatten()[0].item())
+        return field(x, t / 1000)
+
+    x = FlowMatching(DIMS, solver).sample(
+        BATCH, velocity, noise=start(), time_steps=grid, step_sizes=torch.diff(sigmas)
+    )
+    wanted = [a + f * (b - a) for a, b in itertools.pairwise(grid.tolist()) for f in FRACTIONS[solver]]
+    assert seen == pytest.approx(wanted, abs=1e-4)  # float32 of 1000
+    plain = FlowMatching(DIMS, solver).sample(BATCH, field, noise=start(), time_steps=sigmas)
+    # float32: t / 1000 is not the sigma to the bit, and its error grows by at most e^3 in four steps.
+    torch.testing.assert_close(x, plain, rtol=0, atol=1e-5)
+
+
+ABSOLUTE = {
+    "another unit": ([0.0, 500.0, 1000.0], None, r"must stay in \[0, 1\]"),
+    "the other way": ([1.0, 0.5, 0.1], None, "the other way"),
+    "other step sizes": ([0.1, 0.5, 0.9], [0.1, 0.1], "step_sizes must be the grid's differences"),
+    "reversed step sizes": ([0.1, 0.5, 0.9], [-0.4, -0.4], "step_sizes must be the grid's differences"),
+}
+
+
+@pytest.mark.parametrize("case", ABSOLUTE)
+def test_what_computes_with_the_time_itself_refuses(case):
+    grid, sizes, message = ABSOLUTE[case]
+    for fm, who in (
+        (FlowMatching(DIMS, "dpmpp_2m"), "dpmpp_2m"),
+        (FlowMatching(DIMS, prediction_type="data"), "prediction_type"),
+        (FlowMatching(DIMS, prediction_type="noise", noise_at=1), "prediction_type"),
+    ):
+        given = [1 - t for t in grid] if fm.noise_at else grid
+        steps = None if sizes is None else [-h if fm.noise_at else h for h in sizes]
+        with pytest.raises(ValueError, match=f"{who} computes with the time itself.*{message}"):
+            fm.sample(BATCH, field, noise=start(), time_steps=given, step_sizes=steps)
+    # The differences of a float32 grid, taken in float64, are its differences.
+    exact = FlowMatching(DIMS, "dpmpp_2m").sample(
+        BATCH, field, noise=start(), time_steps=torch.tensor([0.1, 0.5, 0.9]), step_sizes=[0.4, 0.4]
+    )
+    assert exact.isfinite().all()

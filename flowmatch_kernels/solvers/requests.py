@@ -82,9 +82,13 @@ class Request(NamedTuple):
         else:
             grid = self._named_grid()
         sizes = self.step_sizes
-        dt = torch.diff(grid) if sizes is None else checked_sizes(sizes, grid.numel() - 1).to(grid.device)
-        table = build(self.int_method, grid, dt, self.dtype, self.device, self.noise_at, self.predicts, check)
         given = self.time_steps is not None or sizes is not None or callable(self.time_grid)
+        dt = torch.diff(grid) if sizes is None else checked_sizes(sizes, grid.numel() - 1).to(grid.device)
+        if given and (self.predicts is not None or self.int_method == "dpmpp_2m"):
+            check_absolute(
+                grid, dt, self.noise_at, str(self.int_method) if self.predicts is None else "prediction_type"
+            )
+        table = build(self.int_method, grid, dt, self.dtype, self.device, self.noise_at, self.predicts, check)
         if given:
             check_finite(table, self.int_method, self.noise_at)
         return table if self.form is None else table.guided(guidance.form(self.form), self.weight)
@@ -209,6 +213,30 @@ def checked_sizes(step_sizes: Any, steps: int) -> Tensor:
     if not step_sizes.isfinite().all():
         raise ValueError(f"step_sizes must be finite, got {step_sizes.tolist()!s:.200}")
     return step_sizes.detach()
+
+
+def check_absolute(grid: Tensor, dt: Tensor, noise_at: int, who: str) -> None:
+    """Raises where what computes with t itself, and not with differences alone, cannot use a grid or its step sizes.
+
+    Args:
+        grid: [T].
+        dt: [T - 1].
+        noise_at: The end of time at which the noise is.
+        who: What computes so.
+
+    Raises:
+        ValueError: the grid leaves [0, 1] or runs towards the noise, or the step sizes are not its differences.
+    """
+    times = grid.tolist()
+    wanted = f"{who} computes with the time itself, which runs from the noise at t = {noise_at} to the data at t = "
+    wanted += f"{1 - noise_at}"
+    if not 0 <= min(times) <= max(times) <= 1:
+        raise ValueError(f"{wanted}: the time grid must stay in [0, 1], got {times!s:.200}")
+    if (times[0] > times[-1]) != bool(noise_at):
+        raise ValueError(f"{wanted}: the time grid runs the other way, got {times!s:.200}; is noise_at right?")
+    differences, sizes = torch.diff(grid.double()), dt.double()
+    if (differences - sizes).abs().max() > 1e-5:  # float32 grids, and differences of them that a user took in float64
+        raise ValueError(f"{wanted}: step_sizes must be the grid's differences, got {sizes.tolist()!s:.200}")
 
 
 def check_finite(table: Table, int_method: str | FittedSolver, noise_at: int) -> None:

@@ -23,7 +23,7 @@ class Steps(NamedTuple):
     end: Tensor
     """t at each step's end, in the grid's dtype."""
     dt: Tensor
-    """The step sizes: end - start in the grid's dtype, or what the caller gave instead."""
+    """The step sizes: end - start in the grid's dtype, or what the caller gave instead, as of noise levels."""
     noise_at: int = 0
     """The end of time at which the noise is: 0, or 1."""
 
@@ -38,8 +38,8 @@ class Steps(NamedTuple):
         return self.dt.double()
 
     def at(self, fraction: float) -> Tensor:
-        """t at a fraction of each step, in the grid's dtype."""
-        return self.start + (self.dt * fraction).to(self.start.dtype)
+        """t at a fraction of each step, in the grid's dtype: `dt`, where it is given, may be in another unit."""
+        return self.start + (self.end - self.start) * fraction
 
     def part(self, first: int, last: int) -> Steps:
         """Steps `first` up to `last` of these, as many as there are."""

@@ -182,7 +182,7 @@ def test_error_and_distance_are_in_km_of_positions(comparison_of):
     draws = positions(math.e * noise).split(20)
     assert len(draws) == comparison.DRAWS and not torch.equal(draws[0], draws[1])
     mean = sum(sliced_wasserstein(draw, compared.flights.test) for draw in draws) / len(draws)
-    assert measured.converged_quality == pytest.approx(mean, rel=1e-4)
+    assert measured.converged_quality == pytest.approx(mean, rel=1e-4)  # the reference is within 1e-6 of e * noise
 
 
 def test_the_best_with_a_name_is_the_nearest_at_10():

@@ -42,7 +42,7 @@ from .converged import (
 from .ops import reference as reference_op
 from .ops.fused_step import COLUMNS, arithmetic_dtype
 from .progress import bar as progress_bar
-from .solver_comparison import most_steps
+from .solver_comparison import checked_evaluations, most_steps
 from .solvers import FittedSolver
 from .solvers.fitted import EARLIER
 
@@ -335,10 +335,7 @@ def _budgets(evaluations: Any, grid: Tensor | None, search_grid: int) -> list[in
     """Numbers of evaluations, checked."""
     if evaluations is None:
         return [4 if grid is None else len(grid) - 1]
-    several = evaluations if isinstance(evaluations, Sequence) else [evaluations]
-    budgets = [count(n, "evaluations") for n in several]
-    if not budgets or min(budgets) < 1:
-        raise ValueError(f"evaluations must be 1 or more, got {evaluations!r:.60}")
+    budgets = checked_evaluations(evaluations)
     if grid is not None and budgets != [len(grid) - 1]:
         raise ValueError(
             f"evaluations is {evaluations!r:.60}, and time_steps has {len(grid) - 1} steps: pass one of them"

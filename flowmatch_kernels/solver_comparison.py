@@ -159,10 +159,7 @@ def compare(
     arguments: Mapping[str, Any],
 ) -> SolverComparison:
     """`FlowMatching.compare_solvers`."""
-    several = evaluations if isinstance(evaluations, Sequence) else [evaluations]
-    budgets = [count(n, "evaluations") for n in several]
-    if not budgets or min(budgets) < 1:
-        raise ValueError(f"evaluations must be 1 or more, got {evaluations!r:.60}")
+    budgets = checked_evaluations(evaluations)
     named = compared if compared is not None else tuple(solvers.SOLVERS)
     if isinstance(named, (str, os.PathLike, FittedSolver)):
         named = [named]
@@ -237,6 +234,20 @@ def _check_span(solver: FittedSolver, times: Sequence[float]) -> None:
             f"a fitted solver runs from t = {solver.times[0]:g} to {solver.times[-1]:g}, and the converged samples "
             f"from {times[0]:g} to {times[-1]:g}: they are not to be compared"
         )
+
+
+def checked_evaluations(evaluations: int | Sequence[int]) -> list[int]:
+    """One number of evaluations or several, as a list of those.
+
+    Raises:
+        TypeError: one is no int.
+        ValueError: one is below 1, or there is none.
+    """
+    several = evaluations if isinstance(evaluations, Sequence) else [evaluations]
+    budgets = [count(n, "evaluations") for n in several]
+    if not budgets or min(budgets) < 1:
+        raise ValueError(f"evaluations must be 1 or more, got {evaluations!r:.60}")
+    return budgets
 
 
 def most_steps(flow_matching: FlowMatching, solver: str, evaluations: int) -> int:

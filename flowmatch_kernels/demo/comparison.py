@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import FittedSolver, FlowMatching, SolverComparison, StepFn
+from ..solver_comparison import most_steps
 from . import published_loop
 from .distance import sliced_wasserstein
 from .flights import Flights, IncrementScaling
@@ -146,7 +147,7 @@ class Comparison:
     def lines(self, measured: SolverComparison, fitted: Sequence[FittedSolver]) -> list[Line]:
         """The table: the published loop, the best solver with a name, and the fitted ones."""
         flow_matching, named = self.flow_matching, best_named(measured)
-        steps = max(n for n in range(1, NAMED_EVALUATIONS + 1) if flow_matching.nfe(n, named) <= NAMED_EVALUATIONS)
+        steps = most_steps(flow_matching, named, NAMED_EVALUATIONS)
         sides: dict[tuple[str, int], Callable[[], object]] = {}
         for n in PUBLISHED:
             sides["euler", n] = lambda n=n: self.published(n)  # type: ignore[misc]

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from flowmatch_kernels.ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, VELOCITY_DTYPES, WEIGHTED, arithmetic_dtype
-from flowmatch_kernels.solvers import SOLVERS, build
+from flowmatch_kernels.solvers import SOLVERS, Grid, build
 
 from . import static_cuda
 from .machine_code import Code, Specialisation, amd_accesses, disassembled, instructions, sass_accesses
@@ -82,7 +82,7 @@ def picked_by_sample(forms: Iterable[int] = GUIDANCE) -> list[Specialisation]:
     steps = {
         (len(evaluation.read), evaluation.write is not None, evaluation.commit and all_steps)
         for name in SOLVERS
-        for evaluation in build(name, grid, torch.diff(grid), torch.float32, grid.device).evaluations
+        for evaluation in build(name, Grid(grid, None), None, torch.float32, grid.device).evaluations
         for all_steps in (False, True)
     }
     fewest_and_most = min(steps), max(steps)

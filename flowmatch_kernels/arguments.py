@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from .ops.fused_step import double
 
 
 def count(value: Any, name: str) -> int:
@@ -18,6 +21,8 @@ def count(value: Any, name: str) -> int:
     """
     if type(value) is int and value >= 0:
         return value
+    if isinstance(value, torch.SymInt):  # of a tracer, which records what holds for more than one size
+        return value  # type: ignore[return-value]
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -43,6 +48,40 @@ def number(value: Any, name: str, wanted: str = "a number") -> float:
         return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         raise TypeError(f"{name} must be {wanted}, got {value!r:.60}") from None
+
+
+def unread(value: Tensor, name: str) -> Any:
+    """A number in a tensor whose value cannot be read, as a compiler traces it: as it is.
+
+    Raises:
+        TypeError: it is not floating point.
+    """
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a number, got a tensor of {value.dtype}")
+    return value.detach()
+
+
+def tensor(numbers: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    """Numbers as a tensor, [n]: on the CPU, save where a compiler traces one that is on another device.
+
+    A number may be a symbolic one of a compiler, or a 0-dim tensor that it traces.
+    """
+    if not torch.compiler.is_compiling() and not any(isinstance(value, Tensor) for value in numbers):
+        return torch.tensor(numbers, dtype=dtype, device="cpu")
+    # Products, so that a compiler takes a symbolic number as an input of its graph, and compiles once for all values.
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    return torch.stack([double(x) if isinstance(x, Tensor) else one * x for x in numbers]).to(dtype)
+
+
+def flag(value: Any, name: str) -> bool:
+    """True or False.
+
+    Raises:
+        TypeError: it is anything else.
+    """
+    if isinstance(value, bool):
+        return value
+    raise TypeError(f"{name} must be True or False, got {value!r:.60}")
 
 
 def expands(shape: torch.Size, wanted: Sequence[int]) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import guidance
 from .base import StepFn
+from .ops.fused_step import double
 from .solvers import FittedSolver
 
 if TYPE_CHECKING:
@@ -255,8 +256,3 @@ def check_converged(change: float, steps: int, stacklevel: int) -> None:
 def rms(x: Tensor) -> float:
     """The root mean square of all entries."""
     return float(double(x).square().mean().sqrt())
-
-
-def double(x: Tensor) -> Tensor:
-    """In float64; on the host where the device may lack it."""
-    return x.double() if x.device.type in ("cpu", "cuda") else x.cpu().double()

@@ -33,14 +33,13 @@ from .converged import (
     Reference,
     Trajectory,
     check_converged,
-    double,
     guidance_weight,
     held_weight,
     problems,
     rms,
 )
 from .ops import reference as reference_op
-from .ops.fused_step import COLUMNS, arithmetic_dtype
+from .ops.fused_step import COLUMNS, arithmetic_dtype, double
 from .progress import bar as progress_bar
 from .solver_comparison import checked_evaluations, most_steps
 from .solvers import FittedSolver
@@ -277,7 +276,7 @@ def fit(
     arguments: Mapping[str, Any],
 ) -> list[FittedSolver]:
     """`FlowMatching.fit_solver`, for each number of evaluations."""
-    grid = None if time_steps is None else solvers.checked_grid(time_steps, "time_steps")
+    grid = None if time_steps is None else solvers.checked_grid(time_steps, "time_steps").tensor
     search_grid, search_batches = count(search_grid, "search_grid"), count(search_batches, "search_batches")
     weight = guidance_weight(flow_matching, arguments)
     weights = weight if isinstance(weight, tuple) else None

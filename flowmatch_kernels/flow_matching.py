@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import sub
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import fitting, guidance, solver_comparison, solvers, time_grids
-from .arguments import count, number
+from . import fitting, guidance, solver_comparison, solvers, time_grids, tracing
+from .arguments import count, flag, number, unread
 from .base import BaseDiffusion, StepFn
 from .guidance import Weight
 from .hooks import Hooks
@@ -61,6 +62,9 @@ class FlowMatching(BaseDiffusion):
             itself a prediction has no velocity: "noise" needs time_steps that start after it, and "data" a solver
             that does not evaluate at a step's end (not heun, rk4, rk4_classic or ab3), or time_steps that stop before.
         noise_at: The end of time at which the noise is: 0, or 1, where a grid with a name runs from 1 to 0.
+        euler_at_final: Make the last step Euler's. heun, rk4 and rk4_classic (and ab3, in one step alone) evaluate at
+            the end of time, where a velocity that divides by 1 - t has no value; so the last step, and only it, does
+            not. A fitted solver evaluates at no end.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
 
     Raises:
@@ -94,6 +98,7 @@ class FlowMatching(BaseDiffusion):
         time_grid_options: Mapping[str, float] | None = None,
         prediction_type: str = "velocity",
         noise_at: int = 0,
+        euler_at_final: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__(x_dims)
@@ -104,6 +109,7 @@ class FlowMatching(BaseDiffusion):
         self.prediction_type = prediction_type
         self.noise_at = int(noise_at)
         self.int_method = solvers.loaded(int_method)
+        self.euler_at_final = flag(euler_at_final, "euler_at_final")
         if num_inference_steps is None:
             num_inference_steps = self.int_method.evaluations if isinstance(self.int_method, FittedSolver) else 10
         self.num_inference_steps = count(num_inference_steps, "num_inference_steps")
@@ -236,7 +242,10 @@ class FlowMatching(BaseDiffusion):
             *(use_classifier_free_guidance, guidance_form, inference_guidance_weight),
             *(unguided_step_fn, combined_guidance, skip_irrelevant_model),
         )
-        temperature = number(temperature, "temperature")
+        if isinstance(temperature, Tensor) and temperature.dim() == 0 and not tracing.is_readable(temperature):
+            temperature = unread(temperature, "temperature")
+        else:
+            temperature = number(temperature, "temperature")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {generator!r:.60}")
         for name, hook in (("constraint", constraint), ("callback", callback)):
@@ -246,11 +255,11 @@ class FlowMatching(BaseDiffusion):
         hooks = None if constraint is None and callback is None else Hooks(constraint, callback)
         shape = (batch_size, *self.x_dims)
         dtype = _state_dtype(dtype, noise, shape, device)
-        eager = dispatch.is_eager()
+        eager = tracing.is_eager()
         backend_ = dispatch.choose(backend or self.backend, device.type)
         table = self._table(
             *(int_method, inference_step, time_steps, step_sizes, dtype, device, form, weight),
-            cached=eager and not (device.type == "cuda" and dispatch.is_capturing()),
+            cached=eager and not (device.type == "cuda" and tracing.is_capturing()),
         )
         velocities = Velocities(shape, dtype, device, guided, table.weights)
         grad = torch.is_grad_enabled()
@@ -331,7 +340,7 @@ class FlowMatching(BaseDiffusion):
         """
         solver, steps = self._steps(int_method, inference_step)
         guided = self.use_classifier_free_guidance if guided is None else guided
-        return solvers.evaluations(solver, steps) * (2 if guided else 1)
+        return solvers.evaluations(solver, steps, self.euler_at_final) * (2 if guided else 1)
 
     def _steps(self, int_method: IntMethod | None, inference_step: int | None) -> tuple[str | FittedSolver, int]:
         """The solver and the number of steps that these arguments of sample() mean."""
@@ -560,11 +569,12 @@ class FlowMatching(BaseDiffusion):
             raise ValueError("step_sizes and a fitted solver: its coefficients are its step sizes. Leave them out")
         if time_steps is None:
             return
-        grid = solvers.checked_grid(time_steps, "time_steps")
-        wanted = solver.times
-        if len(grid) != len(wanted) or max(abs(a - b) for a, b in zip(grid.tolist(), wanted, strict=True)) > 1e-6:
+        grid, wanted = solvers.checked_grid(time_steps, "time_steps"), solver.times
+        if grid.entries is None:
+            raise ValueError("time_steps and a fitted solver, which has its own: leave time_steps out")
+        if len(grid.entries) != len(wanted) or max(map(abs, map(sub, grid.entries, wanted))) > 1e-6:
             raise ValueError(
-                f"time_steps {grid.tolist()!s:.100} contradict the fitted solver, which was fitted to the times "
+                f"time_steps {list(grid.entries)!s:.100} contradict the fitted solver, which was fitted to the times "
                 f"{list(solver.times)!s:.100}: leave time_steps out"
             )
 
@@ -589,8 +599,6 @@ class FlowMatching(BaseDiffusion):
         predicts = None
         if self.prediction_type != "velocity":
             predicts = self.noise_at if self.prediction_type == "noise" else 1 - self.noise_at
-        # A weight that is a function is asked at each sample(), and what it returns is not kept.
-        kept_form, kept_weight = (None, 0.0) if callable(weight) else (form, weight)
         request = solvers.Request(
             solver,
             steps if time_steps is None else 0,
@@ -598,13 +606,14 @@ class FlowMatching(BaseDiffusion):
             device,
             self.noise_at,
             predicts,
+            self.euler_at_final and not isinstance(solver, FittedSolver),
             time_grid,
             tuple(options.items()) if options else (),
             torch.get_default_dtype(),
             time_steps,
             step_sizes,
-            kept_form,
-            kept_weight,
+            form,
+            weight,
         )
         table = solvers.cache.get(request) if cached else request.make()
         if time_steps is not None and inference_step and steps != table.steps:
@@ -612,7 +621,7 @@ class FlowMatching(BaseDiffusion):
                 f"inference_step is {steps}, and time_steps has {table.steps + 1} entries, "
                 f"{table.steps} steps: pass one of them"
             )
-        return table.guided(guidance.form(form), weight) if form is not None and callable(weight) else table
+        return table
 
 
 def _or(value: Any, default: Any) -> Any:
@@ -644,22 +653,32 @@ def _start(
     rows: Any,
     noise: Tensor | None,
     generator: torch.Generator | None,
-    temperature: float,
+    temperature: float | Tensor,
     velocities: Velocities,
     eager: bool,
 ) -> Any:
     """The first state: the noise, given or drawn, times the temperature."""
+    scaled = isinstance(temperature, Tensor) or temperature != 1.0
     if noise is not None:
         if eager:
             noise = noise.data  # it has no tangent, which would not follow the steps
-        if temperature == 1.0:
+        if not scaled:
             return rows.start(noise, drawn=False)
-        return rows.start(noise.to(velocities.dtype) * temperature, drawn=True)
+        return rows.start(_scaled(noise.to(velocities.dtype), temperature), drawn=True)
     device = velocities.device if generator is None else generator.device
     out = rows.empty() if device == velocities.device else None
     noise = torch.randn(velocities.shape, dtype=velocities.dtype, device=device, generator=generator, out=out)
     noise = noise.to(velocities.device)
-    return rows.start(noise if temperature == 1.0 else noise * temperature, drawn=True)
+    return rows.start(_scaled(noise, temperature) if scaled else noise, drawn=True)
+
+
+def _scaled(noise: Tensor, temperature: float | Tensor) -> Tensor:
+    """noise * temperature, with the bits of a temperature that is a number."""
+    if not isinstance(temperature, Tensor):
+        return noise * temperature
+    wide = arithmetic_dtype(noise.dtype)
+    factor = temperature.to(wide).to(noise.device).view([1] * noise.dim())  # not 0-dim, which would not promote
+    return (noise.to(wide) * factor).to(noise.dtype)
 
 
 _CPU = torch.device("cpu")

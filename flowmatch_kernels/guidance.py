@@ -16,12 +16,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from .arguments import number
+from .arguments import number, tensor, unread
 from .ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, WEIGHTED
+from .tracing import is_readable
 
-#: A weight for all evaluations, for each step, or as a function of t.
+#: A weight for all evaluations, for each step, or as a function of t. While tracing a number may be symbolic, or a
+#: 0-dim tensor.
 Weight = float | tuple[float, ...] | Callable[[float], float]
 
 
@@ -30,7 +33,7 @@ class Form(NamedTuple):
 
     kernel: int
     """The fused step's argument `guidance`."""
-    weights: Callable[[float], tuple[float, float]]
+    weights: Callable[[Any], tuple[Any, Any]]
     """The weight as the user gives it -> w0, w1 of the kernel, taken in double, as eager Python does."""
     eager: Callable[[float, Tensor, Tensor], Tensor]
     """(weight, u, c) -> the velocity, as users write it."""
@@ -65,8 +68,12 @@ def checked(weight: Any, name: str = "inference_guidance_weight") -> Weight:
     Raises:
         TypeError: it is none of them, nor what can be made one.
     """
+    if isinstance(weight, (float, int)):
+        return number(weight, name)
     if callable(weight):
         return weight
+    if isinstance(weight, Tensor) and weight.dim() < 2 and not is_readable(weight):
+        return unread(weight, name) if weight.dim() == 0 else tuple(unread(weight, name).unbind())
     if getattr(weight, "ndim", 0) == 1:  # a tensor, a NumPy array
         weight = weight.tolist()
     if isinstance(weight, Sequence) and not isinstance(weight, (str, bytes)):
@@ -74,7 +81,19 @@ def checked(weight: Any, name: str = "inference_guidance_weight") -> Weight:
     return number(weight, name, "a number, a number for each step, or a function of t")
 
 
-def weights(weight: Weight, steps: Iterable[int], times: Callable[[], Iterable[float]]) -> tuple[float, ...]:
+def column(weight: Weight, weights: Sequence[float | Tensor]) -> Tensor:
+    """The weights of all evaluations, [E], in float64, on the CPU where they are numbers.
+
+    Args:
+        weight: As `checked` returns it. While tracing it may be symbolic, or a 0-dim tensor: then no value is read.
+        weights: That of each evaluation.
+    """
+    if callable(weight) or isinstance(weight, tuple):
+        return tensor(weights, torch.float64)
+    return tensor([weight], torch.float64).expand(len(weights))
+
+
+def weights(weight: Weight, steps: Iterable[int], times: Callable[[], Iterable[float]]) -> tuple[Any, ...]:
     """The weight of each evaluation.
 
     Args:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flowmatch_kernels import FlowMatching, available_backends, flow_matching, use_backend
+from flowmatch_kernels import FlowMatching, available_backends, flow_matching, tracing, use_backend
 from flowmatch_kernels.ops import dispatch, native
 from flowmatch_kernels.ops.fused_step import Operands
 
@@ -250,15 +250,15 @@ def test_eager_goes_straight_to_the_backend():
         def __torch_function__(self, func, types, args=(), kwargs=None):
             return func(*args, **(kwargs or {}))
 
-    assert dispatch.is_eager()
+    assert tracing.is_eager()
     for mode in (TorchDispatchMode(), Functions(), FakeTensorMode(), torch.device("cpu")):
         with mode:
-            assert not dispatch.is_eager()
-        assert dispatch.is_eager()
+            assert not tracing.is_eager()
+        assert tracing.is_eager()
     seen = []
-    torch.func.vmap(lambda x: seen.append(dispatch.is_eager()) or x)(torch.zeros(2))
-    torch.func.grad(lambda x: seen.append(dispatch.is_eager()) or x)(torch.zeros(()))
-    torch.jit.trace(lambda x: seen.append(dispatch.is_eager()) or x + 1, (torch.zeros(2),), check_trace=False)
+    torch.func.vmap(lambda x: seen.append(tracing.is_eager()) or x)(torch.zeros(2))
+    torch.func.grad(lambda x: seen.append(tracing.is_eager()) or x)(torch.zeros(()))
+    torch.jit.trace(lambda x: seen.append(tracing.is_eager()) or x + 1, (torch.zeros(2),), check_trace=False)
     assert seen[0] is False
     assert seen[1] is False
     assert False in seen[2:]

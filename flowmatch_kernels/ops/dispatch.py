@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import tracing
 from . import native, reference
 from .fused_step import Operands, check_operands, check_overlap, library
 
@@ -173,29 +174,9 @@ _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _cannot_serve(backend: Backend, device_type: str) -> str | None:
     if backend.devices and device_type not in backend.devices:
         return f"it serves {' and '.join(backend.devices)} tensors, got {device_type}"
-    if backend.name != "reference" and _transforming():
+    if backend.name != "reference" and tracing.is_transforming():
         return "under torch.func transforms and torch.jit.trace only the reference runs"
     return backend.unavailable(device_type)
-
-
-def is_eager() -> bool:
-    """Plain eager mode: no dispatch or function mode, no transform, no compiler, no tracer."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and not _transforming()
-    )
-
-
-def is_capturing() -> bool:
-    """Within the capture of a CUDA graph, which holds on to what is made."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def _transforming() -> bool:
-    """Within a torch.func transform (vmap, grad) or torch.jit.trace, which see PyTorch's own ops only."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
 
 
 def functional(backend: Backend, device_type: str) -> Callable[..., Tensor]:

@@ -112,6 +112,15 @@ def arithmetic_dtype(state_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if state_dtype == torch.float64 else torch.float32
 
 
+#: Device types on which float64 is sure; MPS and some XPUs have none.
+FLOAT64_DEVICES = ("cpu", "cuda", "meta")
+
+
+def double(x: Tensor) -> Tensor:
+    """x in float64; on the CPU where the device may lack it."""
+    return x.double() if x.device.type in FLOAT64_DEVICES else x.cpu().double()
+
+
 def dense(v: Tensor) -> Tensor:
     """v as contiguous memory that holds its values: v itself, most often, else one copy.
 

@@ -2,12 +2,14 @@
 
 stages.py says what a solver takes and returns, ode.py has the solvers with a name, fitted.py those that were fitted to
 a model, predictions.py changes their columns for a model
-that predicts the data or the noise, table.py makes the rows, and requests.py keeps them.
+that predicts the data or the noise, table.py makes the rows, grid.py
+checks times and step sizes, and requests.py keeps the tables.
 """
 
 from .fitted import FittedSolver
+from .grid import Grid, checked_grid
 from .ode import SOLVERS, IntMethod, ab2, ab3, dpmpp_2m, euler, heun, loaded, midpoint, rk4, rk4_classic, solver
-from .requests import Request, cache, check_finite, checked_grid
+from .requests import Request, cache, check_finite
 from .stages import Earlier, Segment, Stage, Steps
 from .table import Evaluation, Table, build, evaluations
 
@@ -16,6 +18,7 @@ __all__ = [
     "Earlier",
     "Evaluation",
     "FittedSolver",
+    "Grid",
     "IntMethod",
     "Request",
     "Segment",

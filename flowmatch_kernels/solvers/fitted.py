@@ -97,9 +97,9 @@ class FittedSolver:
         numbers = [*self.times, *itertools.chain(*self.coefficients)]
         return struct.pack(f"{len(numbers)}d", *numbers) + bytes(map(len, self.coefficients))
 
-    def grid(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Its times, [N + 1]."""
-        return torch.tensor(self.times, dtype=dtype, device=device)
+    def grid(self, dtype: torch.dtype) -> Tensor:
+        """Its times, [N + 1], on the CPU."""
+        return torch.tensor(self.times, dtype=dtype, device="cpu")
 
     def __call__(self, steps: Steps) -> list[Segment]:
         """Its stages, on the steps of its own times: see `solvers.stages`."""

@@ -120,6 +120,9 @@ SOLVERS: dict[str, Solver] = {
     solver.__name__: solver for solver in (euler, midpoint, heun, rk4, rk4_classic, ab2, ab3, dpmpp_2m)
 }
 
+#: Those that compute with the time itself, and not with differences of times alone.
+ABSOLUTE = frozenset({"dpmpp_2m"})
+
 
 IntMethod = str | os.PathLike[str] | FittedSolver
 """A solver as users name it."""

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .stages import Earlier, Segment, Stage, part
 
 
-def predicting(segments: list[Segment], end: int) -> list[Segment]:
+def predicting(segments: list[Segment], end: int, entries: Sequence[float] | None) -> list[Segment]:
     """The same solver for a step_fn that predicts the state p at one end of time, instead of the velocity.
 
     v = (p - x) / (end - t) is linear in p and x, and so is each x a solver evaluates at; so only columns
     change. An evaluation then remembers p + c*base, with a c that takes up as much of x as it can.
 
+    Args:
+        segments: The solver's, for a velocity.
+        end: The end of time.
+        entries: [T], the time grid as far as it is known; None: its values cannot be read.
+
     Raises:
         ValueError: an evaluation is at `end`, where p says nothing of the velocity.
     """
-    for segment in segments:
-        for stage in segment.stages:
-            if bool((stage.time == end).any()):
-                way_out = f"pass time_steps that keep away from t = {end}, as linspace(1e-3, 1 - 1e-3, N + 1) does"
-                if bool(segments[0].steps.start[:1] == end) and end != segment.steps.noise_at:
-                    way_out = f"the time grid begins there, and noise_at={segment.steps.noise_at} is its other end"
-                elif end != segment.steps.noise_at:
-                    way_out += (
-                        ", or use a solver that does not evaluate at a step's end (euler, midpoint, ab2, dpmpp_2m)"
-                    )
-                raise ValueError(
-                    f"what step_fn predicts stands at t = {end} and says nothing of the velocity there, where this "
-                    f"solver evaluates: {way_out}"
-                )
+    if entries is not None and any(end in segment.evaluated(entries) for segment in segments):
+        noise_at = segments[0].steps.noise_at
+        way_out = f"pass time_steps that keep away from t = {end}, as linspace(1e-3, 1 - 1e-3, N + 1) does"
+        if entries[0] == end and end != noise_at:
+            way_out = f"the time grid begins there, and noise_at={noise_at} is its other end"
+        elif end != noise_at:
+            way_out += ", or use a solver that does not evaluate at a step's end (euler, midpoint, ab2, dpmpp_2m)"
+            way_out += ", or euler_at_final=True"
+        raise ValueError(
+            f"what step_fn predicts stands at t = {end} and says nothing of the velocity there, where this "
+            f"solver evaluates: {way_out}"
+        )
     if not segments:
         return []
     # 1 / (end - t) at each step's first stage, for what earlier steps have remembered.
@@ -44,7 +49,8 @@ _Combination = dict[tuple[int, int], Tensor]  # (stage, steps ago) -> coefficien
 def _predicting(segment: Segment, end: int, firsts: Tensor) -> Segment:
     steps = segment.steps
     one = torch.ones_like(steps.h)
-    x_base, x = one, _Combination()  # the state to evaluate at, in base and what is remembered
+    x: _Combination
+    x_base, x = one, {}  # the state to evaluate at, in base and what is remembered
     velocities: dict[tuple[int, int], _Combination] = {}
     stages = []
     for k, stage in enumerate(segment.stages):

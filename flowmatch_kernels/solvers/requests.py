@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import guidance, time_grids
+from .. import guidance, time_grids, tracing
 from ..guidance import Weight
+from ..tracing import is_readable
 from .fitted import FittedSolver
+from .grid import Grid, check_absolute, checked_grid, checked_sizes, named_entries
+from .ode import ABSOLUTE
 from .stages import part
 from .table import Table, build
 
@@ -31,6 +34,8 @@ class Request(NamedTuple):
     device: torch.device
     noise_at: int
     predicts: int | None
+    """The end of time whose state step_fn predicts; None: it predicts the velocity."""
+    euler_at_final: bool
     time_grid: str | Callable[[int], Numbers]
     options: tuple[tuple[str, float], ...]
     """Of the time grid."""
@@ -55,7 +60,7 @@ class Request(NamedTuple):
             return None
         options = content(tuple(option for _, option in self.options)) if self.options else b""
         solver = self.int_method.bits() if isinstance(self.int_method, FittedSolver) else self.int_method
-        return (solver, *self[1:7], options, self.grid_dtype, grid, sizes, self.form, weight)
+        return (solver, *self[1:8], options, self.grid_dtype, grid, sizes, self.form, weight)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors that its key names by identity."""
@@ -63,42 +68,111 @@ class Request(NamedTuple):
         return tuple(x for x in given if isinstance(x, Tensor) and x.device.type != "cpu")
 
     def make(self, check: bool = False) -> Table:
-        """The table; `check`: each segment's weights too, which reads values.
+        """The table; `check`: each segment's weights too.
 
         Raises:
             TypeError: time_steps or step_sizes is no floating-point tensor or list of floats.
             ValueError: their shape or a value is wrong, or the solver cannot use the grid.
         """
-        if isinstance(self.int_method, FittedSolver):
-            grid = self.int_method.grid(self.grid_dtype, self.device)
-        elif self.time_steps is not None:
-            grid = checked_grid(self.time_steps, "time_steps")
-        elif callable(self.time_grid) and self.steps:
-            grid = checked_grid(self.time_grid(self.steps), "what time_grid returned")
-            if grid.numel() != self.steps + 1:
-                raise ValueError(
-                    f"time_grid returned {grid.numel()} entries for {self.steps} steps; wanted {self.steps + 1}"
-                )
-        else:
-            grid = self._named_grid()
-        sizes = self.step_sizes
+        grid = self._grid()
+        sizes = None if self.step_sizes is None else checked_sizes(self.step_sizes, grid.tensor.shape[0] - 1)
         given = self.time_steps is not None or sizes is not None or callable(self.time_grid)
-        dt = torch.diff(grid) if sizes is None else checked_sizes(sizes, grid.numel() - 1).to(grid.device)
-        if given and (self.predicts is not None or self.int_method == "dpmpp_2m"):
-            check_absolute(
-                grid, dt, self.noise_at, str(self.int_method) if self.predicts is None else "prediction_type"
-            )
-        table = build(self.int_method, grid, dt, self.dtype, self.device, self.noise_at, self.predicts, check)
+        if given and (self.predicts is not None or self.int_method in ABSOLUTE):
+            who = str(self.int_method) if self.predicts is None else "prediction_type"
+            check_absolute(grid, sizes, self.noise_at, who)
+        table = build(
+            self.int_method,
+            grid,
+            sizes,
+            self.dtype,
+            self.device,
+            self.noise_at,
+            self.predicts,
+            self.euler_at_final,
+            check,
+        )
         if given:
             check_finite(table, self.int_method, self.noise_at)
-        return table if self.form is None else table.guided(guidance.form(self.form), self.weight)
+        if self.form is None:
+            return table
+        return table.guided(guidance.form(self.form), self.weight, lambda: self._times(grid.entries))
 
-    def _named_grid(self) -> Tensor:
+    def _grid(self) -> Grid:
+        """The time grid."""
+        if isinstance(self.int_method, FittedSolver):
+            return Grid(self.int_method.grid(self.grid_dtype), self.int_method.times)
+        if self.time_steps is not None:
+            return checked_grid(self.time_steps, "time_steps")
+        if callable(self.time_grid) and self.steps:
+            grid = checked_grid(self.time_grid(self.steps), "what time_grid returned")
+            if (entries := grid.tensor.shape[0]) != self.steps + 1:
+                raise ValueError(
+                    f"time_grid returned {entries} entries for {self.steps} steps; wanted {self.steps + 1}"
+                )
+            return grid
         if callable(self.time_grid) or self.time_grid == "uniform":  # as the published loop takes it, to the bit
             first = float(self.noise_at)
-            return torch.linspace(first, 1.0 - first, self.steps + 1, dtype=self.grid_dtype, device=self.device)
-        make = time_grids.time_grid(self.time_grid)
-        return make(self.steps, noise_at=self.noise_at, dtype=self.grid_dtype, **dict(self.options)).to(self.device)
+            tensor = torch.linspace(first, 1.0 - first, self.steps + 1, dtype=self.grid_dtype, device=self.device)
+        else:
+            make = time_grids.time_grid(self.time_grid)
+            tensor = make(self.steps, noise_at=self.noise_at, dtype=self.grid_dtype, **dict(self.options))
+        return Grid(tensor, named_entries(self.steps, self.noise_at))
+
+    def _times(self, entries: tuple[float, ...] | None) -> tuple[float, ...]:
+        """The table's times as numbers, where the table's tensor cannot be read.
+
+        Args:
+            entries: Those of the time grid, as far as they are known.
+
+        Raises:
+            ValueError: they are not known.
+        """
+        if entries is None:
+            raise ValueError(
+                "inference_guidance_weight is a function of t, and the time grid is a tensor whose values cannot be "
+                "read under a compiler, a tracer or vmap: pass the grid as a list of floats, or a weight for each step"
+            )
+        method, name, options = self.int_method, self.time_grid, self.options
+        known: tuple[float, ...] | None = None
+        if isinstance(method, FittedSolver):
+            method, known = "euler", entries  # at the start of each step, as it
+        elif self.time_steps is not None or callable(name):
+            known = entries
+        if known is not None or callable(name):  # entries that a list, or a function, gave
+            known, name, options = tuple(map(_plain, known or ())), "uniform", ()
+        return _computed_times(method, self.steps, self.noise_at, name, options, self.grid_dtype, self.device, known)
+
+
+def _plain(entry: float) -> float:
+    """A number that a compiler may have made symbolic, as the float that it is now; the compiler guards it."""
+    if not torch.compiler.is_compiling():
+        return entry
+    from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+    return guard_scalar(entry)
+
+
+def _computed_times(
+    int_method: str,
+    steps: int,
+    noise_at: int,
+    time_grid: str,
+    options: tuple[tuple[str, float], ...],
+    grid_dtype: torch.dtype,
+    device: torch.device,
+    entries: tuple[float, ...] | None,
+) -> tuple[float, ...]:
+    """The times of such a table, computed for real, whatever mode or tracer is at work."""
+    with tracing.suspended():
+        if device.type != "cuda" or not torch.cuda.is_available():
+            device = torch.device("cpu")
+        request = Request(
+            int_method, steps, torch.float64, device, noise_at, None, False, time_grid, options, grid_dtype, entries
+        )
+        return tuple(request.make().times.tolist())
+
+
+_computed_times._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as dispatch._resolve
 
 
 def content(numbers: Any) -> Hashable:
@@ -131,9 +205,14 @@ class _Cache:
 
     def get(self, request: Request) -> Table:
         """The table of a request, kept if it can be."""
+        if callable(request.weight):  # it is asked at each sample(), and what it returns is not kept
+            assert request.form is not None
+            unguided = self.get(request._replace(form=None, weight=0.0))
+            return unguided.guided(guidance.form(request.form), request.weight)
         key = request.key()
         if key is None:
             return request.make(check=True)
+        table: Table | None
         table, tensors = self._tables.get(key, (None, ()))
         if tensors and not all(map(_is, tensors, request.tensors())):
             table = None  # another tensor has the address of one that is gone
@@ -168,77 +247,6 @@ def _is(reference: weakref.ref[Tensor], tensor: Tensor) -> bool:
     return reference() is tensor
 
 
-def checked_grid(time_steps: Any, name: str) -> Tensor:
-    """A time grid as a tensor, [T].
-
-    Raises:
-        TypeError: it is neither a floating-point tensor nor a sequence of floats.
-        ValueError: it is not 1-D with two or more entries, finite and strictly monotonic.
-    """
-    try:
-        # On the CPU, whatever the default device is: the host checks it.
-        grid = (time_steps if isinstance(time_steps, Tensor) else torch.as_tensor(time_steps, device="cpu")).detach()
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} must be a tensor or a sequence of floats, got {time_steps!r:.60}") from None
-    if not grid.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {grid.dtype}")
-    if grid.dim() != 1 or grid.numel() < 2:
-        raise ValueError(f"{name} must be 1-D with two or more entries, got shape {list(grid.shape)}")
-    differences = torch.diff(grid)
-    if not ((differences > 0).all() or (differences < 0).all()) or not grid.isfinite().all():
-        raise ValueError(
-            f"{name} must be finite and strictly monotonic, up or down, without NaN, got {grid.tolist()!s:.200}"
-        )
-    return grid
-
-
-def checked_sizes(step_sizes: Any, steps: int) -> Tensor:
-    """Step sizes as a tensor, [steps]; a list becomes float64.
-
-    Raises:
-        TypeError: they are neither a floating-point tensor nor a sequence of floats.
-        ValueError: there is another number of them, or one is not finite.
-    """
-    if not isinstance(step_sizes, Tensor):
-        try:
-            step_sizes = torch.tensor(step_sizes, dtype=torch.float64, device="cpu")
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"step_sizes must be a tensor or a sequence of floats, got {step_sizes!r:.60}") from None
-    if not step_sizes.is_floating_point():
-        raise TypeError(f"step_sizes must be floating point, got {step_sizes.dtype}")
-    if list(step_sizes.shape) != [steps]:
-        raise ValueError(
-            f"step_sizes must hold {steps} entries, one fewer than the time grid, got shape {list(step_sizes.shape)}"
-        )
-    if not step_sizes.isfinite().all():
-        raise ValueError(f"step_sizes must be finite, got {step_sizes.tolist()!s:.200}")
-    return step_sizes.detach()
-
-
-def check_absolute(grid: Tensor, dt: Tensor, noise_at: int, who: str) -> None:
-    """Raises where what computes with t itself, and not with differences alone, cannot use a grid or its step sizes.
-
-    Args:
-        grid: [T].
-        dt: [T - 1].
-        noise_at: The end of time at which the noise is.
-        who: What computes so.
-
-    Raises:
-        ValueError: the grid leaves [0, 1] or runs towards the noise, or the step sizes are not its differences.
-    """
-    times = grid.tolist()
-    wanted = f"{who} computes with the time itself, which runs from the noise at t = {noise_at} to the data at t = "
-    wanted += f"{1 - noise_at}"
-    if not 0 <= min(times) <= max(times) <= 1:
-        raise ValueError(f"{wanted}: the time grid must stay in [0, 1], got {times!s:.200}")
-    if (times[0] > times[-1]) != bool(noise_at):
-        raise ValueError(f"{wanted}: the time grid runs the other way, got {times!s:.200}; is noise_at right?")
-    differences, sizes = torch.diff(grid.double()), dt.double()
-    if (differences - sizes).abs().max() > 1e-5:  # float32 grids, and differences of them that a user took in float64
-        raise ValueError(f"{wanted}: step_sizes must be the grid's differences, got {sizes.tolist()!s:.200}")
-
-
 def check_finite(table: Table, int_method: str | FittedSolver, noise_at: int) -> None:
     """Raises where a solver cannot use a time grid.
 
@@ -246,7 +254,9 @@ def check_finite(table: Table, int_method: str | FittedSolver, noise_at: int) ->
         ValueError: a coefficient is not finite.
     """
     rows = table.coefficients
-    if not rows.is_meta and not (part(rows, 0, 5, dim=1).isfinite().all() and part(rows, 7, 8, dim=1).isfinite().all()):
+    if is_readable(rows) and not (
+        part(rows, 0, 5, dim=1).isfinite().all() and part(rows, 7, 8, dim=1).isfinite().all()
+    ):
         grid = part(table.times, 0, table.steps + 1).tolist()
         raise ValueError(
             f"{int_method} has no finite coefficients on this time grid, {grid!s:.200}: it needs one that runs from "

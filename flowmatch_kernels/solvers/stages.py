@@ -6,11 +6,13 @@ such a function and enter it in `ode.SOLVERS`: no kernel changes, and not the lo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..tracing import is_readable
 
 
 class Steps(NamedTuple):
@@ -18,35 +20,28 @@ class Steps(NamedTuple):
 
     first: int
     """The number of the first of them."""
+    n: int
+    """How many steps."""
     start: Tensor
     """t at each step's start, in the grid's dtype."""
     end: Tensor
     """t at each step's end, in the grid's dtype."""
-    dt: Tensor
-    """The step sizes: end - start in the grid's dtype, or what the caller gave instead, as of noise levels."""
+    h: Tensor
+    """The step sizes in float64, to compute coefficients with: end - start, taken in the grid's dtype, or what the
+    caller gave instead, as of noise levels."""
     noise_at: int = 0
     """The end of time at which the noise is: 0, or 1."""
 
-    @property
-    def n(self) -> int:
-        """How many steps."""
-        return self.dt.numel()
-
-    @property
-    def h(self) -> Tensor:
-        """The step sizes in float64, to compute coefficients with."""
-        return self.dt.double()
-
     def at(self, fraction: float) -> Tensor:
-        """t at a fraction of each step, in the grid's dtype: `dt`, where it is given, may be in another unit."""
+        """t at a fraction of each step, in the grid's dtype: `h`, where it is given, may be in another unit."""
         return self.start + (self.end - self.start) * fraction
 
     def part(self, first: int, last: int) -> Steps:
         """Steps `first` up to `last` of these, as many as there are."""
         last = max(min(last, self.n), 0)
         first = max(min(first, last), 0)
-        start, end, dt = (part(tensor, first, last) for tensor in (self.start, self.end, self.dt))
-        return Steps(self.first + first, start, end, dt, self.noise_at)
+        start, end, h = (part(tensor, first, last) for tensor in (self.start, self.end, self.h))
+        return Steps(self.first + first, last - first, start, end, h, self.noise_at)
 
 
 def part(x: Tensor, first: int, last: int, dim: int = 0) -> Tensor:
@@ -84,17 +79,51 @@ class Segment(NamedTuple):
     steps: Steps
     stages: tuple[Stage, ...]
 
+    def evaluated(self, grid: Sequence[float]) -> tuple[float, ...]:
+        """The entries of the time grid at which it evaluates: its steps' starts, and with some solvers their ends.
+
+        Args:
+            grid: [T], the whole time grid.
+        """
+        first, last = self.steps.first, self.steps.first + self.steps.n
+        starts = any(stage.time is self.steps.start for stage in self.stages)
+        ends = any(stage.time is self.steps.end for stage in self.stages)
+        return (*(grid[first:last] if starts else ()), *(grid[first + 1 : last + 1] if ends else ()))
+
+    def part(self, n: int) -> Segment:
+        """Its first n steps."""
+        steps = self.steps.part(0, n)
+
+        def cut(column: Any) -> Any:
+            if column is self.steps.start:
+                return steps.start  # the same object: `build` knows an entry of the grid by that
+            if column is self.steps.end:
+                return steps.end
+            return part(column, 0, n) if isinstance(column, Tensor) else column
+
+        stages = tuple(
+            Stage(
+                cut(stage.time),
+                cut(stage.b0),
+                tuple(earlier._replace(b=cut(earlier.b)) for earlier in stage.earlier),
+                cut(stage.a),
+                cut(stage.c),
+            )
+            for stage in self.stages
+        )
+        return Segment(steps, stages)
+
     def check(self) -> None:
         """Checks that the weights of a step's velocities sum to the step, as they must for a constant velocity.
 
         Only of a last stage that adds to base: where `a` is a column, the step is not a sum of velocities alone. A NaN
-        is not an error here: `requests.check_finite` says what is wrong with the time grid. Meta has no values.
+        is not an error here: `requests.check_finite` says what is wrong with the time grid.
 
         Raises:
             ValueError: the weights sum to something else; the largest difference is in the message.
         """
         last = self.stages[-1]
-        if isinstance(last.a, Tensor) or last.a != 1.0 or last.b0.is_meta:
+        if isinstance(last.a, Tensor) or last.a != 1.0 or not is_readable(last.b0):
             return
         weights = torch.stack([last.b0, *(earlier.b for earlier in last.earlier)])
         error = (weights.sum(0) - self.steps.h).abs()

@@ -11,7 +11,7 @@ next base, and a state of the trajectory; before that it is only the next state 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,8 +21,10 @@ from .. import guidance
 from ..guidance import Form, Weight
 from ..ops import reference
 from ..ops.fused_step import COLUMNS
+from ..tracing import is_readable
 from .fitted import FittedSolver
-from .ode import solver
+from .grid import Grid, on_host
+from .ode import euler, solver
 from .predictions import predicting
 from .stages import Segment, Steps, part
 
@@ -62,7 +64,7 @@ class Table(NamedTuple):
 
     def readable(self) -> Table:
         """This table, with what the host reads of its rows: one synchronisation on a GPU."""
-        if self.coefficients.is_meta:
+        if not is_readable(self.coefficients):
             return self
         rows = self.coefficients.tolist()
         return self._replace(units=tuple((row[0] == 1.0, row[7] == 0.0) for row in rows), views={})
@@ -82,55 +84,70 @@ class Table(NamedTuple):
             self.views[dims] = made
         return made
 
-    def guided(self, form: Form, weight: Weight) -> Table:
-        """This table with guidance: its weights in the columns w0 and w1."""
-        steps = [0, *itertools.accumulate(evaluation.commit for evaluation in self.evaluations)][:-1]
+    def guided(self, form: Form, weight: Weight, times: Callable[[], Sequence[float]] | None = None) -> Table:
+        """This table with guidance: its weights in the columns w0 and w1.
 
-        def times() -> list[float]:
-            on_host = self.times.tolist()
+        Args:
+            form: How the velocities are combined.
+            weight: As `guidance.checked` returns it.
+            times: Gives the numbers of `self.times`, where that cannot be read and the weight is a function.
+        """
+        steps = [0, *itertools.accumulate(int(evaluation.commit) for evaluation in self.evaluations)][:-1]
+
+        def evaluated() -> list[float]:
+            on_host = self.times.tolist() if times is None or is_readable(self.times) else times()
             return [on_host[evaluation.time] for evaluation in self.evaluations]
 
-        weights = guidance.weights(weight, steps, times)
-        columns = torch.tensor([form.weights(w) for w in weights], dtype=torch.float64, device="cpu").view(-1, 2)
+        weights = guidance.weights(weight, steps, evaluated)
         rows = self.coefficients
-        parts = [part(rows, 0, 5, dim=1), columns.to(rows.device, rows.dtype), part(rows, 7, 8, dim=1)]
+        if not weights:
+            return self._replace(views=self.views and {})
+        column = guidance.column(weight, weights)
+        columns = torch.stack([torch.full_like(column, w) if isinstance(w, float) else w for w in form.weights(column)])
+        columns = columns.T.to(rows.dtype).to(rows.device)
+        parts = [part(rows, 0, 5, dim=1), columns, part(rows, 7, 8, dim=1)]
         return self._replace(coefficients=torch.cat(parts, dim=1), weights=weights, views=self.views and {})
 
 
 def build(
     int_method: str | FittedSolver,
-    grid: Tensor,
-    dt: Tensor,
+    grid: Grid,
+    sizes: Grid | None,
     dtype: torch.dtype,
     device: torch.device,
     noise_at: int = 0,
     predicts: int | None = None,
+    euler_at_final: bool = False,
     check: bool = False,
 ) -> Table:
     """The table of a solver on a grid.
 
     Args:
         int_method: The solver's name, or a fitted solver.
-        grid: [T], the time grid.
-        dt: [N], its step sizes; what is computed from them is float64, and rounded to `dtype` last.
+        grid: The time grid, [T].
+        sizes: Its step sizes, [N]; None: its differences, taken in its dtype. What is computed from them is float64, on
+            the CPU, and rounded to `dtype` last.
         dtype: Of the coefficients: the arithmetic dtype of the state.
         device: Of the coefficients and times.
         noise_at: The end of time at which the noise is.
         predicts: The end of time whose state step_fn predicts; None: it predicts the velocity.
-        check: Check each segment; reads values, so not while a compiler traces.
+        euler_at_final: The last step is Euler's, so that nothing is evaluated at the end of the grid.
+        check: Check each segment.
 
     Raises:
         ValueError: a segment is not consistent, or the prediction says nothing of the velocity at a time where the
             solver evaluates.
     """
-    n = dt.numel()
-    steps = Steps(0, part(grid, 0, n), part(grid, 1, n + 1), dt, noise_at)
-    segments = [segment for segment in solver(int_method)(steps) if segment.steps.n]
+    times = on_host(grid.tensor)
+    n = int(times.shape[0]) - 1
+    dt = torch.diff(times) if sizes is None else sizes.tensor.to(times.device)
+    steps = Steps(0, n, part(times, 0, n), part(times, 1, n + 1), dt.double(), noise_at)
+    segments = _segments(int_method, steps, euler_at_final)
     if check:
         for segment in segments:
             segment.check()
     if predicts is not None:
-        segments = predicting(segments, predicts)
+        segments = predicting(segments, predicts, grid.entries)
 
     read = {(step, s) for step, s, _ in _reads(segments)}
     ring = max([1, *[kept for _, _, kept in _reads(segments)]])
@@ -138,7 +155,7 @@ def build(
     def buffer(step: int, stage: int) -> int:
         return stage * ring + step % ring
 
-    evaluations, times, length = [], [grid], n + 1
+    evaluations, all_times, length = [], [times], n + 1
     for segment in segments:
         places = []  # of the first step's times
         for stage in segment.stages:
@@ -148,7 +165,7 @@ def build(
                 places.append(segment.steps.first + 1)
             else:
                 places.append(length)
-                times.append(stage.time)
+                all_times.append(stage.time)
                 length += segment.steps.n
         for k in range(segment.steps.n):
             step = segment.steps.first + k
@@ -162,11 +179,12 @@ def build(
                     )
                 )
     rows = [_coefficients(segment) for segment in segments]
-    empty = torch.empty(0, len(COLUMNS), dtype=torch.float64, device=dt.device)
+    empty = torch.empty(0, len(COLUMNS), dtype=torch.float64, device=times.device)
     return Table(
         evaluations=tuple(evaluations),
-        times=torch.cat(times).to(device),
-        coefficients=torch.cat([empty, *rows]).to(device, dtype),
+        # Through float64, which is exact: under autocast, cat takes no 16-bit dtype but autocast's own.
+        times=torch.cat([part.double() for part in all_times]).to(times.dtype).to(device),
+        coefficients=torch.cat([empty, *rows]).to(dtype).to(device),
         steps=n,
         buffers=max([0, *[e.write + 1 for e in evaluations if e.write is not None]]),
     )
@@ -197,10 +215,21 @@ def _coefficients(segment: Segment) -> Tensor:
     return torch.stack(rows, dim=1).flatten(0, 1)
 
 
-def evaluations(int_method: str | FittedSolver, steps: int) -> int:
+def _segments(int_method: str | FittedSolver, steps: Steps, euler_at_final: bool) -> list[Segment]:
+    """The solver's segments that have steps."""
+    segments = [segment for segment in solver(int_method)(steps) if segment.steps.n]
+    if not euler_at_final or not segments:
+        return segments
+    *before, last = segments
+    if last.steps.n > 1:
+        before.append(last.part(last.steps.n - 1))
+    return [*before, *euler(steps.part(steps.n - 1, steps.n))]
+
+
+def evaluations(int_method: str | FittedSolver, steps: int, euler_at_final: bool = False) -> int:
     """How often a solver evaluates the velocity in so many steps."""
     if isinstance(int_method, FittedSolver):
         return int_method.evaluations
     grid = torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64, device="cpu")
-    segments = solver(int_method)(Steps(0, part(grid, 0, steps), part(grid, 1, steps + 1), torch.diff(grid)))
-    return sum(segment.steps.n * len(segment.stages) for segment in segments)
+    of_grid = Steps(0, steps, part(grid, 0, steps), part(grid, 1, steps + 1), torch.diff(grid))
+    return sum(segment.steps.n * len(segment.stages) for segment in _segments(int_method, of_grid, euler_at_final))

@@ -170,6 +170,7 @@ class FlowMatching(BaseDiffusion):
         constraint: Callable[[Tensor, Tensor], Tensor] | None = None,
         callback: Callable[[int, Tensor, Tensor], bool | None] | None = None,
         progress: bool = False,
+        differentiable: bool | None = None,
         backend: str | None = None,
     ) -> Any:
         r"""Integrates dx/dt = v(x, t) from noise to data.
@@ -216,6 +217,10 @@ class FlowMatching(BaseDiffusion):
             callback: Called as callback(step, t, x) after each step, 0 the first, with the state reached, a copy
                 that is the callback's own, and its time [B, 1, ..., 1]. Returning True ends the sampling.
             progress: Show a bar over the evaluations (needs tqdm).
+            differentiable: True: the result has the derivative of the loop, in the caller's grad mode, with respect to
+                the noise and what step_fn uses, by autograd, torch.func and forward-mode AD; not with respect to times,
+                step sizes, weights or the temperature. False: the result is a constant. None: as False, but where a
+                derivative is asked for (torch.func.grad, jvp, ..., or noise that requires grad), it raises.
             backend: None: the constructor's. A backend asked for by name runs or raises.
 
         Returns:
@@ -238,6 +243,14 @@ class FlowMatching(BaseDiffusion):
         device = _resolved(device)
         if not callable(step_fn):
             raise TypeError(f"step_fn must be callable, got {step_fn!r:.60}")
+        differentiable = _differentiable(
+            differentiable,
+            noise,
+            time_steps=time_steps,
+            step_sizes=step_sizes,
+            inference_guidance_weight=inference_guidance_weight,
+            temperature=temperature,
+        )
         guided, form, weight = self._guidance(
             *(use_classifier_free_guidance, guidance_form, inference_guidance_weight),
             *(unguided_step_fn, combined_guidance, skip_irrelevant_model),
@@ -261,9 +274,9 @@ class FlowMatching(BaseDiffusion):
             *(int_method, inference_step, time_steps, step_sizes, dtype, device, form, weight),
             cached=eager and not (device.type == "cuda" and tracing.is_capturing()),
         )
-        velocities = Velocities(shape, dtype, device, guided, table.weights)
+        velocities = Velocities(shape, dtype, device, guided, table.weights, differentiable)
         grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)  # a context manager takes ten times as long
+        torch._C._set_grad_enabled(grad and differentiable)  # a context manager takes ten times as long
         try:
             rows = rows_for(
                 Setting(
@@ -629,6 +642,35 @@ def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
+def _differentiable(asked: bool | None, noise: Tensor | None, **constants: Any) -> bool:
+    """Whether sample() keeps the derivative.
+
+    Raises:
+        TypeError: asked is neither a bool nor None.
+        ValueError: a derivative is taken, and sample() was not told what to do; or one with respect to what has none.
+    """
+    if asked is not None:
+        flag(asked, "differentiable")
+    if asked is False:
+        return False
+    for name, value in constants.items():
+        if isinstance(value, Tensor) and tracing.has_derivative(value):
+            raise ValueError(f"{name} requires grad, and sample() has no derivative with respect to it: detach it")
+    if asked:
+        return True
+    taken = None
+    if noise is not None and tracing.has_derivative(noise):
+        taken = "noise requires grad"
+    elif tracing.is_differentiating():
+        taken = "a derivative is taken, by torch.func or forward-mode AD"
+    if taken is not None:
+        raise ValueError(
+            f"{taken}, and sample() keeps no derivative unless asked: pass differentiable=True for the derivative of "
+            "the loop, or differentiable=False for a result that is a constant"
+        )
+    return False
+
+
 def _state_dtype(
     dtype: torch.dtype | None, noise: Tensor | None, shape: tuple[int, ...], device: torch.device
 ) -> torch.dtype:
@@ -660,7 +702,7 @@ def _start(
     """The first state: the noise, given or drawn, times the temperature."""
     scaled = isinstance(temperature, Tensor) or temperature != 1.0
     if noise is not None:
-        if eager:
+        if eager and not velocities.differentiable:
             noise = noise.data  # it has no tangent, which would not follow the steps
         if not scaled:
             return rows.start(noise, drawn=False)

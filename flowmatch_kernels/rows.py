@@ -43,7 +43,7 @@ class Setting(NamedTuple):
 def rows_for(setting: Setting, noise: Tensor | None) -> Any:
     """The way to take rows: in place for a backend and plain tensors in eager mode, else functional."""
     plain = noise is None or type(noise) is Tensor or type(noise) is torch.nn.Parameter
-    if not setting.eager or not plain:
+    if not setting.eager or not plain or setting.velocities.differentiable:
         return Functional(setting)
     fused_step_ = setting.backend.load()
     if fused_step_ is reference.fused_step_:  # nothing is saved by writing in place
@@ -92,14 +92,15 @@ class Functional:
             noise: [B, *x_dims].
             drawn: It is nobody else's, or it is `empty()`; else it is copied.
         """
-        state = drawn_or_copied(noise, drawn, self._setting.velocities.dtype)
+        velocities = self._setting.velocities
+        state = drawn_or_copied(noise, drawn, velocities.dtype, velocities.differentiable)
         if self._states is not None:
             self._states.append(state)
         return state
 
     def tensor(self, state: Any) -> Tensor:
         """A tensor over the state's memory, an object of its own."""
-        return state.detach()
+        return state.view_as(state) if self._setting.velocities.differentiable else state.detach()
 
     def time(self, k: int) -> Tensor:
         """The k-th time of the table, [B, 1, ..., 1]."""
@@ -107,7 +108,7 @@ class Functional:
 
     def evaluate(self, step_fn: StepFn, state: Any, time: int) -> Any:
         """v = step_fn(x=state, t=time). A write to x is a write to the state, and shows in the trajectory."""
-        return step_fn(x=state.detach(), t=self._times[time])
+        return step_fn(x=self.tensor(state), t=self._times[time])
 
     def owns(self, state: Any, v: Any) -> bool:
         """Whether v is the state, or a view of it."""
@@ -125,6 +126,8 @@ class Functional:
         """
         table, velocities, guidance = self._setting.table, self._setting.velocities, self._setting.guidance
         v, u = velocities.checked(v, u, row)
+        if not self._setting.eager and not velocities.differentiable:  # a transform's derivative, which no_grad keeps
+            v, u = v.detach(), None if u is None else u.detach()
         h = terms(self._history, evaluation.read)
         if self._columns is not None:
             columns = self._columns[row]
@@ -158,7 +161,8 @@ class Functional:
             x: The tensor over that state that it was called with.
             y: What it returned: x itself, or a tensor of x's shape, dtype and device.
         """
-        state = y.detach().clone(memory_format=torch.contiguous_format)
+        y = y if self._setting.velocities.differentiable else y.detach()
+        state = y.clone(memory_format=torch.contiguous_format)
         if self._states is not None:
             self._states[-1] = state
         return state
@@ -344,11 +348,11 @@ def times(grid: Tensor, shape: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...
     return grid, grid.view(-1, 1, *ones).expand(-1, shape[0], *ones).unbind()
 
 
-def drawn_or_copied(noise: Tensor, drawn: bool, dtype: torch.dtype) -> Tensor:
+def drawn_or_copied(noise: Tensor, drawn: bool, dtype: torch.dtype, differentiable: bool = False) -> Tensor:
     """The noise as a state, contiguous: an object of our own, since whoever saw the draw keeps what it saw."""
-    if drawn and noise.dtype is dtype:
-        return noise.detach()
-    return noise.to(dtype, copy=True, memory_format=torch.contiguous_format).detach()
+    if not drawn or noise.dtype is not dtype:
+        noise = noise.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    return noise if differentiable else noise.detach()
 
 
 def terms(history: Sequence[Any], read: Sequence[int]) -> tuple[Tensor | None, ...]:

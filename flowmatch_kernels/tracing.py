@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _functorch = torch._C._functorch
+_DERIVATIVES = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
 _MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 
 
@@ -28,8 +30,30 @@ def is_eager() -> bool:
 
 
 def is_transforming() -> bool:
-    """Within a torch.func transform (vmap, grad) or torch.jit.trace, which see PyTorch's own ops only."""
-    return _functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
+    """Within a torch.func transform, forward-mode AD or torch.jit.trace, which see PyTorch's own ops only."""
+    return (
+        _functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def is_differentiating() -> bool:
+    """A derivative is taken by torch.func (grad, vjp, jvp, ...) or by forward-mode AD, of whatever runs."""
+    stack = _functorch.get_interpreter_stack() or ()
+    return forward_ad._current_level >= 0 or any(transform.key() in _DERIVATIVES for transform in stack)
+
+
+# A compiler asks while it traces, within the same transforms. This is torch.compiler.assume_constant_result, which
+# imports the whole compiler only to set the attribute.
+is_differentiating._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def has_derivative(x: Tensor) -> bool:
+    """Whether a derivative with respect to x is being taken: x requires grad, and grad is on, or it has a tangent."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 def is_tracing() -> bool:

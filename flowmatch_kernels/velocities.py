@@ -35,6 +35,7 @@ class Velocities:
         shape, dtype, device: The state's.
         guidance: With guidance, its form.
         weights: With guidance, the weight of each row.
+        differentiable: Keep what autograd knows of the velocities.
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class Velocities:
         device: torch.device,
         guidance: Guidance | None = None,
         weights: Sequence[float] = (),
+        differentiable: bool = False,
     ) -> None:
         self.shape = shape
         self.dtype = dtype
         self.device = device
         self.guidance = guidance
         self.weights = weights
+        self.differentiable = differentiable
 
     def plain(self, v: Tensor, u: Tensor | None) -> bool:
         """Whether a backend can read both: plain tensors of the state's shape, device and a dtype that is not wider."""
@@ -88,7 +91,8 @@ class Velocities:
         """A velocity that was checked, in the state's shape."""
         if v.dtype not in VELOCITY_DTYPES[self.dtype]:
             v = v.to(self.dtype)
-        return unwrapped(v).detach().expand(self.shape)
+        v = unwrapped(v)
+        return (v if self.differentiable else v.detach()).expand(self.shape)
 
     def check(self, v: object, name: str) -> None:
         """Raises where a model named `name` returned what cannot be a velocity."""

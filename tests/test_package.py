@@ -251,6 +251,7 @@ def test_signatures():
         "constraint": None,
         "callback": None,
         "progress": False,
+        "differentiable": None,
         "backend": None,
     }
 

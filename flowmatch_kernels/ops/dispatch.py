@@ -161,7 +161,7 @@ def _resolve(name: str, device_type: str) -> str:
         if (candidate, reason) not in _logged:
             _logged.add((candidate, reason))
             remedy = " Steps run as eager PyTorch expressions, the slow path; " + native.REMEDY
-            last = candidate == PREFERENCE[device_type][-2]
+            last = candidate == PREFERENCE[device_type][-2] and not tracing.is_transforming()
             logger.warning("backend %r is skipped on %s: %s.%s", candidate, device_type, reason, remedy if last else "")
     raise AssertionError("the reference backend serves every device")
 
@@ -175,7 +175,7 @@ def _cannot_serve(backend: Backend, device_type: str) -> str | None:
     if backend.devices and device_type not in backend.devices:
         return f"it serves {' and '.join(backend.devices)} tensors, got {device_type}"
     if backend.name != "reference" and tracing.is_transforming():
-        return "under torch.func transforms and torch.jit.trace only the reference runs"
+        return "under torch.func transforms, forward-mode AD and torch.jit.trace only the reference runs"
     return backend.unavailable(device_type)
 
 

@@ -1,0 +1,183 @@
+"""The derivative of sample(): that of the loop where it is asked for, an error where it would be lost in silence."""
+
+import itertools
+
+import pytest
+import torch
+from operands import assert_same_bits
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+
+from flowmatch_kernels import FlowMatching, inpaint, solvers
+
+STEPS = 4
+Z, W = torch.randn(3, 2), torch.randn(2, 2)
+
+
+def loop(z, w, guidance=None):
+    """The published loop."""
+    t, x = torch.linspace(0, 1, STEPS + 1), z
+    for k in range(STEPS):
+        v = torch.tanh(x @ w) * (1 - t[k])
+        if guidance is not None:
+            v = (1 - guidance) * -x + guidance * v
+        x = x + (t[k + 1] - t[k]).view(1, 1) * v
+    return x
+
+
+def sampled(z, w, guidance=None, differentiable=True, **arguments):
+    if guidance is not None:
+        arguments |= {"unguided_step_fn": lambda x, t: -x, "use_classifier_free_guidance": True}
+        arguments |= {"inference_guidance_weight": guidance}
+    return FlowMatching(2, num_inference_steps=STEPS).sample(
+        z.shape[0],
+        lambda x, t: torch.tanh(x @ w) * (1 - t),
+        noise=z,
+        differentiable=differentiable,
+        **arguments,
+    )
+
+
+DERIVATIVES = {
+    "grad": lambda f: grad(lambda z: f(z, W).square().sum())(Z),
+    "jacrev": lambda f: jacrev(lambda z: f(z, W))(Z),
+    "jacfwd": lambda f: jacfwd(lambda z: f(z, W))(Z),
+    "hessian": lambda f: hessian(lambda z: f(z, W).square().sum())(Z),
+    "jvp": lambda f: jvp(lambda z: f(z, W), (Z,), (Z + 1,))[1],
+    "of parameters": lambda f: grad(lambda w: f(Z, w).square().sum())(W),
+    "jvp of parameters": lambda f: jvp(lambda w: f(Z, w), (W,), (W + 1,))[1],
+    "vmap of grad": lambda f: vmap(grad(lambda z: f(z[None], W).sum()))(Z),
+    "compiled": lambda f: torch.compile(grad(lambda z: f(z, W).sum()), backend="eager", fullgraph=True)(Z),
+    "compiled, jvp": lambda f: torch.compile(lambda z: jvp(lambda z: f(z, W), (z,), (z,))[1], backend="eager")(Z),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # a performance warning of vmap
+@pytest.mark.parametrize("guidance", [None, 1.5])
+def test_torch_func(guidance):
+    for name, derivative in DERIVATIVES.items():
+        torch._dynamo.reset()
+        wanted = derivative(lambda z, w: loop(z, w, guidance))
+        assert wanted.any(), name
+        assert_same_bits(derivative(lambda z, w: sampled(z, w, guidance)), wanted)
+        # A result that is asked to be a constant has none.
+        assert not derivative(lambda z, w: sampled(z, w, guidance, differentiable=False)).any(), name
+
+
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_no_zero_in_silence(name):
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"differentiable=True|raised exception ValueError"):
+        DERIVATIVES[name](lambda z, w: sampled(z, w, differentiable=None))
+
+
+@pytest.mark.parametrize("guidance", [None, 1.5])
+def test_autograd(backend, guidance):
+    """With respect to the noise and the model, for every backend; in the caller's grad mode."""
+    gradients = []
+    for function in (loop, lambda *arguments: sampled(*arguments, backend=backend)):
+        z, w = Z.clone().requires_grad_(), W.clone().requires_grad_()
+        function(z, w, guidance).square().sum().backward()
+        gradients.append((z.grad, w.grad))
+    for wanted, got in zip(*gradients, strict=True):
+        assert_same_bits(got, wanted)
+    with torch.no_grad():
+        assert not sampled(Z.clone().requires_grad_(), W, guidance, backend=backend).requires_grad
+
+
+@pytest.mark.parametrize("int_method", sorted(solvers.SOLVERS))
+def test_every_solver(backend, int_method):
+    """Against finite differences; the gradient of a backend has the bits of that of plain PyTorch."""
+    fm = FlowMatching(2, int_method, num_inference_steps=STEPS)
+
+    def all_steps(z, backend):
+        # Away from t = 1, where dpmpp_2m remembers v / (1 - t).
+        step_fn = lambda x, t: torch.tanh(x @ W.to(x.dtype)) * (1 - 0.9 * t)  # noqa: E731
+        return fm.sample(3, step_fn, noise=z, differentiable=True, backend=backend, return_all_steps=True)[0]
+
+    assert torch.autograd.gradcheck(lambda z: all_steps(z, backend), Z.double().requires_grad_())
+    gradients = []
+    for name in (backend, "reference"):
+        z = Z.clone().requires_grad_()
+        all_steps(z, name).square().sum().backward()
+        gradients.append(z.grad)
+    assert_same_bits(*gradients)
+
+
+def test_constraint_and_temperature(backend):
+    """They are part of the derivative."""
+    known, mask = torch.randn(3, 2), torch.tensor([True, False])
+    fm = FlowMatching(2, num_inference_steps=STEPS)
+
+    def run(z):
+        hooks = {"constraint": inpaint(known, mask, Z), "callback": lambda step, t, x: None}
+        more = {"differentiable": True, "backend": backend, "temperature": 0.5}
+        return fm.sample(3, lambda x, t: torch.tanh(x), noise=z, **hooks, **more)[0]
+
+    z = Z.double().requires_grad_()
+    assert torch.autograd.gradcheck(run, z)
+    run(z).sum().backward()
+    assert not z.grad[:, 0].any()
+    assert z.grad[:, 1].all()
+
+
+def test_dual_tensors():
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(Z, torch.ones_like(Z))
+        wanted = forward_ad.unpack_dual(loop(dual, W)).tangent
+        assert_same_bits(forward_ad.unpack_dual(sampled(dual, W)).tangent, wanted)
+        assert forward_ad.unpack_dual(sampled(dual, W, differentiable=False)).tangent is None
+        with pytest.raises(ValueError, match="differentiable=True"):
+            sampled(dual, W, differentiable=None)
+        with pytest.raises(ValueError, match="differentiable=True"):
+            sampled(Z, forward_ad.make_dual(W, W), differentiable=None)
+        with pytest.raises(RuntimeError, match="'cpu' was asked for and cannot be used"):
+            sampled(dual, W, backend="cpu")
+
+
+@pytest.mark.parametrize("name", ["time_steps", "step_sizes", "inference_guidance_weight", "temperature"])
+def test_what_has_no_derivative(name):
+    """Of times, step sizes, weights and the temperature there is none: an error, by autograd and by torch.func."""
+    values = {
+        "time_steps": torch.linspace(0, 1, STEPS + 1),
+        "step_sizes": torch.full((STEPS,), 0.25),
+        "inference_guidance_weight": torch.tensor(1.5),
+        "temperature": torch.tensor(0.5),
+    }
+
+    def run(value):
+        return sampled(Z, W, value) if name == "inference_guidance_weight" else sampled(Z, W, 1.5, **{name: value})
+
+    for derivative in (
+        lambda value: run(value.clone().requires_grad_()),
+        grad(lambda value: run(value).sum()),
+        lambda value: jvp(run, (value,), (value,)),
+    ):
+        with pytest.raises(ValueError, match=f"{name} requires grad"):
+            derivative(values[name])
+
+
+def test_noise_that_requires_grad():
+    """With grad on it asks for a derivative; under no_grad it is a tensor like any other."""
+    noise = Z.clone().requires_grad_()
+    for kind in (noise, torch.nn.Parameter(Z.clone())):
+        with pytest.raises(ValueError, match=r"noise requires grad.*differentiable=True"):
+            sampled(kind, W, differentiable=None)
+        with torch.no_grad():
+            assert_same_bits(sampled(kind, W, differentiable=None), sampled(Z, W, differentiable=None))
+        assert not sampled(kind, W, differentiable=False).requires_grad
+
+
+def test_bits_are_those_of_a_constant(backend):
+    """differentiable=True changes no value."""
+    for int_method, all_steps in itertools.product(sorted(solvers.SOLVERS), (False, True)):
+        arguments = {"int_method": int_method, "return_all_steps": all_steps, "backend": backend}
+        got, wanted = (sampled(Z, W, 1.5, differentiable, **arguments) for differentiable in (True, False))
+        if all_steps:
+            got, wanted = got[0], wanted[0]
+        assert_same_bits(got, wanted)
+
+
+def test_bad_flag():
+    with pytest.raises(TypeError, match="differentiable must be True or False, got 'yes'"):
+        sampled(Z, W, differentiable="yes")

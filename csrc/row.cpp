@@ -109,16 +109,16 @@ class Rows {
     return v.release();
   }
 
-  // A tensor over the state may have been moved to other memory: x.data = y, x.share_memory_(). Its values count.
-  // Whether it was.
+  // A tensor over the state may have been replaced in place: x.data = y, x.share_memory_(), torch.utils.swap_tensors,
+  // x.transpose_(). Its values count. Whether it was.
   bool settle(PyObject* state, PyObject* x) const {
     Block* const block = state_of(state).block.get();
     const View view(x);
-    if (view.seen && view.memory == block->memory) return false;
-    if (!view.seen || !fits(view) || view.dtype != x_.dtype || (numel_ && !view.memory)) {
+    const bool fitting = view.seen && fits(view) && view.dtype == x_.dtype;
+    if (fitting && view.memory == block->memory && view.contiguous()) return false;
+    if (!fitting || (numel_ && !view.memory)) {
       raise(PyExc_ValueError,
-            "x was given other memory in place, of another shape, dtype or device: return a new "
-            "tensor instead");
+            "x was replaced in place by a tensor of another shape, dtype or device: return a new tensor instead");
     }
     const Object values(dense(x));
     const View moved(values.get());

@@ -107,8 +107,18 @@ class Functional:
         return self._times[k]
 
     def evaluate(self, step_fn: StepFn, state: Any, time: int) -> Any:
-        """v = step_fn(x=state, t=time). A write to x is a write to the state, and shows in the trajectory."""
-        return step_fn(x=self.tensor(state), t=self._times[time])
+        """v = step_fn(x=state, t=time). A write to x is a write to the state, and shows in the trajectory.
+
+        So does what takes the place of x, as x.data = y; other than in plain eager mode it is not noticed.
+
+        Raises:
+            ValueError: x was replaced by a tensor of another shape, dtype or device, or with a derivative.
+        """
+        x = self.tensor(state)
+        v = step_fn(x=x, t=self._times[time])
+        if self._setting.eager and type(state) is Tensor and not _same_memory(state, x):
+            settle(state, x, self._setting.velocities.differentiable)
+        return v
 
     def owns(self, state: Any, v: Any) -> bool:
         """Whether v is the state, or a view of it."""
@@ -215,9 +225,13 @@ class Fresh:
         return self._times[k]
 
     def evaluate(self, step_fn: StepFn, state: Tensor, time: int) -> Any:
-        before = state._version
-        v = step_fn(x=state.detach(), t=self._times[time])
-        if self._at_base and state._version != before:
+        before, x = state._version, state.detach()
+        v = step_fn(x=x, t=self._times[time])
+        replaced = not _same_memory(state, x)
+        if replaced:
+            with self._ordinary:
+                settle(state, x)
+        if self._at_base and (replaced or state._version != before):
             self._keep(state)
         return v
 
@@ -256,7 +270,7 @@ class Fresh:
     def replace(self, state: Tensor, x: Tensor, y: Tensor) -> Tensor | None:
         if type(y) is not Tensor:
             return None
-        if not _same_memory(x, y):
+        if not _same_memory(state, y):
             with self._ordinary:
                 state = y.detach().clone(memory_format=torch.contiguous_format)
         self._keep(state)
@@ -309,7 +323,7 @@ class Counted:
         if type(y) is not Tensor:
             return None
         self._rows.settle(state, x)
-        return state if _same_memory(x, y) else self.start(y)
+        return state if _same_memory(self._rows.tensor(state), y) else self.start(y)
 
     def trajectory(self, state: Any, steps: int) -> Tensor:
         return taken(self._rows.trajectory(state), steps)
@@ -365,8 +379,30 @@ def taken(trajectory: Tensor, steps: int) -> Tensor:
     return trajectory if trajectory.shape[1] == steps + 1 else trajectory.narrow(1, 0, steps + 1).contiguous()
 
 
+def settle(state: Tensor, x: Tensor, differentiable: bool = False) -> None:
+    """Takes the values of x, a tensor over the state that was replaced in place: x.data = y, x.transpose_().
+
+    Raises:
+        ValueError: x has another shape, dtype or device than the state, or autograd knows the state.
+    """
+    if type(x) is not Tensor or x.shape != state.shape or x.dtype != state.dtype or x.device != state.device:
+        raise ValueError(
+            "x was replaced in place by a tensor of another shape, dtype or device: return a new tensor instead"
+        )
+    if differentiable:
+        raise ValueError("x was replaced in place, which has no derivative: return a new tensor instead")
+    state.data = x.detach().clone(memory_format=torch.contiguous_format)  # who holds the old memory keeps it
+
+
 def _same_memory(x: Tensor, y: Tensor) -> bool:
-    return y.is_contiguous() and not y.is_neg() and not y._is_zerotensor() and y.data_ptr() == x.data_ptr()
+    """Whether y is the contiguous x."""
+    return (
+        y.data_ptr() == x.data_ptr()
+        and y.shape == x.shape
+        and y.is_contiguous()
+        and not y.is_neg()
+        and not y._is_zerotensor()
+    )
 
 
 def _shares_storage(x: Any, y: Any) -> bool:

@@ -151,7 +151,7 @@ def test_a_state_that_becomes_another_shape_is_an_error():
         x.data = torch.zeros(3)
         return v
 
-    with pytest.raises(ValueError, match="other memory in place"):
+    with pytest.raises(ValueError, match="replaced in place by a tensor of another shape"):
         FlowMatching(4).sample(BATCH, step_fn)
 
 

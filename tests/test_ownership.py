@@ -17,6 +17,7 @@ import torch
 from operands import assert_same_bits, same_bits
 
 from flowmatch_kernels import FlowMatching
+from flowmatch_kernels.ops import native
 
 DIMS, BATCH, STEPS = (64, 2), 6, 5
 RUNS = ["plain", "guided", "trajectory"]
@@ -879,13 +880,91 @@ def test_an_exception_that_a_model_keeps_does_not_keep_the_model(backend):
     assert alive() is None
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_a_dual_noise_gives_no_wrong_tangent(backend):
-    forward_ad = torch.autograd.forward_ad
-    with forward_ad.dual_level():
-        noise = forward_ad.make_dual(torch.randn(2, 4), torch.ones(2, 4))
-        out = FlowMatching(4, backend=backend).sample(2, lambda x, t: -x.detach(), noise=noise)
-        assert forward_ad.unpack_dual(out).tangent is None
+REPLACE = {
+    "data": lambda x, y: setattr(x, "data", y),
+    "set_": lambda x, y: x.set_(y),
+    "swap_tensors": torch.utils.swap_tensors,
+    "transpose_": lambda x, y: x.transpose_(1, 2),
+    "t of data": lambda x, y: setattr(x, "data", y.transpose(1, 2)),
+}
+
+
+@pytest.mark.parametrize("rows", ["counted", "fresh", "reference"])
+@pytest.mark.parametrize("kind", REPLACE)
+def test_x_replaced_in_place(monkeypatch, rows, kind):
+    """In a step_fn or a constraint: the sampling goes on with what x has become, as the eager loop does."""
+    if rows == "fresh":
+        monkeypatch.setattr(native, "Rows", None)
+    noise, other, kept = torch.randn(2, 3, 3), torch.randn(2, 3, 3), []
+
+    def step_fn(x, t):
+        v = torch.sin(x) * t
+        kept.append((x.detach(), x.detach().clone()))
+        REPLACE[kind](x, other.clone())
+        return v
+
+    def unguided(x, t):
+        return torch.cos(x)
+
+    times = torch.linspace(0, 1, 4)
+    for guided, all_steps in itertools.product((False, True), (False, True)):
+        states, x = [noise.clone()], noise.clone()
+        for k in range(3):
+            v = step_fn(x, times[k])
+            if guided:
+                v = (1 - 1.5) * unguided(x, times[k]) + 1.5 * v
+            states[-1] = x
+            x = x + (times[k + 1] - times[k]).view(1, 1, 1) * v
+            states.append(x)
+        got = FlowMatching((3, 3), backend="cpu" if rows != "reference" else rows).sample(
+            2,
+            step_fn,
+            noise=noise,
+            inference_step=3,
+            return_all_steps=all_steps,
+            unguided_step_fn=unguided if guided else None,
+            use_classifier_free_guidance=guided,
+            inference_guidance_weight=1.5,
+        )
+        assert_same_bits(got[0] if all_steps else got, torch.stack(states, 1) if all_steps else x)
+    for memory, values in kept:
+        assert_same_bits(memory, values)
+
+    def constraint(x, t):
+        REPLACE[kind](x, other.clone())
+        return x
+
+    got = FlowMatching((3, 3), backend="cpu" if rows != "reference" else rows).sample(
+        2, lambda x, t: torch.sin(x), noise=noise, inference_step=3, constraint=constraint, return_all_steps=True
+    )[0]
+    states = [noise.clone()]
+    for k in range(3):
+        x = states[-1] + (times[k + 1] - times[k]).view(1, 1, 1) * torch.sin(states[-1])
+        states.append(x.transpose(1, 2).clone() if kind == "transpose_" else REPLACED[kind](other))
+    assert_same_bits(got, torch.stack(states, 1))
+
+
+#: What x is afterwards.
+REPLACED = dict.fromkeys(("data", "set_", "swap_tensors"), torch.clone) | {"t of data": lambda y: y.transpose(1, 2)}
+
+
+@pytest.mark.parametrize("rows", ["counted", "fresh", "reference"])
+def test_x_replaced_by_what_is_no_state(monkeypatch, rows):
+    if rows == "fresh":
+        monkeypatch.setattr(native, "Rows", None)
+    fm = FlowMatching((3, 4), backend="cpu" if rows != "reference" else rows)
+    for replace in (
+        lambda x: x.transpose_(1, 2),
+        lambda x: x.unsqueeze_(0),
+        lambda x: setattr(x, "data", x[:1].clone()),
+    ):
+
+        def step_fn(x, t, replace=replace):
+            replace(x)
+            return torch.zeros(2, 3, 4)
+
+        with pytest.raises(ValueError, match="x was replaced in place by a tensor of another shape"):
+            fm.sample(2, step_fn)
 
 
 def test_a_velocity_without_memory_is_an_error():

@@ -7,6 +7,8 @@ import math
 
 import pytest
 import torch
+from operands import assert_same_bits
+from small_problem import EVERY_SOLVER
 
 from flowmatch_kernels import FlowMatching, solvers
 from flowmatch_kernels.ops import native
@@ -316,3 +318,46 @@ def test_weights_that_do_not_sum_to_the_step(time_steps, monkeypatch):
     with pytest.raises(ValueError, match=r"weights of steps 0 to 2 do not sum to the step sizes: .* by up to 0\.[01]"):
         run(int_method="wrong")
     assert not evaluated
+
+
+# ---- the end of time, where a velocity may have no value ----
+
+
+def singular(x, t):
+    """The velocity of a path to the data 0, which is 0/0 at t = 1."""
+    return -x / (1 - t)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("int_method", EVERY_SOLVER)
+def test_who_evaluates_at_the_end(int_method, steps):
+    """The README's table says who does; euler_at_final takes that evaluation away, and changes the last step alone."""
+    wanted = int_method in ("heun", "rk4", "rk4_classic") or (int_method == "ab3" and steps == 1)
+    noise, results = torch.randn(3, 2), {}
+    for euler_at_final in (False, True):
+        seen = []
+        fm = FlowMatching(2, int_method, num_inference_steps=steps, euler_at_final=euler_at_final)
+        fm.sample(3, lambda x, t, seen=seen: seen.append(t.flatten()[0].item()) or -x, noise=noise)
+        assert len(seen) == fm.nfe()
+        assert (1.0 in seen) == (wanted and not euler_at_final)
+        results[euler_at_final] = fm.sample(3, singular, noise=noise, return_all_steps=True)[0]
+    assert results[True].isfinite().all()
+    assert results[False].isfinite().all() != wanted
+    assert_same_bits(results[True][:, :steps], results[False][:, :steps])
+    before, last = results[True][:, -2], torch.linspace(0, 1, steps + 1)[-2:]
+    euler = before + (last[1] - last[0]).view(1, 1) * singular(before, last[0].view(1, 1))
+    assert_same_bits(results[True][:, -1], euler)
+
+
+def test_euler_at_final_with_predictions():
+    """A model that predicts the data: heun then works on the whole grid."""
+    fm = FlowMatching(2, "heun", prediction_type="data")
+    with pytest.raises(ValueError, match="euler_at_final=True"):
+        fm.sample(3, lambda x, t: torch.zeros_like(x))
+    fm = FlowMatching(2, "heun", prediction_type="data", euler_at_final=True)
+    assert not fm.sample(3, lambda x, t: torch.zeros_like(x)).abs().gt(1e-6).any()  # rounding of the last step alone
+
+
+def test_euler_at_final_is_a_flag():
+    with pytest.raises(TypeError, match="euler_at_final must be True or False, got 1"):
+        FlowMatching(2, euler_at_final=1)

@@ -184,7 +184,11 @@ class Functional:
     def trajectory(self, state: Any, steps: int) -> Tensor:
         """The committed states, [B, steps + 1, *x_dims], of which `state` is the last."""
         assert self._states is not None
-        return torch.stack(self._states, dim=1)
+        device_type = self._setting.velocities.device.type
+        if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+            return torch.stack(self._states, dim=1)
+        with torch.autocast(device_type, enabled=False):  # under which stack takes no 16-bit dtype but autocast's own
+            return torch.stack(self._states, dim=1)
 
     def time_steps(self, steps: int) -> Tensor:
         """The time grid as far as it came, [steps + 1], a copy."""

@@ -1,5 +1,6 @@
 """sample() with each of its arguments, under what watches code: compilers, tracers, transforms, modes."""
 
+import itertools
 import warnings
 
 import pytest
@@ -355,6 +356,28 @@ def test_devices_without_float64(monkeypatch):
                 fm.sample(4, velocity, "cuda", **made)
             except Exception as error:
                 raise AssertionError(f"{case}: {error}") from error
+
+
+def test_autocast_and_16_bits(backend):
+    """States, trajectories and grids of one 16-bit dtype, under autocast to the other: the bits without autocast."""
+    dtypes = (torch.bfloat16, torch.float16)
+    for dtype, other in (dtypes, dtypes[::-1]):
+        for int_method, guided in itertools.product(solvers.SOLVERS, (False, True)):
+            fm = FlowMatching((3, 2), int_method, use_classifier_free_guidance=guided)
+
+            def sample(fm=fm, dtype=dtype):
+                noise = torch.ones(2, 3, 2, dtype=dtype)
+                grid = torch.linspace(0, 1, 5).to(dtype)
+                more = {"unguided_step_fn": unguided} if fm.use_classifier_free_guidance else {}
+                return fm.sample(
+                    2, velocity, noise=noise, time_steps=grid, return_all_steps=True, backend=backend, **more
+                )
+
+            wanted = sample()
+            with torch.autocast("cpu", dtype=other):
+                got = sample()
+            for a, b in zip(got, wanted, strict=True):
+                assert_same_bits(a, b)
 
 
 def test_what_is_readable():

@@ -272,7 +272,7 @@ class FlowMatching(BaseDiffusion):
         backend_ = dispatch.choose(backend or self.backend, device.type)
         table = self._table(
             *(int_method, inference_step, time_steps, step_sizes, dtype, device, form, weight),
-            cached=eager and not (device.type == "cuda" and tracing.is_capturing()),
+            cached=eager,
         )
         velocities = Velocities(shape, dtype, device, guided, table.weights, differentiable)
         grad = torch.is_grad_enabled()
@@ -628,7 +628,10 @@ class FlowMatching(BaseDiffusion):
             form,
             weight,
         )
-        table = solvers.cache.get(request) if cached else request.make()
+        if device.type == "cuda" and tracing.is_capturing():
+            table = solvers.cache.captured(request)
+        else:
+            table = solvers.cache.get(request) if cached else request.make()
         if time_steps is not None and inference_step and steps != table.steps:
             raise ValueError(
                 f"inference_step is {steps}, and time_steps has {table.steps + 1} entries, "

@@ -27,7 +27,7 @@ from gpu_operands import (
 )
 from operands import FORMS, FORMULAS, LAYOUTS, assert_same_bits, bits, combinations, laid_out, values
 
-from flowmatch_kernels import FlowMatching, available_backends, use_backend
+from flowmatch_kernels import FittedSolver, FlowMatching, available_backends, use_backend
 from flowmatch_kernels.ops import dispatch, reference
 from flowmatch_kernels.ops.fused_step import (
     COLUMNS,
@@ -550,6 +550,35 @@ def test_graph(place, guided, return_all_steps):
         launches = [kernel for kernel in kernels(replay, place.device) if "fused_step" in kernel]
         assert len(launches) == 10
     assert_sampled_as_published(place, dims, batch_size, 10, fns, return_all_steps=True)  # eager, afterwards
+
+
+@placed(PLACES)
+def test_graph_of_every_table(place):
+    """Tables that are made on the host: a grid with a name or as a list, weights, predictions, a fitted solver."""
+    guided = {"use_classifier_free_guidance": True, "unguided_step_fn": lambda x, t: -x}
+    configurations = [
+        ({"time_grid": "shifted", "time_grid_options": {"shift": 3.0}}, {}),
+        ({"time_grid": "cosine", "int_method": "ab3"}, {}),
+        ({"prediction_type": "data"}, {}),
+        ({"int_method": "heun", "euler_at_final": True}, {"time_steps": [0.0, 0.1, 0.5, 1.0]}),
+        ({}, guided | {"inference_guidance_weight": [1.0, 2.0, 3.0], "inference_step": 3}),
+        ({"int_method": FittedSolver((0.0, 0.4, 1.0), ((1.0, 0.4), (1.0, 0.7, -0.1)))}, {}),
+    ]
+    noise = torch.randn(6, 64, 2, device=place.device)
+    for constructor, arguments in configurations:
+        fm = FlowMatching((64, 2), backend=place.backend, **constructor)
+
+        def sample(fm=fm, arguments=arguments):
+            # A velocity without a transcendental function: those of two devices differ by a bit.
+            return (fm.sample(6, lambda x, t: x * t - x, place.device, noise=noise, **arguments),)
+
+        results, replay = captured(sample, place.device)
+        for seed in range(2):
+            noise.copy_(torch.randn(noise.shape, generator=torch.Generator().manual_seed(seed)))
+            results[0].fill_(torch.nan)
+            replay()
+            place.module.synchronize()
+            assert_same_bits(results[0], sample()[0], f"{constructor}, replay {seed}")
 
 
 # ---- cost: launches, copies, waiting ----

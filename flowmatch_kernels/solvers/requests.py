@@ -189,8 +189,11 @@ def content(numbers: Any) -> Hashable:
         if numbers.dim() != 1 or not numbers.is_floating_point():
             return None
         return numbers.dtype, numbers.numel(), struct.pack(f"{numbers.numel()}d", *numbers.tolist())
-    if isinstance(numbers, (list, tuple)) and set(map(type, numbers)) == {float}:
-        return len(numbers), struct.pack(f"{len(numbers)}d", *numbers)
+    if isinstance(numbers, (list, tuple)) and numbers and set(map(type, numbers)) <= {float, int}:
+        try:
+            return len(numbers), struct.pack(f"{len(numbers)}d", *numbers)
+        except OverflowError:  # an int beyond float64: `make` says so
+            return None
     return None
 
 
@@ -201,6 +204,7 @@ class _Cache:
 
     def __init__(self) -> None:
         self._tables: dict[Hashable, tuple[Table, tuple[weakref.ref[Tensor], ...]]] = {}
+        self._pinned: dict[int, Table] = {}  # by id: a CUDA graph reads them whenever it is replayed
         self._lock = threading.Lock()
 
     def get(self, request: Request) -> Table:
@@ -212,10 +216,7 @@ class _Cache:
         key = request.key()
         if key is None:
             return request.make(check=True)
-        table: Table | None
-        table, tensors = self._tables.get(key, (None, ()))
-        if tensors and not all(map(_is, tensors, request.tensors())):
-            table = None  # another tensor has the address of one that is gone
+        table = self._kept(key, request)
         if table is None:
             # Ordinary tensors even under inference mode: who comes next may not be under it.
             with torch.inference_mode(False), torch.no_grad():
@@ -234,6 +235,34 @@ class _Cache:
             table.coefficients.record_stream(stream)
             table.times.record_stream(stream)
         return table
+
+    def captured(self, request: Request) -> Table:
+        """The table of a request while a CUDA graph is captured, which then holds it for good.
+
+        Raises:
+            RuntimeError: it is not there, and to make one would copy from the host, which a capture does not allow.
+        """
+        key = None if callable(request.weight) else request.key()
+        if key is None:
+            raise RuntimeError(
+                "a time_grid or an inference_guidance_weight that is a function, and a grid that is neither a list nor "
+                "a plain tensor, cannot be captured in a CUDA graph, which keeps the numbers of its capture: pass "
+                "time_steps as a list, and a weight for each step"
+            )
+        table = self._kept(key, request)
+        if table is None:
+            raise RuntimeError(
+                "sample() within the capture of a CUDA graph needs the solver's table, which is not there yet: call it "
+                "once with the same arguments before the capture, as its warm-up"
+            )
+        with self._lock:
+            self._pinned[id(table)] = table
+        return table
+
+    def _kept(self, key: Hashable, request: Request) -> Table | None:
+        table, tensors = self._tables.get(key, (None, ()))
+        # Another tensor may have the address of one that is gone.
+        return table if all(map(_is, tensors, request.tensors())) else None
 
     def clear(self) -> None:
         with self._lock:

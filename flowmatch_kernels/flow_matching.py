@@ -47,7 +47,7 @@ class FlowMatching(BaseDiffusion):
             which ends in .json. A fitted solver brings its own times.
         num_inference_steps: Steps on the time grid; 0 returns the noise. None: 10, or those of a fitted solver.
         train_timestep_sampler: "beta" (t = 0.999 - 0.999 * Beta(1.5, 1), as in pi-zero) or "uniform".
-        train_ignore_guidance_rate: How often training drops the condition, with guidance on.
+        train_ignore_guidance_rate: How often training drops the condition, where train_drop_guidance is True.
         inference_guidance_weight: w in v = (1 - w) * v_unguided + w * v_guided, or the weight of another form: one
             for all steps, one for each, or a function of t (a float, at each evaluation).
         use_classifier_free_guidance: Sample with guidance by default.
@@ -61,6 +61,8 @@ class FlowMatching(BaseDiffusion):
             itself a prediction has no velocity: "noise" needs time_steps that start after it, and "data" a solver
             that does not evaluate at a step's end (not heun, rk4, rk4_classic or ab3), or time_steps that stop before.
         noise_at: The end of time at which the noise is: 0, or 1, where a grid with a name runs from 1 to 0.
+        train_drop_guidance: `construct_training_data` draws which conditions to drop, as "is_drop_guidance". False:
+            it draws none, as Alpamayo R1 and 2 do, whatever use_classifier_free_guidance is.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
 
     Raises:
@@ -94,6 +96,7 @@ class FlowMatching(BaseDiffusion):
         time_grid_options: Mapping[str, float] | None = None,
         prediction_type: str = "velocity",
         noise_at: int = 0,
+        train_drop_guidance: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__(x_dims)
@@ -112,6 +115,7 @@ class FlowMatching(BaseDiffusion):
             raise ValueError(f"train_timestep_sampler must be 'beta' or 'uniform', got {train_timestep_sampler!r}")
         self.train_timestep_sampler = train_timestep_sampler
         self.train_ignore_guidance_rate = train_ignore_guidance_rate
+        self.train_drop_guidance = train_drop_guidance
         self.inference_guidance_weight = inference_guidance_weight
         self.use_classifier_free_guidance = use_classifier_free_guidance
         guidance.form(guidance_form)
@@ -505,15 +509,16 @@ class FlowMatching(BaseDiffusion):
     def construct_training_data(self, x: Tensor) -> dict[str, Any]:
         """The training pair of conditional flow matching: noisy_x = t*x + (1 - t)*noise.
 
-        Draws t, then the noise, then, with guidance, which conditions to drop; each from the default
-        generator of its device ("beta": t on the CPU).
+        Draws t, then the noise, then, with train_drop_guidance, which conditions to drop; each from the
+        default generator of its device ("beta": t on the CPU).
 
         Args:
             x: Data, [B, *x_dims].
 
         Returns:
             "x"; "noisy_x" [B, *x_dims]; "timesteps" [B, 1, ..., 1]; "noise" [B, *x_dims];
-            "is_drop_guidance": bool [B] with use_classifier_free_guidance, else None.
+            "is_drop_guidance": bool [B], True where the condition is to be dropped, with train_drop_guidance;
+            else None.
 
         Source: arXiv 2210.02747, eq. 22, with sigma_min = 0.
         """
@@ -531,7 +536,7 @@ class FlowMatching(BaseDiffusion):
             "noise": noise,
             "is_drop_guidance": None,
         }
-        if self.use_classifier_free_guidance:
+        if self.train_drop_guidance:
             data["is_drop_guidance"] = torch.rand(x.shape[0], device=x.device) < self.train_ignore_guidance_rate
         return data
 

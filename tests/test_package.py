@@ -225,6 +225,7 @@ def test_signatures():
         "time_grid_options": None,
         "prediction_type": "velocity",
         "noise_at": 0,
+        "train_drop_guidance": False,
         "backend": "auto",
     }
     assert [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == list(parameters)[:3]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import fitting, guidance, solver_comparison, solvers, time_grids
+from . import fitting, guidance, layouts, solver_comparison, solvers, time_grids
 from .arguments import count, number
 from .base import BaseDiffusion, StepFn
 from .guidance import Weight
@@ -201,7 +201,10 @@ class FlowMatching(BaseDiffusion):
                 s = 1, s = 0 or r = 0, by form; the guided: w = 0, s = 0, s = -1 or r = -1), do not call it, and take
                 the other's velocity as it is.
             temperature: Multiplies the noise.
-            noise: [B, *x_dims], floating point, on `device`: the start, instead of a draw. Never written.
+            noise: [B, *x_dims], floating point, on `device`: the start, instead of a draw. Never written. Where it is
+                dense and batch first in another format than contiguous, as channels_last, each x and the result keep
+                its format, as in the loop above. Other noise, and tensor subclasses, are sampled contiguous. A
+                constraint that returns another format does not change it.
             generator: For the draw. A CPU generator with a GPU device draws on the CPU and moves.
             dtype: The state's: float32, float64, bfloat16 or float16. None: the noise's, or torch's default.
                 A bfloat16 state rounds each product and each sum to bfloat16.
@@ -217,9 +220,9 @@ class FlowMatching(BaseDiffusion):
             backend: None: the constructor's. A backend asked for by name runs or raises.
 
         Returns:
-            The samples [B, *x_dims]; with `return_all_steps`, all states [B, T, *x_dims], contiguous, of
-            which the first is the noise, and the time steps [T]. With a callback a `Sample`, which says how far
-            it came.
+            The samples [B, *x_dims]; with `return_all_steps`, all states [B, T, *x_dims], contiguous (one copy more
+            where the noise is not), of which the first is the noise, and the time steps [T]. With a callback a
+            `Sample`, which says how far it came.
 
         Raises:
             TypeError: an argument, or what a function given returns, is of the wrong type or dtype.
@@ -257,6 +260,10 @@ class FlowMatching(BaseDiffusion):
             cached=eager and not (device.type == "cuda" and dispatch.is_capturing()),
         )
         velocities = Velocities(shape, dtype, device, guided, table.weights)
+        layout = None if noise is None or noise.is_contiguous() else layouts.of(noise)
+        if layout is not None and noise is not None:
+            noise = layout.stored(noise)
+            step_fn, velocities, hooks = layout.applied(step_fn, velocities, hooks)
         grad = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # a context manager takes ten times as long
         try:
@@ -281,6 +288,8 @@ class FlowMatching(BaseDiffusion):
                 bar,
             )
             x = rows.trajectory(state, steps) if return_all_steps else rows.result(state)
+            if layout is not None:
+                x = layout.trajectory(x) if return_all_steps else layout.seen(x)
             if callback is None and not return_all_steps:
                 return x
             grid = rows.time_steps(steps)

@@ -18,7 +18,7 @@ class StepFn(Protocol):
         """Evaluates the velocity.
 
         Args:
-            x: The state, [B, *x_dims], contiguous.
+            x: The state, [B, *x_dims], contiguous; from noise that is dense in another format, in that format.
             t: The time, [B, 1, ..., 1] with one 1 for each of x_dims: a stride-0 view.
 
         Returns:

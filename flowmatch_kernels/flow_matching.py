@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import fitting, guidance, solver_comparison, solvers, time_grids, tracing
+from . import fitting, guidance, layouts, solver_comparison, solvers, time_grids, tracing
 from .arguments import count, flag, number, unread
 from .base import BaseDiffusion, StepFn
 from .guidance import Weight
@@ -48,7 +48,7 @@ class FlowMatching(BaseDiffusion):
             which ends in .json. A fitted solver brings its own times.
         num_inference_steps: Steps on the time grid; 0 returns the noise. None: 10, or those of a fitted solver.
         train_timestep_sampler: "beta" (t = 0.999 - 0.999 * Beta(1.5, 1), as in pi-zero) or "uniform".
-        train_ignore_guidance_rate: How often training drops the condition, with guidance on.
+        train_ignore_guidance_rate: How often training drops the condition, where train_drop_guidance is True.
         inference_guidance_weight: w in v = (1 - w) * v_unguided + w * v_guided, or the weight of another form: one
             for all steps, one for each, or a function of t (a float, at each evaluation).
         use_classifier_free_guidance: Sample with guidance by default.
@@ -65,6 +65,8 @@ class FlowMatching(BaseDiffusion):
         euler_at_final: Make the last step Euler's. heun, rk4 and rk4_classic (and ab3, in one step alone) evaluate at
             the end of time, where a velocity that divides by 1 - t has no value; so the last step, and only it, does
             not. A fitted solver evaluates at no end.
+        train_drop_guidance: `construct_training_data` draws which conditions to drop, as "is_drop_guidance". False:
+            it draws none, as Alpamayo R1 and 2 do, whatever use_classifier_free_guidance is.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
 
     Raises:
@@ -99,6 +101,7 @@ class FlowMatching(BaseDiffusion):
         prediction_type: str = "velocity",
         noise_at: int = 0,
         euler_at_final: bool = False,
+        train_drop_guidance: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__(x_dims)
@@ -118,6 +121,7 @@ class FlowMatching(BaseDiffusion):
             raise ValueError(f"train_timestep_sampler must be 'beta' or 'uniform', got {train_timestep_sampler!r}")
         self.train_timestep_sampler = train_timestep_sampler
         self.train_ignore_guidance_rate = train_ignore_guidance_rate
+        self.train_drop_guidance = train_drop_guidance
         self.inference_guidance_weight = inference_guidance_weight
         self.use_classifier_free_guidance = use_classifier_free_guidance
         guidance.form(guidance_form)
@@ -204,7 +208,10 @@ class FlowMatching(BaseDiffusion):
                 s = 1, s = 0 or r = 0, by form; the guided: w = 0, s = 0, s = -1 or r = -1), do not call it, and take
                 the other's velocity as it is.
             temperature: Multiplies the noise.
-            noise: [B, *x_dims], floating point, on `device`: the start, instead of a draw. Never written.
+            noise: [B, *x_dims], floating point, on `device`: the start, instead of a draw. Never written. Where it is
+                dense and batch first in another format than contiguous, as channels_last, each x and the result keep
+                its format, as in the loop above. Other noise, and tensor subclasses, are sampled contiguous. A
+                constraint that returns another format does not change it.
             generator: For the draw. A CPU generator with a GPU device draws on the CPU and moves.
             dtype: The state's: float32, float64, bfloat16 or float16. None: the noise's, or torch's default.
                 A bfloat16 state rounds each product and each sum to bfloat16.
@@ -224,9 +231,9 @@ class FlowMatching(BaseDiffusion):
             backend: None: the constructor's. A backend asked for by name runs or raises.
 
         Returns:
-            The samples [B, *x_dims]; with `return_all_steps`, all states [B, T, *x_dims], contiguous, of
-            which the first is the noise, and the time steps [T]. With a callback a `Sample`, which says how far
-            it came.
+            The samples [B, *x_dims]; with `return_all_steps`, all states [B, T, *x_dims], contiguous (one copy more
+            where the noise is not), of which the first is the noise, and the time steps [T]. With a callback a
+            `Sample`, which says how far it came.
 
         Raises:
             TypeError: an argument, or what a function given returns, is of the wrong type or dtype.
@@ -275,6 +282,10 @@ class FlowMatching(BaseDiffusion):
             cached=eager,
         )
         velocities = Velocities(shape, dtype, device, guided, table.weights, differentiable)
+        layout = None if noise is None or noise.is_contiguous() else layouts.of(noise)
+        if layout is not None and noise is not None:
+            noise = layout.stored(noise)
+            step_fn, velocities, hooks = layout.applied(step_fn, velocities, hooks)
         grad = torch.is_grad_enabled()
         torch._C._set_grad_enabled(grad and differentiable)  # a context manager takes ten times as long
         try:
@@ -299,6 +310,8 @@ class FlowMatching(BaseDiffusion):
                 bar,
             )
             x = rows.trajectory(state, steps) if return_all_steps else rows.result(state)
+            if layout is not None:
+                x = layout.trajectory(x) if return_all_steps else layout.seen(x, differentiable)
             if callback is None and not return_all_steps:
                 return x
             grid = rows.time_steps(steps)
@@ -527,15 +540,16 @@ class FlowMatching(BaseDiffusion):
     def construct_training_data(self, x: Tensor) -> dict[str, Any]:
         """The training pair of conditional flow matching: noisy_x = t*x + (1 - t)*noise.
 
-        Draws t, then the noise, then, with guidance, which conditions to drop; each from the default
-        generator of its device ("beta": t on the CPU).
+        Draws t, then the noise, then, with train_drop_guidance, which conditions to drop; each from the
+        default generator of its device ("beta": t on the CPU).
 
         Args:
             x: Data, [B, *x_dims].
 
         Returns:
             "x"; "noisy_x" [B, *x_dims]; "timesteps" [B, 1, ..., 1]; "noise" [B, *x_dims];
-            "is_drop_guidance": bool [B] with use_classifier_free_guidance, else None.
+            "is_drop_guidance": bool [B], True where the condition is to be dropped, with train_drop_guidance;
+            else None.
 
         Source: arXiv 2210.02747, eq. 22, with sigma_min = 0.
         """
@@ -553,7 +567,7 @@ class FlowMatching(BaseDiffusion):
             "noise": noise,
             "is_drop_guidance": None,
         }
-        if self.use_classifier_free_guidance:
+        if self.train_drop_guidance:
             data["is_drop_guidance"] = torch.rand(x.shape[0], device=x.device) < self.train_ignore_guidance_rate
         return data
 

@@ -30,7 +30,7 @@ class Hooks(NamedTuple):
             return rows, state
         x = rows.tensor(state)
         y = self.constraint(x, rows.time(step))
-        _check(y, x)
+        check(y, x)
         y = unwrapped(y)
         new = rows.replace(state, x, y)
         if new is None:
@@ -53,7 +53,8 @@ class Hooks(NamedTuple):
         raise TypeError(f"{wanted}, got {described(answer)}: bool(...) makes it one")
 
 
-def _check(y: object, x: Tensor) -> None:
+def check(y: object, x: Tensor) -> None:
+    """Raises where a constraint that was called with x returned what cannot take its place; see `Hooks`."""
     wanted = f"wanted a tensor {list(x.shape)}, {x.dtype}, on {x.device}"
     if not isinstance(y, Tensor):
         raise TypeError(f"constraint returned {described(y)}; {wanted}")

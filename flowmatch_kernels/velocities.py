@@ -190,18 +190,22 @@ class TwoModels:
         """Whether v has to be copied before the next u; where it cannot be known, as before.
 
         Raises:
-            RuntimeError: v was overwritten and was not copied, since it was in a buffer of its own so far.
+            RuntimeError: v was written to, or may have been where writes cannot be counted, and was not copied, since
+                it was in a buffer of its own so far.
         """
         memory = all(x.layout is torch.strided and not x.is_nested for x in (v, u)) and not v._is_zerotensor()
         if not memory or v.is_inference():
             return self._one_buffer
         written = _version(v) != version
         shared = v.numel() > 0 and v.data_ptr() == u.data_ptr()
-        # The same tensor twice is no harm where nothing was written; on a GPU a replay's write leaves no trace.
-        if not self._one_buffer and (written or (shared and (v is not u or v.device.type != "cpu"))):
+        # One memory twice is no harm where nothing was written. PyTorch counts the writes to one storage on the CPU; a
+        # replay's write leaves no trace, nor does one to memory that two storages hold, as of a foreign library.
+        counted = v.device.type == "cpu" and v.untyped_storage()._cdata == u.untyped_storage()._cdata
+        if not self._one_buffer and (written or (shared and not counted)):
+            what = "wrote to" if written else "returned, and may have written to,"
             raise RuntimeError(
-                "unguided_step_fn wrote to the buffer that step_fn had returned, and had not done so before: the "
-                "guided velocity is overwritten. Return a clone from step_fn"
+                f"unguided_step_fn {what} the memory of the velocity that step_fn had returned, and had not done so "
+                "before: the guided velocity may be overwritten. Return a clone from step_fn"
             )
         return shared or written
 

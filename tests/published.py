@@ -59,12 +59,14 @@ def sample_on_grid(step_fn, noise, time_steps, step_sizes=None):
 
 
 class Training:
-    """Alpamayo's training pair. Draws from the default generators in this order: t, noise, dropped guidance."""
+    """Alpamayo's training pair, of R1 and 2. Draws from the default generators in this order: t, noise.
 
-    def __init__(self, sampler="beta", use_classifier_free_guidance=False, train_ignore_guidance_rate=0.1):
+    With a rate, as a published variant has it: then dropped guidance.
+    """
+
+    def __init__(self, sampler="beta", rate=None):
         self.sampler = sampler
-        self.use_classifier_free_guidance = use_classifier_free_guidance
-        self.train_ignore_guidance_rate = train_ignore_guidance_rate
+        self.rate = rate
         self.beta_dist = torch.distributions.Beta(
             torch.tensor(1.5, dtype=torch.float32), torch.tensor(1.0, dtype=torch.float32)
         )
@@ -81,8 +83,8 @@ class Training:
         noise = torch.randn_like(x)
         noisy_x = t * x + (1 - t) * noise
         is_drop_guidance = None
-        if self.use_classifier_free_guidance:
-            is_drop_guidance = torch.rand(batch_size, device=x.device) < self.train_ignore_guidance_rate
+        if self.rate is not None:
+            is_drop_guidance = torch.rand(batch_size, device=x.device) < self.rate
         return {
             "x": x,
             "noisy_x": noisy_x,

@@ -602,6 +602,53 @@ def test_guidance_interval(backend):
     run_both("guided", make, backend=backend)
 
 
+@pytest.mark.parametrize("how", ["two views", "two shapes", "itself"])
+def test_one_unwritten_buffer_after_two(how, backend):
+    """unguided_step_fn returns what step_fn has returned, unwritten, after velocities apart: nothing to raise for."""
+
+    def make():
+        last, calls = [], []
+
+        def guided(x, t):
+            last[:] = [velocity(x, t)]
+            return last[0]
+
+        def unguided(x, t):
+            calls.append(None)
+            if len(calls) < 3:
+                return other(x, t)
+            return {"two views": last[0].view(x.shape), "two shapes": last[0][:1], "itself": last[0]}[how]
+
+        return guided, unguided
+
+    run_both("guided", make, backend=backend)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_what_is_said_of_one_buffer_after_two(written):
+    """Where PyTorch counts no writes, as of a replayed graph, the error says only what may be."""
+    from flowmatch_kernels.guidance import form
+    from flowmatch_kernels.velocities import Guidance, TwoModels, Velocities
+
+    class Rows:  # as on a device other than the CPU
+        def evaluate(self, step_fn, state, time):
+            return step_fn()
+
+        def owns(self, state, v):
+            return False
+
+    device = torch.device("meta")
+    buffer = torch.zeros(2, 3, device=device)
+    unguided = lambda: buffer.zero_() if written else buffer.view(2, 3)  # noqa: E731
+    guidance = Guidance(form("interpolate"), unguided)
+    model = TwoModels(lambda: buffer, guidance, Velocities((2, 3), torch.float32, device, guidance, (1.5,)), True)
+    model(Rows(), None, 0, 0)  # both copied, as at the start
+    model._one_buffer = False
+    said = "unguided_step_fn wrote to" if written else "unguided_step_fn returned, and may have written to,"
+    with pytest.raises(RuntimeError, match=said):
+        model(Rows(), None, 0, 0)
+
+
 # ---- writing to x and t ----
 
 
@@ -891,11 +938,14 @@ REPLACE = {
 
 @pytest.mark.parametrize("rows", ["counted", "fresh", "reference"])
 @pytest.mark.parametrize("kind", REPLACE)
-def test_x_replaced_in_place(monkeypatch, rows, kind):
+@pytest.mark.parametrize("format", ["contiguous", "transposed"])
+def test_x_replaced_in_place(monkeypatch, rows, kind, format):
     """In a step_fn or a constraint: the sampling goes on with what x has become, as the eager loop does."""
     if rows == "fresh":
         monkeypatch.setattr(native, "Rows", None)
     noise, other, kept = torch.randn(2, 3, 3), torch.randn(2, 3, 3), []
+    if format == "transposed":
+        noise = noise.transpose(1, 2)
 
     def step_fn(x, t):
         v = torch.sin(x) * t

@@ -226,6 +226,7 @@ def test_signatures():
         "prediction_type": "velocity",
         "noise_at": 0,
         "euler_at_final": False,
+        "train_drop_guidance": False,
         "backend": "auto",
     }
     assert [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == list(parameters)[:3]

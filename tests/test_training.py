@@ -10,12 +10,11 @@ from flowmatch_kernels import FlowMatching
 SHAPES = [(1, 2), (6, 64, 2), (0, 3), (64, 3, 5, 2), (5, 2, 3, 1, 4), (7,)]
 
 
-def pair(shape, sampler, guided, dtype=torch.float32, seed=0, rate=0.1):
+def pair(shape, sampler, keywords=None, dtype=torch.float32, seed=0, rate=None):
     results = []
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    keywords = {"use_classifier_free_guidance": guided, "train_ignore_guidance_rate": rate}
-    ours = FlowMatching(shape[1:] or 1, train_timestep_sampler=sampler, **keywords)
-    for side in (ours, published.Training(sampler, **keywords)):
+    ours = FlowMatching(shape[1:] or 1, train_timestep_sampler=sampler, **(keywords or {}))
+    for side in (ours, published.Training(sampler, rate)):
         torch.manual_seed(seed)
         data = side.construct_training_data(x)
         results.append((side, data, torch.get_rng_state()))
@@ -24,18 +23,25 @@ def pair(shape, sampler, guided, dtype=torch.float32, seed=0, rate=0.1):
 
 @pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("drop", [False, True], ids=["all conditions", "dropped conditions"])
 @pytest.mark.parametrize("sampler", ["beta", "uniform"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_training_pair(shape, sampler, guided, default):
+def test_training_pair(shape, sampler, drop, guided, default):
+    """Guidance alone draws nothing: what is dropped is drawn where it is asked for."""
     torch.set_default_dtype(default)
+    keywords = {"use_classifier_free_guidance": guided, "train_ignore_guidance_rate": 0.4}
+    if drop:
+        keywords["train_drop_guidance"] = True
     for seed, dtype in enumerate((torch.float32, torch.float64, torch.bfloat16)):
-        x, (_, got, got_state), (_, wanted, wanted_state) = pair(shape, sampler, guided, dtype, seed, 0.4)
+        x, (_, got, got_state), (_, wanted, wanted_state) = pair(
+            shape, sampler, keywords, dtype, seed, 0.4 if drop else None
+        )
         assert torch.equal(got_state, wanted_state), "other draws than upstream's"
         assert list(got) == ["x", "noisy_x", "timesteps", "noise", "is_drop_guidance"]
         assert got["x"] is x
         for key in ("noisy_x", "timesteps", "noise"):
             assert_same_bits(got[key], wanted[key], key)
-        if guided:
+        if drop:
             assert got["is_drop_guidance"].dtype == torch.bool
             assert torch.equal(got["is_drop_guidance"], wanted["is_drop_guidance"])
         else:
@@ -46,7 +52,7 @@ def test_training_pair(shape, sampler, guided, default):
 @pytest.mark.parametrize("prediction", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_loss(sampler, prediction):
     for shape in ((1, 2), (6, 64, 2), (64, 3, 5, 2)):
-        _, (ours, got, _), (theirs, wanted, _) = pair(shape, sampler, False)
+        _, (ours, got, _), (theirs, wanted, _) = pair(shape, sampler)
         pred = torch.randn(shape, dtype=prediction)
         losses, gradients = [], []
         for side, data in ((ours, got), (theirs, wanted)):
@@ -82,7 +88,7 @@ def test_ends_of_the_path(monkeypatch):
 
 @pytest.mark.parametrize("rate", [0.0, 1.0, 0.3])
 def test_rate_of_dropped_guidance(rate):
-    fm = FlowMatching(1, use_classifier_free_guidance=True, train_ignore_guidance_rate=rate)
+    fm = FlowMatching(1, train_drop_guidance=True, train_ignore_guidance_rate=rate)
     dropped = fm.construct_training_data(torch.zeros(10_000, 1))["is_drop_guidance"]
     assert abs(dropped.float().mean().item() - rate) < 0.02
 

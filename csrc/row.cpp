@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <memory>
+#include <stdexcept>
 
 #include "block_tensor.h"
 #include "launch.h"
@@ -54,6 +56,7 @@ class Rows {
     rows_ = static_cast<char*>(rows.memory);
     std::vector<std::int64_t> sizes;
     for (Py_ssize_t d = 0; d < PyTuple_GET_SIZE(shape); ++d) sizes.push_back(integer(PyTuple_GET_ITEM(shape, d)));
+    check_bytes(sizes, slots);
     const std::int64_t batch = sizes[0];
     std::vector<std::int64_t> ones(sizes.size(), 1), strides(sizes.size(), 1);
     ones[0] = batch;
@@ -202,6 +205,15 @@ class Rows {
   }
 
  private:
+  // Their product would overflow, and the tensor over them ends the process.
+  static void check_bytes(const std::vector<std::int64_t>& sizes, std::int64_t slots) {
+    if (std::find(sizes.begin(), sizes.end(), 0) != sizes.end()) return;
+    std::int64_t room = std::numeric_limits<std::int64_t>::max() / static_cast<std::int64_t>(sizeof(double));
+    room /= std::max<std::int64_t>(slots, 1);
+    for (const std::int64_t size : sizes) room /= size;
+    if (room == 0) throw std::invalid_argument("batch_size and x_dims make states that are too large for any memory");
+  }
+
   static Use take(std::int64_t numel, Dtype dtype) { return Use(take_block(numel * size_of(dtype))); }
 
   static PyObject* keywords() {

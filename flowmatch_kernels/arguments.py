@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -10,52 +11,214 @@ import torch
 from torch import Tensor
 
 from .ops.fused_step import double
+from .tracing import is_tracing
+
+_INFINITY = math.inf
+
+LARGEST = 2**62
+"""The largest count: torch's sizes are int64, and one more must be one too."""
+
+BYTES = (bytes, bytearray, memoryview)
+"""Sequences of ints that nobody means as numbers."""
 
 
-def count(value: Any, name: str) -> int:
-    """An int that is not negative.
+def flag(value: Any, name: str) -> bool:
+    """True or False.
 
     Raises:
-        TypeError: it is no int.
-        ValueError: it is negative.
+        TypeError: it is neither.
     """
-    if type(value) is int and value >= 0:
+    if type(value) is bool:
         return value
-    if isinstance(value, torch.SymInt):  # of a tracer, which records what holds for more than one size
-        return value  # type: ignore[return-value]
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an int, got {value!r:.60}") from None
-    if number < 0:
-        raise ValueError(f"{name} must not be negative, got {number}")
-    return number
+    raise TypeError(f"{name} must be True or False, got {shown(value)}: bool(...) makes it one")
 
 
-def number(value: Any, name: str, wanted: str = "a number") -> float:
-    """A number as a float.
+def integer(value: Any, name: str, wanted: str = "an int") -> int:
+    """An int, or what can stand for one, as a NumPy integer or an integer tensor of one entry.
 
     Raises:
         TypeError: it is none.
+        ValueError: it is too large for torch.
+    """
+    try:
+        if not _numeric(value):
+            raise TypeError
+        found = operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be {wanted}, got {shown(value)}") from None
+    if abs(found) > LARGEST:
+        raise ValueError(f"{name} must be at most 2**62, got {shown(found)}")
+    return found
+
+
+def count(value: Any, name: str, most: int | None = LARGEST) -> int:
+    """An int that is not negative.
+
+    Args:
+        value: What was given.
+        name: The argument's.
+        most: The largest allowed; None where the caller has a limit of its own: torch.export would bound a symbolic
+            batch size by this one.
+
+    Raises:
+        TypeError: it is no int.
+        ValueError: it is negative, or too large for torch.
+    """
+    if type(value) is int and value >= 0 and (most is None or value <= most):
+        return value
+    if isinstance(value, torch.SymInt):  # of a tracer, which records what holds for more than one size
+        return value  # type: ignore[return-value]
+    found = integer(value, name)
+    if found < 0:
+        raise ValueError(f"{name} must not be negative, got {found}")
+    return found
+
+
+def number(value: Any, name: str, wanted: str = "a number") -> float:
+    """A number as a float; NaN and infinities are numbers.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is an int, or a fraction, too large for a float.
     """
     if type(value) is float:
         return value
     try:
-        if isinstance(value, (bool, str)):
+        if not _numeric(value):
             raise TypeError
         return float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        raise TypeError(f"{name} must be {wanted}, got {value!r:.60}") from None
+    except OverflowError:
+        raise ValueError(f"{name} must be {wanted} that a float can hold, got {shown(value)}") from None
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be {wanted}, got {shown(value)}") from None
+
+
+def finite(value: Any, name: str, wanted: str = "a number") -> float:
+    """A finite number as a float.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is NaN, infinite, or too large for a float.
+    """
+    # Under a compiler it may be symbolic, and stays so: a symbol is known to be finite, so that this is no guard.
+    if type(value) is float and -_INFINITY < value < _INFINITY:
+        return value
+    found = number(value, name, wanted)
+    if -_INFINITY < found < _INFINITY or torch.compiler.is_compiling():
+        return found
+    raise ValueError(f"{name} must be finite, got {found}")
+
+
+def share(value: Any, name: str) -> float:
+    """A number between 0 and 1, both included.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is outside.
+    """
+    found = number(value, name)
+    if not 0 <= found <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {found}")
+    return found
+
+
+def end_of_time(value: Any, name: str = "noise_at") -> int:
+    """0 or 1.
+
+    Raises:
+        ValueError: it is neither of these ints.
+    """
+    try:
+        found = integer(value, name)
+    except (TypeError, ValueError):
+        found = -1
+    if found not in (0, 1):
+        raise ValueError(f"{name} must be 0 or 1, got {shown(value)}")
+    return found
+
+
+def check_dense(tensor: Tensor, name: str) -> None:
+    """Raises TypeError where a tensor is sparse, nested, or of another layout that is not strided."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {layout}")
+
+
+_CPU = torch.device("cpu")
+_available: set[torch.device] = set()
+"""The devices with an index that were asked for and are there."""
+
+
+def available_device(value: torch.device | str, name: str = "device") -> torch.device:
+    """A device that can be used, with its index: "cuda" means the current one, which may change later.
+
+    Raises:
+        TypeError: it is neither a torch.device nor a string.
+        ValueError: the string names no device.
+        RuntimeError: this machine, or this build of torch, does not have it.
+    """
+    if type(value) is str and value == "cpu":
+        return _CPU
+    if not isinstance(value, (torch.device, str)):
+        raise TypeError(f"{name} must be a torch.device or a string, got {shown(value)}")
+    try:
+        device = torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"{name} must name a device, got {value!r:.60}: {_first_line(error)}") from None
+    if device.type == "cpu":
+        return _CPU
+    if device.index is not None and (torch.compiler.is_compiling() or device in _available):
+        return device
+    try:
+        probe = torch.empty(0, device=device)
+    except Exception as error:  # an AssertionError, a RuntimeError, or an ImportError, by the type of device
+        raise RuntimeError(
+            f"{name} {str(device)!r} is not available: {_first_line(error)}; this machine has {', '.join(_devices())}"
+        ) from error
+    if type(probe) is Tensor and not torch.compiler.is_compiling():  # a fake tensor's device need not be there
+        _available.add(probe.device)
+    return probe.device
+
+
+def _devices() -> list[str]:
+    """The devices of this machine, for a message."""
+    names = ["cpu"]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        names += [f"{accelerator.type}:{k}" for k in range(torch.accelerator.device_count())]
+    return names
+
+
+def _first_line(error: Exception) -> str:
+    """The first sentence of an exception."""
+    return f"{str(error).partition(chr(10))[0].partition('. ')[0] or type(error).__name__:.160}"
+
+
+def shown(value: object) -> str:
+    """Any value, for a message: the start of its repr."""
+    try:
+        return f"{value!r:.60}"
+    except Exception:  # Python prints no int of more than 4300 digits, and a repr may raise anything
+        return f"an object of {type(value).__name__}"
+
+
+def _numeric(value: Any) -> bool:
+    """Whether a value, or what a tensor or an array holds, may be a real number: no bool, no text, not complex."""
+    if isinstance(value, Tensor):
+        return value.dtype is not torch.bool and not value.is_complex()
+    if isinstance(value, (bool, str, *BYTES)):
+        return False
+    return getattr(getattr(value, "dtype", None), "kind", "f") not in "bcmMOSU"  # NumPy's
 
 
 def unread(value: Tensor, name: str) -> Any:
     """A number in a tensor whose value cannot be read, as a compiler traces it: as it is.
 
     Raises:
-        TypeError: it is not floating point.
+        TypeError: it is not floating point, or a meta tensor, which has no value.
     """
+    if value.is_meta and not is_tracing():
+        raise TypeError(f"{name} must be a number, got a meta tensor, which has no value")
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a number, got a tensor of {value.dtype}")
     return value.detach()
@@ -71,17 +234,6 @@ def tensor(numbers: Sequence[Any], dtype: torch.dtype) -> Tensor:
     # Products, so that a compiler takes a symbolic number as an input of its graph, and compiles once for all values.
     one = torch.ones((), dtype=torch.float64, device="cpu")
     return torch.stack([double(x) if isinstance(x, Tensor) else one * x for x in numbers]).to(dtype)
-
-
-def flag(value: Any, name: str) -> bool:
-    """True or False.
-
-    Raises:
-        TypeError: it is anything else.
-    """
-    if isinstance(value, bool):
-        return value
-    raise TypeError(f"{name} must be True or False, got {value!r:.60}")
 
 
 def expands(shape: torch.Size, wanted: Sequence[int]) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+
+from .arguments import BYTES, integer, shown
 
 
 class StepFn(Protocol):
@@ -61,17 +62,15 @@ class BaseDiffusion(ABC, nn.Module):
 
 
 def _dims(x_dims: int | Sequence[int]) -> list[int]:
-    if isinstance(x_dims, (str, bytes, set, frozenset, dict)):
-        raise TypeError(f"x_dims must be an int or a sequence of ints, got {x_dims!r}")
-    entries: list[Any] = list(x_dims) if isinstance(x_dims, Iterable) else [x_dims]
-    dims = []
-    for entry in entries:
-        try:
-            if isinstance(entry, bool):
-                raise TypeError
-            dims.append(operator.index(entry))
-        except TypeError:
-            raise TypeError(f"x_dims must be an int or a sequence of ints, got {x_dims!r}") from None
+    wrong = f"x_dims must be an int or a sequence of ints, got {shown(x_dims)}"
+    if isinstance(x_dims, (str, *BYTES, set, frozenset, dict)):
+        raise TypeError(wrong)
+    several = isinstance(x_dims, Iterable) and getattr(x_dims, "ndim", 1) > 0  # a 0-dim tensor is an int
+    entries: list[Any] = list(x_dims) if several else [x_dims]  # type: ignore[arg-type]
+    try:
+        dims = [integer(entry, "x_dims") for entry in entries]
+    except TypeError:
+        raise TypeError(wrong) from None
     if not dims or min(dims) <= 0:
-        raise ValueError(f"x_dims must hold one or more positive ints, got {x_dims!r}")
+        raise ValueError(f"x_dims must hold one or more positive ints, got {shown(x_dims)}")
     return dims

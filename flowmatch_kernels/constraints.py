@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .arguments import expands
+from .arguments import check_dense, end_of_time, expands
 
 
 def inpaint(known: Tensor, mask: Tensor, noise: Tensor, noise_at: int = 0) -> Callable[[Tensor, Tensor], Tensor]:
@@ -28,7 +28,7 @@ def inpaint(known: Tensor, mask: Tensor, noise: Tensor, noise_at: int = 0) -> Ca
         constraint(x, t) -> x, of x's dtype; the path is computed in float32, or float64 where a tensor is.
 
     Raises:
-        TypeError: mask is not bool, or known or noise is not floating point.
+        TypeError: mask is not bool, known or noise is not floating point, or one of them is sparse or nested.
         ValueError: noise_at is neither 0 nor 1; and, when called, a tensor does not expand to the state's shape or is
             on another device.
 
@@ -49,8 +49,9 @@ def inpaint(known: Tensor, mask: Tensor, noise: Tensor, noise_at: int = 0) -> Ca
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else f"{mask!r:.60}"
         raise TypeError(f"mask must be a bool tensor, True where known, got {got}")
-    if noise_at not in (0, 1):
-        raise ValueError(f"noise_at must be 0 or 1, got {noise_at!r}")
+    for name, tensor in (("known", known), ("mask", mask), ("noise", noise)):
+        check_dense(tensor, name)
+    noise_at = end_of_time(noise_at)
 
     def constraint(x: Tensor, t: Tensor) -> Tensor:
         for name, tensor in (("known", known), ("mask", mask), ("noise", noise)):

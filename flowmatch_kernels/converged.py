@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import guidance
+from .arguments import count, flag
 from .base import StepFn
 from .ops.fused_step import double
 from .solvers import FittedSolver
@@ -209,8 +210,8 @@ def problems(
         both = {**arguments, **own}
         options = {name: both[name] for name in OPTIONS if name in both}
         noise = own.get("noise", arguments.get("noise"))
-        size = own.get("batch_size", len(noise) if isinstance(noise, Tensor) and noise.dim() else batch_size)
-        if size == 0:
+        size = own.get("batch_size", noise.size(0) if isinstance(noise, Tensor) and noise.dim() else batch_size)
+        if count(size, "batch_size") == 0:
             raise ValueError("batch_size must be 1 or more, got 0")
         start = drawing.sample(size, own.get("step_fn"), device, **(shared | {"noise": noise} | options))  # type: ignore[arg-type]
         made.append(Problem(flow_matching, own["step_fn"], start, options))
@@ -220,7 +221,8 @@ def problems(
 def guidance_weight(flow_matching: FlowMatching, arguments: Mapping[str, Any]) -> guidance.Weight | None:
     """The weight of guidance that arguments of sample() mean; None without guidance."""
     guided = arguments.get("use_classifier_free_guidance")
-    if not (flow_matching.use_classifier_free_guidance if guided is None else guided):
+    guided = flow_matching.use_classifier_free_guidance if guided is None else guided
+    if not flag(guided, "use_classifier_free_guidance"):
         return None
     weight = arguments.get("inference_guidance_weight")
     return guidance.checked(flow_matching.inference_guidance_weight if weight is None else weight)

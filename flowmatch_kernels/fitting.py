@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import solvers
-from .arguments import count, number
+from .arguments import available_device, count, flag, number
 from .base import StepFn
 from .converged import (
     NotFiniteError,
@@ -283,6 +283,9 @@ def fit(
     if evaluations is None and weights is not None:
         evaluations = len(weights)
     budgets = _budgets(evaluations, grid, search_grid)
+    progress = flag(progress, "progress")
+    if trajectory_device is not None:
+        trajectory_device = available_device(trajectory_device, "trajectory_device")
     held_out = number(held_out, "held_out")
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must be between 0 and 1, got {held_out}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import sub
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import fitting, guidance, layouts, solver_comparison, solvers, time_grids, tracing
-from .arguments import count, flag, number, unread
+from .arguments import LARGEST, available_device, check_dense, count, end_of_time, finite, flag, share, shown, unread
 from .base import BaseDiffusion, StepFn
 from .guidance import Weight
 from .hooks import Hooks
@@ -48,9 +49,10 @@ class FlowMatching(BaseDiffusion):
             which ends in .json. A fitted solver brings its own times.
         num_inference_steps: Steps on the time grid; 0 returns the noise. None: 10, or those of a fitted solver.
         train_timestep_sampler: "beta" (t = 0.999 - 0.999 * Beta(1.5, 1), as in pi-zero) or "uniform".
-        train_ignore_guidance_rate: How often training drops the condition, where train_drop_guidance is True.
+        train_ignore_guidance_rate: How often training drops the condition, where train_drop_guidance is True: between
+            0 and 1.
         inference_guidance_weight: w in v = (1 - w) * v_unguided + w * v_guided, or the weight of another form: one
-            for all steps, one for each, or a function of t (a float, at each evaluation).
+            for all steps, one for each, or a function of t (a float, at each evaluation). Finite.
         use_classifier_free_guidance: Sample with guidance by default.
         guidance_form: "interpolate" (as above), "from_unguided", "from_guided" or "extrapolate"; see
             `flowmatch_kernels.guidance`.
@@ -107,10 +109,8 @@ class FlowMatching(BaseDiffusion):
         super().__init__(x_dims)
         if prediction_type not in ("velocity", "data", "noise"):
             raise ValueError(f"prediction_type must be 'velocity', 'data' or 'noise', got {prediction_type!r}")
-        if noise_at not in (0, 1):
-            raise ValueError(f"noise_at must be 0 or 1, got {noise_at!r}")
         self.prediction_type = prediction_type
-        self.noise_at = int(noise_at)
+        self.noise_at = end_of_time(noise_at)
         self.int_method = solvers.loaded(int_method)
         self.euler_at_final = flag(euler_at_final, "euler_at_final")
         if num_inference_steps is None:
@@ -120,16 +120,17 @@ class FlowMatching(BaseDiffusion):
         if train_timestep_sampler not in ("beta", "uniform"):
             raise ValueError(f"train_timestep_sampler must be 'beta' or 'uniform', got {train_timestep_sampler!r}")
         self.train_timestep_sampler = train_timestep_sampler
-        self.train_ignore_guidance_rate = train_ignore_guidance_rate
-        self.train_drop_guidance = train_drop_guidance
+        self.train_ignore_guidance_rate = share(train_ignore_guidance_rate, "train_ignore_guidance_rate")
+        guidance.checked(inference_guidance_weight)
+        self.train_drop_guidance = flag(train_drop_guidance, "train_drop_guidance")
         self.inference_guidance_weight = inference_guidance_weight
-        self.use_classifier_free_guidance = use_classifier_free_guidance
+        self.use_classifier_free_guidance = flag(use_classifier_free_guidance, "use_classifier_free_guidance")
         guidance.form(guidance_form)
         self.guidance_form = guidance_form
         self.time_grid = time_grid
         if not isinstance(time_grid_options, (Mapping, type(None))):
             raise TypeError(f"time_grid_options must be a dict, got {time_grid_options!r:.60}")
-        self.time_grid_options = {name: number(option, name) for name, option in (time_grid_options or {}).items()}
+        self.time_grid_options = {name: finite(option, name) for name, option in (time_grid_options or {}).items()}
         if not callable(time_grid):
             known = time_grids.options(time_grid)
             if unknown := [name for name in self.time_grid_options if name not in known]:
@@ -139,14 +140,15 @@ class FlowMatching(BaseDiffusion):
         elif self.time_grid_options:
             raise ValueError("time_grid_options are for a time_grid with a name: bind them to your function instead")
         self.backend = dispatch.check_name(backend)
+        self._warned: set[str] = set()
+        """Of which arguments it has warned; copies share it."""
 
     @functools.cached_property
     def beta_dist(self) -> torch.distributions.Beta:
         """Of which training draws its times with "beta": on the CPU, in float32, whatever the defaults are."""
         if self.train_timestep_sampler != "beta":
             raise AttributeError("beta_dist is there with train_timestep_sampler='beta'")
-        alpha, beta = torch.tensor([1.5, 1.0], dtype=torch.float32, device="cpu").unbind()
-        return torch.distributions.Beta(alpha, beta)
+        return _beta_dist()
 
     beta_scale_constant = 0.999
 
@@ -197,7 +199,7 @@ class FlowMatching(BaseDiffusion):
             int_method: The solver, as for the constructor; None: the constructor's. A file is read at each call.
             unguided_step_fn: The velocity without the condition; called after step_fn.
             use_classifier_free_guidance: None: the constructor's. Without it, what else belongs to guidance is
-                ignored, as upstream does.
+                ignored, as upstream does; with a warning where that is an unguided_step_fn.
             inference_guidance_weight: w: a number, [N] of them, or a function of t; None: the constructor's. A
                 function is asked before the first step, on the host (one synchronisation on a GPU), with t as a
                 float: the grid's 0.2 is 0.2000000030 where the grid is float32.
@@ -207,10 +209,10 @@ class FlowMatching(BaseDiffusion):
             skip_irrelevant_model: Where the weight makes one of the two models irrelevant (the unguided: w = 1,
                 s = 1, s = 0 or r = 0, by form; the guided: w = 0, s = 0, s = -1 or r = -1), do not call it, and take
                 the other's velocity as it is.
-            temperature: Multiplies the noise.
-            noise: [B, *x_dims], floating point, on `device`: the start, instead of a draw. Never written. Where it is
-                dense and batch first in another format than contiguous, as channels_last, each x and the result keep
-                its format, as in the loop above. Other noise, and tensor subclasses, are sampled contiguous. A
+            temperature: Multiplies the noise. Finite.
+            noise: [B, *x_dims], floating point, dense, on `device`: the start, instead of a draw. Never written.
+                Where it is batch first in another dense format than contiguous, as channels_last, each x and the result
+                keep its format, as in the loop above. Other noise, and tensor subclasses, are sampled contiguous. A
                 constraint that returns another format does not change it.
             generator: For the draw. A CPU generator with a GPU device draws on the CPU and moves.
             dtype: The state's: float32, float64, bfloat16 or float16. None: the noise's, or torch's default.
@@ -238,16 +240,23 @@ class FlowMatching(BaseDiffusion):
         Raises:
             TypeError: an argument, or what a function given returns, is of the wrong type or dtype.
             ValueError: a value, shape or device is wrong; or the time grid cannot be used.
-            RuntimeError: the backend asked for by name cannot be used.
+            RuntimeError: the device is not available, or the backend asked for by name cannot be used.
             ImportError: progress without tqdm.
+
+        Warns:
+            UserWarning: unguided_step_fn is given and guidance is off; once for each sampler.
         """
-        if callable(device) or isinstance(device, torch.nn.Module):
-            raise TypeError(
-                "device must be a torch.device or a string, got a function: pass unguided_step_fn= by name "
-                "(it is not the third positional argument here, as it is in Alpamayo 1.5)"
-            )
-        batch_size = count(batch_size, "batch_size")
-        device = _resolved(device)
+        if type(device) is not str:
+            if callable(device) or isinstance(device, torch.nn.Module):
+                raise TypeError(
+                    "device must be a torch.device or a string, got a function: pass unguided_step_fn= by name "
+                    "(it is not the third positional argument here, as it is in Alpamayo 1.5)"
+                )
+            if isinstance(device, int):
+                wanted = "device must be a torch.device or a string"
+                raise TypeError(f"{wanted}, got {shown(device)}: pass inference_step= by name")
+        batch_size = count(batch_size, "batch_size", most=None)
+        device = available_device(device)
         if not callable(step_fn):
             raise TypeError(f"step_fn must be callable, got {step_fn!r:.60}")
         differentiable = _differentiable(
@@ -258,6 +267,13 @@ class FlowMatching(BaseDiffusion):
             inference_guidance_weight=inference_guidance_weight,
             temperature=temperature,
         )
+        if not (
+            type(return_all_steps) is type(combined_guidance) is type(skip_irrelevant_model) is type(progress) is bool
+        ):  # one expression: a call for each is 1% of a small sample()
+            flag(return_all_steps, "return_all_steps")
+            flag(combined_guidance, "combined_guidance")
+            flag(skip_irrelevant_model, "skip_irrelevant_model")
+            flag(progress, "progress")
         guided, form, weight = self._guidance(
             *(use_classifier_free_guidance, guidance_form, inference_guidance_weight),
             *(unguided_step_fn, combined_guidance, skip_irrelevant_model),
@@ -265,7 +281,7 @@ class FlowMatching(BaseDiffusion):
         if isinstance(temperature, Tensor) and temperature.dim() == 0 and not tracing.is_readable(temperature):
             temperature = unread(temperature, "temperature")
         else:
-            temperature = number(temperature, "temperature")
+            temperature = finite(temperature, "temperature")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {generator!r:.60}")
         for name, hook in (("constraint", constraint), ("callback", callback)):
@@ -276,7 +292,9 @@ class FlowMatching(BaseDiffusion):
         shape = (batch_size, *self.x_dims)
         dtype = _state_dtype(dtype, noise, shape, device)
         eager = tracing.is_eager()
-        backend_ = dispatch.choose(backend or self.backend, device.type)
+        if eager and batch_size > LARGEST:
+            count(batch_size, "batch_size")  # which raises; a symbolic one stays without a bound
+        backend_ = dispatch.choose(_or(backend, self.backend), device.type)
         table = self._table(
             *(int_method, inference_step, time_steps, step_sizes, dtype, device, form, weight),
             cached=eager,
@@ -333,21 +351,34 @@ class FlowMatching(BaseDiffusion):
         """How to guide, with the form's name and the weight; None without guidance."""
         form = _or(form, self.guidance_form)
         its_form = guidance.form(form)
-        if not _or(use_classifier_free_guidance, self.use_classifier_free_guidance):
+        guided = _or(use_classifier_free_guidance, self.use_classifier_free_guidance)
+        if unguided_step_fn is not None and not callable(unguided_step_fn):
+            raise TypeError(f"unguided_step_fn must be callable, got {unguided_step_fn!r:.60}")
+        if not (guided if type(guided) is bool else flag(guided, "use_classifier_free_guidance")):
             if combined:
                 raise ValueError(
                     "combined_guidance needs use_classifier_free_guidance=True: step_fn returns both velocities"
                 )
+            if unguided_step_fn is not None and not torch.compiler.is_compiling():
+                self._warn_unguided()
             return None, None, 0.0
         if not combined and unguided_step_fn is None:
             raise ValueError("unguided_step_fn is required when using classifier free guidance")
         if combined and (unguided_step_fn is not None or skip):
             other = "skip_irrelevant_model" if unguided_step_fn is None else "an unguided_step_fn"
             raise ValueError(f"combined_guidance, where step_fn returns both velocities, and {other}: pass one")
-        if not combined and not callable(unguided_step_fn):
-            raise TypeError(f"unguided_step_fn must be callable, got {unguided_step_fn!r:.60}")
         weight = guidance.checked(_or(weight, self.inference_guidance_weight))
         return Guidance(its_form, unguided_step_fn, skip), form, weight
+
+    def _warn_unguided(self) -> None:
+        """Warns that unguided_step_fn is not called, once for each sampler."""
+        if "unguided_step_fn" not in self._warned:
+            self._warned.add("unguided_step_fn")
+            warnings.warn(
+                "unguided_step_fn is given and guidance is off, so it is not called: "
+                "use_classifier_free_guidance=True turns guidance on",
+                stacklevel=4,
+            )
 
     def nfe(
         self, inference_step: int | None = None, int_method: IntMethod | None = None, guided: bool | None = None
@@ -361,11 +392,11 @@ class FlowMatching(BaseDiffusion):
                 saves is not known here; a step_fn that returns both velocities is one call: guided=False.
 
         Raises:
-            TypeError: inference_step is not an int.
+            TypeError: inference_step is not an int, or guided not a bool.
             ValueError: inference_step is negative or contradicts a fitted solver, or there is no such solver.
         """
         solver, steps = self._steps(int_method, inference_step)
-        guided = self.use_classifier_free_guidance if guided is None else guided
+        guided = flag(_or(guided, self.use_classifier_free_guidance), "guided")
         return solvers.evaluations(solver, steps, self.euler_at_final) * (2 if guided else 1)
 
     def _steps(self, int_method: IntMethod | None, inference_step: int | None) -> tuple[str | FittedSolver, int]:
@@ -445,6 +476,7 @@ class FlowMatching(BaseDiffusion):
             TypeError: an argument is of the wrong type, or unknown.
             ValueError: an argument has a value that cannot be used, there are too few samples, or a velocity is not
                 finite.
+            RuntimeError: a device is not available.
 
         Warns:
             UserWarning: the reference has not converged, or a solver with a name is better at as many evaluations.
@@ -518,6 +550,7 @@ class FlowMatching(BaseDiffusion):
         Raises:
             TypeError: an argument is of the wrong type, or unknown.
             ValueError: an argument has a value that cannot be used, or a solver cannot use the time grid.
+            RuntimeError: the device is not available.
 
         Warns:
             UserWarning: the reference has not converged.
@@ -544,7 +577,12 @@ class FlowMatching(BaseDiffusion):
         default generator of its device ("beta": t on the CPU).
 
         Args:
-            x: Data, [B, *x_dims].
+            x: Data, [B, *x_dims], floating point.
+
+        Raises:
+            TypeError: x is no floating-point tensor, or is sparse or nested; or a default changed afterwards is of the
+                wrong type.
+            ValueError: x has no dimension, or train_ignore_guidance_rate, changed afterwards, is not in [0, 1].
 
         Returns:
             "x"; "noisy_x" [B, *x_dims]; "timesteps" [B, 1, ..., 1]; "noise" [B, *x_dims];
@@ -553,10 +591,20 @@ class FlowMatching(BaseDiffusion):
 
         Source: arXiv 2210.02747, eq. 22, with sigma_min = 0.
         """
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else shown(x)
+            raise TypeError(f"x must be a floating-point tensor [B, *x_dims], got {got}")
+        check_dense(x, "x")
+        if x.dim() == 0:
+            raise ValueError("x must be [B, *x_dims], got a tensor of no dimension")
+        draws = flag(self.train_drop_guidance, "train_drop_guidance")
+        rate = share(self.train_ignore_guidance_rate, "train_ignore_guidance_rate")
         if self.train_timestep_sampler == "uniform":
             t = torch.rand((x.shape[0],), device=x.device)
         else:
-            t = self.beta_dist.sample((x.shape[0],)).to(x.device)
+            # Fake and real tensors do not mix, and the real distribution is kept for the next call.
+            distribution = _beta_dist() if tracing.is_fake() else self.beta_dist
+            t = distribution.sample((x.shape[0],)).to(x.device)
             t = self.beta_scale_constant - t * self.beta_scale_constant
         t = t.view(-1, *[1] * (x.dim() - 1))
         noise = torch.randn_like(x)
@@ -567,8 +615,8 @@ class FlowMatching(BaseDiffusion):
             "noise": noise,
             "is_drop_guidance": None,
         }
-        if self.train_drop_guidance:
-            data["is_drop_guidance"] = torch.rand(x.shape[0], device=x.device) < self.train_ignore_guidance_rate
+        if draws:
+            data["is_drop_guidance"] = torch.rand(x.shape[0], device=x.device) < rate
         return data
 
     def compute_loss_from_pred(self, training_data: dict[str, Any], pred: Tensor) -> Tensor:
@@ -654,6 +702,11 @@ class FlowMatching(BaseDiffusion):
         return table
 
 
+def _beta_dist() -> torch.distributions.Beta:
+    alpha, beta = torch.tensor([1.5, 1.0], dtype=torch.float32, device="cpu").unbind()
+    return torch.distributions.Beta(alpha, beta, validate_args=False)  # which reads values: fake tensors have none
+
+
 def _or(value: Any, default: Any) -> Any:
     """An argument of sample(), or the constructor's where it is None."""
     return default if value is None else value
@@ -676,7 +729,7 @@ def _differentiable(asked: bool | None, noise: Tensor | None, **constants: Any) 
     if asked:
         return True
     taken = None
-    if noise is not None and tracing.has_derivative(noise):
+    if isinstance(noise, Tensor) and tracing.has_derivative(noise):
         taken = "noise requires grad"
     elif tracing.is_differentiating():
         taken = "a derivative is taken, by torch.func or forward-mode AD"
@@ -694,11 +747,12 @@ def _state_dtype(
     """The state's dtype, with `noise` checked against it, the shape and the device."""
     if noise is not None:
         if not isinstance(noise, Tensor):
-            raise TypeError(f"noise must be a tensor {list(shape)}, got {noise!r:.60}")
+            raise TypeError(f"noise must be a tensor {list(shape)}, got {shown(noise)}")
+        check_dense(noise, "noise")
         if not noise.is_floating_point():
             raise TypeError(f"noise must be floating point, got {noise.dtype}")
         if noise.shape != shape:
-            raise ValueError(f"noise must be [batch_size, *x_dims] = {list(shape)}, got {list(noise.shape)}")
+            raise ValueError(f"noise must be [batch_size, *x_dims] = {shown(list(shape))}, got {list(noise.shape)}")
         if noise.device != device and (device.index is not None or noise.device.type != device.type):
             raise ValueError(f"noise is on {noise.device}, and device is {device}: move one to the other")
     if dtype is None:
@@ -738,23 +792,3 @@ def _scaled(noise: Tensor, temperature: float | Tensor) -> Tensor:
     wide = arithmetic_dtype(noise.dtype)
     factor = temperature.to(wide).to(noise.device).view([1] * noise.dim())  # not 0-dim, which would not promote
     return (noise.to(wide) * factor).to(noise.dtype)
-
-
-_CPU = torch.device("cpu")
-
-
-def _resolved(device: torch.device | str) -> torch.device:
-    """The device, with its index: "cuda" means the current one, which may change later."""
-    if device == "cpu":
-        return _CPU
-    if isinstance(device, int):
-        raise TypeError(f"device must be a torch.device or a string, got {device}: pass inference_step= by name")
-    try:
-        device = torch.device(device)
-    except TypeError:
-        raise TypeError(f"device must be a torch.device or a string, got {device!r:.60}") from None
-    except RuntimeError as error:
-        raise ValueError(f"device must name a device, got {device!r:.60}: {str(error).splitlines()[0]}") from None
-    if device.type != "cpu" and device.index is None:
-        device = torch.empty(0, device=device).device
-    return device

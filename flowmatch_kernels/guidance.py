@@ -19,13 +19,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import number, tensor, unread
+from .arguments import BYTES, finite, shown, tensor, unread
 from .ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, WEIGHTED
 from .tracing import is_readable
 
 #: A weight for all evaluations, for each step, or as a function of t. While tracing a number may be symbolic, or a
 #: 0-dim tensor.
 Weight = float | tuple[float, ...] | Callable[[float], float]
+
+WANTED = "a number, a number for each step, or a function of t"
 
 
 class Form(NamedTuple):
@@ -67,18 +69,22 @@ def checked(weight: Any, name: str = "inference_guidance_weight") -> Weight:
 
     Raises:
         TypeError: it is none of them, nor what can be made one.
+        ValueError: a number is not finite.
     """
-    if isinstance(weight, (float, int)):
-        return number(weight, name)
+    if isinstance(weight, (float, int)) and not isinstance(weight, bool):
+        return finite(weight, name, WANTED)
     if callable(weight):
         return weight
-    if isinstance(weight, Tensor) and weight.dim() < 2 and not is_readable(weight):
+    if isinstance(weight, Tensor) and weight.dim() < 2 and not weight.is_sparse and not is_readable(weight):
         return unread(weight, name) if weight.dim() == 0 else tuple(unread(weight, name).unbind())
-    if getattr(weight, "ndim", 0) == 1:  # a tensor, a NumPy array
-        weight = weight.tolist()
-    if isinstance(weight, Sequence) and not isinstance(weight, (str, bytes)):
-        return tuple(number(entry, f"{name}[{k}]") for k, entry in enumerate(weight))
-    return number(weight, name, "a number, a number for each step, or a function of t")
+    if getattr(weight, "ndim", 0) == 1 and not isinstance(weight, BYTES):  # a tensor, a NumPy array
+        try:
+            weight = weight.tolist()
+        except RuntimeError:  # a sparse tensor, or one without values: no number either
+            raise TypeError(f"{name} must be {WANTED}, got {shown(weight)}") from None
+    if isinstance(weight, Sequence) and not isinstance(weight, (str, *BYTES)):
+        return tuple(finite(entry, f"{name}[{k}]") for k, entry in enumerate(weight))
+    return finite(weight, name, WANTED)
 
 
 def column(weight: Weight, weights: Sequence[float | Tensor]) -> Tensor:
@@ -102,12 +108,12 @@ def weights(weight: Weight, steps: Iterable[int], times: Callable[[], Iterable[f
         times: Gives for each evaluation the time; asked only where the weight is a function of it.
 
     Raises:
-        ValueError: another number of weights than of steps.
+        ValueError: another number of weights than of steps, or the function returned one that is not finite.
         TypeError: the function returned no number.
     """
     steps = tuple(steps)
     if callable(weight):
-        return tuple(number(weight(t), "what inference_guidance_weight(t) returned") for t in times())
+        return tuple(finite(weight(t), "what inference_guidance_weight(t) returned") for t in times())
     if isinstance(weight, tuple):
         taken = steps[-1] + 1 if steps else 0
         if len(weight) != taken:

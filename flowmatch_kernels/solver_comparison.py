@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import solvers
-from .arguments import count
+from .arguments import BYTES, count, shown
 from .base import StepFn
 from .converged import Reference, check_converged, guidance_weight, problems, rms
 from .solvers import FittedSolver, IntMethod
@@ -170,6 +170,9 @@ def compare(
     if not isinstance(reference, str):
         raise TypeError(f"reference must be the name of a solver, got {reference!r:.60}")
     solvers.solver(reference)
+    for name, measure in (("error", error), ("quality", quality)):
+        if measure is not None and not callable(measure):
+            raise TypeError(f"{name} must be callable, got {shown(measure)}")
     weight = guidance_weight(flow_matching, arguments)
     if isinstance(weight, tuple):
         raise ValueError(
@@ -243,7 +246,7 @@ def checked_evaluations(evaluations: int | Sequence[int]) -> list[int]:
         TypeError: one is no int.
         ValueError: one is below 1, or there is none.
     """
-    several = evaluations if isinstance(evaluations, Sequence) else [evaluations]
+    several = evaluations if isinstance(evaluations, Sequence) and not isinstance(evaluations, BYTES) else [evaluations]
     budgets = [count(n, "evaluations") for n in several]
     if not budgets or min(budgets) < 1:
         raise ValueError(f"evaluations must be 1 or more, got {evaluations!r:.60}")

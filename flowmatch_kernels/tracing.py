@@ -65,6 +65,11 @@ def is_tracing() -> bool:
     )
 
 
+def is_fake() -> bool:
+    """Under a FakeTensorMode of the caller's, where tensors have no values; a compiler's own does not count."""
+    return not torch.compiler.is_compiling() and torch._C._get_dispatch_mode(_MODES[0]) is not None
+
+
 def is_capturing() -> bool:
     """Within the capture of a CUDA graph, which holds on to what is made."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

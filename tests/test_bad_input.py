@@ -1,12 +1,21 @@
 """Bad input raises the right exception before anything is drawn, and says what was got and what was wanted."""
 
+import copy
+import os
 import re
+import traceback
+import warnings
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from operands import same_bits
 
-from flowmatch_kernels import FlowMatching, available_backends
+import flowmatch_kernels
+from flowmatch_kernels import FittedSolver, FlowMatching, arguments, available_backends, inpaint
 
 SHAPE = (4, 3, 2)
 V = torch.zeros(SHAPE)
@@ -362,7 +371,7 @@ def test_step_fn_returns(returned, when, run):
     keywords = {"return_all_steps": run == "trajectory", "use_classifier_free_guidance": guided}
     functions = (good, step_fn) if run == "unguided" else (step_fn, good)
     with pytest.raises(error) as raised:
-        fm.sample(4, functions[0], noise=noise, unguided_step_fn=functions[1], **keywords)
+        fm.sample(4, functions[0], noise=noise, unguided_step_fn=functions[1] if guided else None, **keywords)
     assert_says(raised, [*words, "unguided_step_fn returned" if run == "unguided" else "^step_fn returned"])
     assert len(states) == when
     for state, clone in states:
@@ -394,7 +403,323 @@ def test_fake_tensor_out_of_its_mode():
         for guided in (False, True):
             if functions[0] is good and not guided:
                 continue
+            keywords = {"unguided_step_fn": functions[1], "use_classifier_free_guidance": True} if guided else {}
             with pytest.raises((TypeError, AssertionError, RuntimeError), match=r"(?i)fake"):
-                FlowMatching((3, 2)).sample(
-                    4, functions[0], unguided_step_fn=functions[1], use_classifier_free_guidance=guided
-                )
+                FlowMatching((3, 2)).sample(4, functions[0], **keywords)
+
+
+# ---- one kind of bad value over every argument that takes such values ----
+
+
+def never(x, t):
+    raise AssertionError("step_fn was called before the arguments were checked")
+
+
+def sample(**keywords):
+    return FlowMatching((3, 2)).sample(**({"batch_size": 4, "step_fn": never} | keywords))
+
+
+def guided(**keywords):
+    return sample(**GUIDED, **keywords)
+
+
+def fit(**keywords):
+    return FlowMatching((3, 2)).fit_solver(**({"step_fn": never, "evaluations": 3, "batch_size": 16} | keywords))
+
+
+def compare(**keywords):
+    return FlowMatching((3, 2)).compare_solvers(**({"step_fn": never, "batch_size": 16} | keywords))
+
+
+def batches(**own):
+    return {"step_fn": None, "batches": [{"step_fn": never} | own]}
+
+
+def changed(attribute, value, **keywords):
+    """A sampler whose default was changed after it was made."""
+    fm = FlowMatching((3, 2), **keywords)
+    setattr(fm, attribute, value)
+    return fm
+
+
+def train(fm):
+    return fm.construct_training_data(V)
+
+
+NAN, INFINITE = float("nan"), float("inf")
+HUGE, ENDLESS = 10**400, 10**5000  # too large for a float; more digits than Python prints
+META = torch.ones((), device="meta")
+TYPE = [b"1", bytearray(b"1"), memoryview(b"1"), "1", True, np.True_, torch.tensor(True), 1j, np.complex64(1), object()]
+TYPE += [torch.ones(2, 2), torch.tensor(1j), META, np.array("1"), {1}]
+NOT_FINITE = [NAN, INFINITE, -INFINITE, HUGE, -HUGE, ENDLESS, Decimal("inf"), Fraction(HUGE), np.float32("nan")]
+NOT_FINITE += [torch.tensor(NAN), torch.tensor(INFINITE, dtype=torch.bfloat16)]
+
+
+def each(values, error):
+    return [(value, error) for value in values]
+
+
+FINITE = each(TYPE, TypeError) + each(NOT_FINITE, ValueError)
+OUTSIDE = each([-0.1, 1.1, NAN, HUGE, torch.tensor(2.0), -1], ValueError)
+COUNTS = each([*TYPE, 4.0, NAN, torch.tensor(4.0), [True]], TypeError) + each([-1, HUGE, -HUGE, ENDLESS], ValueError)
+FLAGS = each(
+    [0, 1, 1.0, "yes", "", b"1", np.True_, torch.tensor(True), [], [True], NAN, HUGE, ENDLESS, META], TypeError
+)
+NO_END = each([2, -1, 0.0, 1.0, NAN, True, False, None, "0", b"0", torch.tensor(True), [0], HUGE], ValueError)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch says that nested tensors and sparse rows are prototypes
+    NESTED = [torch.nested.nested_tensor([V[0], V[1]], layout=layout) for layout in (torch.strided, torch.jagged)]
+    NESTED_MASK = torch.nested.nested_tensor([V[0] > 0])
+    SPARSE = [V.to_sparse(), V[0].to_sparse_csr(), V.to_mkldnn()]
+TENSORS = [*SPARSE, *NESTED, [0.0], b"1", 0.0, True, V.long(), V * 1j]
+DENSE = each(TENSORS, TypeError)
+NOISE = [*DENSE, (V.to("meta"), ValueError)]
+GONE = [name for name in ("cuda", "mps", "xpu", "hpu", "xla", "vulkan") if name not in str(torch._C._get_accelerator())]
+DEVICES = each([*GONE, *map(torch.device, GONE), "cuda:99", torch.device("cuda", 99), "xpu:7"], RuntimeError)
+DEVICES += each([b"cpu", 1.5, 3, True, V, [], object()], TypeError) + each(["", "gpu", "cpu:x", "cuda:-1"], ValueError)
+
+# "entry point: argument that the message names".
+KINDS = {
+    "finite": (FINITE, {
+        "sample: temperature": lambda value: sample(temperature=value),
+        "sample with a noise: temperature": lambda value: sample(temperature=value, noise=V),
+        "sample: inference_guidance_weight": lambda value: guided(inference_guidance_weight=value),
+        "sample, each step: inference_guidance_weight[3]":
+            lambda value: guided(inference_guidance_weight=[1.0] * 3 + [value] + [1.0] * 6),
+        "sample, a function: inference_guidance_weight(t) returned":
+            lambda value: guided(inference_guidance_weight=lambda t: value if t > 0.5 else 1.0),
+        "constructor: inference_guidance_weight":
+            lambda value: FlowMatching((3, 2), inference_guidance_weight=value),
+        "constructor, each step: inference_guidance_weight[1]":
+            lambda value: FlowMatching((3, 2), inference_guidance_weight=(1.5, value)),
+        "changed: inference_guidance_weight":
+            lambda value: changed("inference_guidance_weight", value).sample(4, never, **GUIDED),
+        "shifted: shift": lambda value: FlowMatching(2, time_grid="shifted", time_grid_options={"shift": value}),
+        "power: power": lambda value: FlowMatching(2, time_grid="power", time_grid_options={"power": value}),
+        "fit_solver: held_out": lambda value: fit(held_out=value),
+        "fit_solver: temperature": lambda value: fit(temperature=value),
+        "fit_solver: inference_guidance_weight": lambda value: fit(**GUIDED, inference_guidance_weight=value),
+        "compare_solvers: temperature": lambda value: compare(temperature=value),
+        "compare_solvers: inference_guidance_weight": lambda value: compare(**GUIDED, inference_guidance_weight=value),
+    }),
+    "a fitted solver's numbers": (each(TYPE, TypeError) + each([NAN, INFINITE, -INFINITE, HUGE], ValueError), {
+        "FittedSolver: times": lambda value: FittedSolver((0.0, value, 1.0), ((1.0, 0.5), (1.0, 0.5))),
+        "FittedSolver: coefficients[1]": lambda value: FittedSolver((0.0, 0.5, 1.0), ((1.0, 0.5), (1.0, value))),
+        "FittedSolver: errors": lambda value: FittedSolver((0.0, 1.0), ((1.0, 1.0),), errors={"fitted": value}),
+    }),
+    "share": (each(TYPE, TypeError) + OUTSIDE, {
+        "constructor: train_ignore_guidance_rate": lambda value: FlowMatching(2, train_ignore_guidance_rate=value),
+        "changed: train_ignore_guidance_rate": lambda value: train(changed("train_ignore_guidance_rate", value)),
+    }),
+    "count": (COUNTS, {
+        "constructor: x_dims": lambda value: FlowMatching((value, 2)),
+        "constructor: num_inference_steps": lambda value: FlowMatching(2, num_inference_steps=value),
+        "changed: num_inference_steps": lambda value: changed("num_inference_steps", value).sample(4, never),
+        "sample: batch_size": lambda value: sample(batch_size=value),
+        "sample with a noise: batch_size": lambda value: sample(batch_size=value, noise=V),
+        "sample: inference_step": lambda value: sample(inference_step=value),
+        "nfe: inference_step": lambda value: FlowMatching(2).nfe(value),
+        "fit_solver: evaluations": lambda value: fit(evaluations=[3, value]),
+        "fit_solver: batch_size": lambda value: fit(batch_size=value),
+        "a batch's: batch_size": lambda value: fit(**batches(batch_size=value)),
+        "fit_solver: reference_steps": lambda value: fit(reference_steps=value),
+        "fit_solver: search_grid": lambda value: fit(search_grid=value),
+        "fit_solver: search_batches": lambda value: fit(search_batches=value),
+        "compare_solvers: evaluations": lambda value: compare(evaluations=[3, value]),
+        "compare_solvers: batch_size": lambda value: compare(batch_size=value),
+        "compare_solvers: reference_steps": lambda value: compare(reference_steps=value),
+    }),
+    "bytes as a sequence": (each([b"\x03\x02", bytearray(b"\x03\x02"), memoryview(b"\x03\x02"), "32"], TypeError), {
+        "constructor: x_dims": lambda value: FlowMatching(value),
+        "constructor: inference_guidance_weight": lambda value: FlowMatching(2, inference_guidance_weight=value),
+        "sample: inference_guidance_weight": lambda value: guided(inference_guidance_weight=value, inference_step=2),
+        "fit_solver: evaluations": lambda value: fit(evaluations=value),
+        "compare_solvers: evaluations": lambda value: compare(evaluations=value),
+    }),
+    "weights in a tensor": (
+        each([torch.tensor([True, True]), torch.tensor([1j, 1j]), torch.ones(2).to_sparse(), torch.ones(2).to("meta"),
+              np.array([True, True]), np.array(["1", "1"])], TypeError)
+        + each([torch.tensor([1.0, NAN]), np.array([INFINITE, 1.0])], ValueError), {
+        "constructor: inference_guidance_weight": lambda value: FlowMatching(2, inference_guidance_weight=value),
+        "sample: inference_guidance_weight": lambda value: guided(inference_guidance_weight=value, inference_step=2),
+        "fit_solver: inference_guidance_weight":
+            lambda value: fit(**GUIDED, inference_guidance_weight=value, evaluations=2),
+    }),
+    "flag": (FLAGS, {
+        "constructor: use_classifier_free_guidance": lambda value: FlowMatching(2, use_classifier_free_guidance=value),
+        "changed: use_classifier_free_guidance":
+            lambda value: changed("use_classifier_free_guidance", value).sample(4, never),
+        "constructor: train_drop_guidance": lambda value: FlowMatching(2, train_drop_guidance=value),
+        "constructor: euler_at_final": lambda value: FlowMatching(2, euler_at_final=value),
+        "changed, training: train_drop_guidance": lambda value: train(changed("train_drop_guidance", value)),
+        "sample: differentiable": lambda value: sample(differentiable=value),
+        "changed, nfe: guided": lambda value: changed("use_classifier_free_guidance", value).nfe(),
+        "sample: use_classifier_free_guidance":
+            lambda value: sample(use_classifier_free_guidance=value, unguided_step_fn=never),
+        "sample: return_all_steps": lambda value: sample(return_all_steps=value),
+        "sample: combined_guidance": lambda value: sample(combined_guidance=value),
+        "sample: skip_irrelevant_model": lambda value: sample(skip_irrelevant_model=value),
+        "sample, guided: skip_irrelevant_model": lambda value: guided(skip_irrelevant_model=value),
+        "sample: progress": lambda value: sample(progress=value),
+        "nfe: guided": lambda value: FlowMatching(2).nfe(guided=value),
+        "fit_solver: progress": lambda value: fit(progress=value),
+        "fit_solver: use_classifier_free_guidance": lambda value: fit(use_classifier_free_guidance=value),
+        "fit_solver: combined_guidance": lambda value: fit(combined_guidance=value),
+        "fit_solver: skip_irrelevant_model": lambda value: fit(skip_irrelevant_model=value),
+        "compare_solvers: use_classifier_free_guidance": lambda value: compare(use_classifier_free_guidance=value),
+        "compare_solvers: combined_guidance": lambda value: compare(combined_guidance=value),
+        "compare_solvers: skip_irrelevant_model": lambda value: compare(skip_irrelevant_model=value),
+    }),
+    "end of time": (NO_END, {
+        "constructor: noise_at": lambda value: FlowMatching(2, noise_at=value),
+        "inpaint: noise_at": lambda value: inpaint(V, V > 0, V, value),
+        "FittedSolver: noise_at": lambda value: FittedSolver((0.0, 1.0), ((1.0, 1.0),), noise_at=value),
+    }),
+    "noise": (NOISE, {
+        "sample: noise": lambda value: sample(noise=value),
+        "sample, dtype: noise": lambda value: sample(noise=value, dtype=torch.float32),
+        "fit_solver: noise": lambda value: fit(noise=value, batch_size=4),
+        "a batch's: noise": lambda value: fit(**batches(noise=value), batch_size=4),
+        "compare_solvers: noise": lambda value: compare(noise=value, batch_size=4),
+    }),
+    "dense": (DENSE, {
+        "inpaint: noise": lambda value: inpaint(V, V > 0, value),
+        "inpaint: known": lambda value: inpaint(value, V > 0, V),
+        "inpaint: mask": lambda value: inpaint(V, value, V),
+        "construct_training_data: x": lambda value: FlowMatching((3, 2)).construct_training_data(value),
+    }),
+    "sparse mask": (each([(V > 0).to_sparse(), NESTED_MASK], TypeError), {
+        "inpaint: mask": lambda value: inpaint(V, value, V),
+    }),
+    "device": (DEVICES, {
+        "sample: device": lambda value: sample(device=value),
+        "sample with a noise: device": lambda value: sample(device=value, noise=V),
+        "fit_solver: device": lambda value: fit(device=value),
+        "fit_solver: trajectory_device": lambda value: fit(trajectory_device=value),
+        "compare_solvers: device": lambda value: compare(device=value),
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_bad_values(kind):
+    """Each raises one error of ours, which names the argument, and before anything is drawn or computed."""
+    values, entries = KINDS[kind]
+    before, wrong = torch.get_rng_state(), []
+    for entry, call in entries.items():
+        argument = entry.partition(": ")[2]
+        for value, error in values:
+            try:
+                call(value)
+                found = "accepted"
+            except Exception as raised:  # whatever it is, it goes to the list
+                last = traceback.extract_tb(raised.__traceback__)[-1].filename
+                ours = last.startswith(os.path.dirname(flowmatch_kernels.__file__))
+                found = f"{type(raised).__name__}: {raised}"
+                if ours and type(raised) is error and argument in str(raised) and len(str(raised)) < 400:
+                    continue
+            wrong.append(f"{entry}, {arguments.shown(value)}, wanted {error.__name__}: {found:.200}")
+    assert not wrong, "\n".join([f"{len(wrong)} wrong", *wrong])
+    assert torch.equal(before, torch.get_rng_state()), "noise was drawn before the arguments were checked"
+
+
+LARGE = {"x_dims": ((2**40, 2**40), 2), "batch_size": (2, 2**61), "both": ((2**30,), 2**31), "product": (2**32, 2**32)}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_states_whose_bytes_overflow(case):
+    """Where counted memory was asked for so many, the process ended. The reference leaves it to PyTorch."""
+    x_dims, batch_size = LARGE[case]
+    for all_steps in (False, True):
+        with pytest.raises(ValueError, match="batch_size and x_dims make states that are too large"):
+            FlowMatching(x_dims, backend="cpu").sample(batch_size, never, return_all_steps=all_steps)
+        with pytest.raises(RuntimeError, match="overflow"):
+            FlowMatching(x_dims, backend="reference").sample(batch_size, never, return_all_steps=all_steps)
+    with pytest.raises(ValueError, match="batch_size and x_dims make states that are too large"):
+        FlowMatching(2**30, backend="cpu").sample(2**28, never, return_all_steps=True)
+    assert FlowMatching((2**40, 2**40), backend="cpu").sample(0, lambda x, t: x).shape == (0, 2**40, 2**40)
+
+
+def test_good_values_of_every_kind():
+    """What the checks let through, as before: numbers of other types, the ends, and flags that are bools."""
+    noise = torch.ones(SHAPE)
+    wanted = FlowMatching((3, 2), "euler", 4).sample(4, good, noise=noise, temperature=2.0)
+    for two in (2, torch.tensor(2), torch.tensor(2.0), torch.tensor([2.0]), np.float32(2), np.int64(2), Fraction(2)):
+        x = FlowMatching((3, np.int64(2)), "euler", torch.tensor(4)).sample(4, good, noise=noise, temperature=two)
+        assert same_bits(x, wanted)
+        FlowMatching(2, inference_guidance_weight=two, time_grid="shifted", time_grid_options={"shift": two})
+    for rate in (0, 1, 0.0, 1.0, torch.tensor(0.5), np.float32(0.5)):
+        fm = FlowMatching(torch.tensor(2), train_ignore_guidance_rate=rate, train_drop_guidance=True)
+        assert fm.x_dims == [2] and fm.construct_training_data(V)["is_drop_guidance"].dtype == torch.bool
+    for weight in (-3.0, 0, 1e39, [1.5] * 4, torch.ones(4), np.ones(4), lambda t: np.float64(t), range(4)):
+        FlowMatching((3, 2), num_inference_steps=4, inference_guidance_weight=weight).sample(
+            4, good, unguided_step_fn=good, use_classifier_free_guidance=True
+        )
+    for cpu in ("cpu", "cpu:0", torch.device("cpu"), torch.device("cpu", 0)):
+        assert FlowMatching((3, 2)).sample(4, good, cpu, noise=V).device == torch.device("cpu")
+    assert FlowMatching(2, noise_at=np.int64(1)).noise_at == 1
+
+
+def test_symbolic_numbers_stay_symbolic():
+    """A compiled sample() of another temperature or weight is not compiled again; and its numbers are not checked."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    noise, fm = torch.ones(SHAPE), FlowMatching((3, 2), num_inference_steps=2)
+    run = torch.compile(lambda z, w: fm.sample(4, good, noise=z, temperature=w), backend=counter, fullgraph=True)
+    for k, temperature in enumerate((1.7, 2.5, 3.5, 4.5)):
+        got = run(noise, temperature)
+        assert same_bits(got, fm.sample(4, good, noise=noise, temperature=temperature))
+        assert counter.frame_count == min(k + 1, 2)
+    weighted = torch.compile(lambda z, w: fm.sample(4, good, noise=z, inference_guidance_weight=w, **GUIDED),
+                             backend="eager", fullgraph=True)  # fmt: skip
+    for weight in (1.7, 2.5, 3.5):
+        wanted = fm.sample(4, good, noise=noise, inference_guidance_weight=weight, **GUIDED)
+        assert same_bits(weighted(noise, weight), wanted)
+
+
+def test_unguided_step_fn_without_guidance():
+    """Said once for each sampler, by whichever of its methods; not where guidance is on, nor under a compiler."""
+    words = r"unguided_step_fn is given and guidance is off.*use_classifier_free_guidance=True turns guidance on"
+    for keywords in ({}, {"use_classifier_free_guidance": False}):
+        fm = FlowMatching((3, 2))
+        with pytest.warns(UserWarning, match=words) as told:
+            fm.sample(4, good, unguided_step_fn=good, **keywords)
+        for again in (fm, copy.copy(fm)):  # pytest makes a warning an error
+            again.sample(4, good, unguided_step_fn=good, **keywords)
+        assert len(told) == 1 and told[0].filename == __file__
+    with pytest.warns(UserWarning, match=words) as told:
+        FlowMatching((3, 2)).compare_solvers(lambda x, t: -x, 4, ["euler"], unguided_step_fn=good, batch_size=16)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FlowMatching((3, 2)).sample(4, good, **GUIDED)
+        torch._dynamo.reset()
+        fm = FlowMatching((3, 2))
+        torch.compile(lambda z: fm.sample(4, good, noise=z, unguided_step_fn=good), backend="eager", fullgraph=True)(V)
+    with pytest.raises(TypeError, match="unguided_step_fn must be callable, got 3"):
+        FlowMatching((3, 2)).sample(4, good, unguided_step_fn=3)
+
+
+@pytest.mark.parametrize("sampler", ["beta", "uniform"])
+def test_training_under_fake_tensors(sampler):
+    """A model is laid out without memory; and what was made there is not kept for real tensors."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    keywords = {"train_timestep_sampler": sampler, "train_drop_guidance": True}
+    outside = FlowMatching((3, 2), **keywords)
+    torch.manual_seed(1)
+    outside.construct_training_data(V)
+    with FakeTensorMode():
+        inside = FlowMatching((3, 2), **keywords)
+        for fm in (inside, outside):
+            data = fm.construct_training_data(torch.zeros(SHAPE))
+            shapes = {"x": SHAPE, "noisy_x": SHAPE, "timesteps": (4, 1, 1), "noise": SHAPE, "is_drop_guidance": (4,)}
+            assert {name: tuple(tensor.shape) for name, tensor in data.items()} == shapes
+            assert all(type(tensor) is FakeTensor for tensor in data.values())
+        for grid in ("shifted", "cosine", "power"):
+            FlowMatching(2, "dpmpp_2m", time_grid=grid, noise_at=1, prediction_type="data").nfe()
+    torch.manual_seed(1)
+    real = outside.construct_training_data(V)
+    torch.manual_seed(1)
+    assert same_bits(inside.construct_training_data(V)["noisy_x"], real["noisy_x"])

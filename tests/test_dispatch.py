@@ -2,6 +2,9 @@
 
 import asyncio
 import logging
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -209,6 +212,38 @@ def test_broken_triton(monkeypatch):
     assert "libcuda.so is a directory" in available_backends()["triton"]
     with pytest.raises(RuntimeError, match=r"'triton'.*libcuda.so is a directory"):
         step(backend="triton")
+
+
+BROKEN = """
+import os, sys
+sys.path.insert(0, {folder!r})
+import torch
+torch.cuda.is_available = lambda: False
+from flowmatch_kernels.__main__ import main
+from flowmatch_kernels import available_backends
+print(available_backends()["triton"])
+sys.exit(main(["info"]))
+"""
+
+
+@pytest.mark.parametrize("error", ["OSError('libcuda.so is a directory')", "ImportError('libtriton.so')", ""])
+def test_broken_triton_without_a_gpu(tmp_path, error):
+    """The reason is Triton's, and not that there is no GPU: with one it would not run either."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text(f"raise {error}" if error else "")  # or without `knobs`
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("FLOWMATCH", "TRITON"))}
+    environment["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    code = BROKEN.format(folder=str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    words = error.partition("(")[2].strip("')") or "no attribute 'knobs'"
+    kind = error.partition("(")[0] or "AttributeError"
+    reason = done.stdout.splitlines()[0]
+    assert reason.startswith(f"Triton cannot be imported: {kind}: ") and words in reason and "CUDA" not in reason
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("  triton ")]
+    assert line == f"  triton     unavailable: {reason}"
 
 
 def test_order_on_cuda(monkeypatch, caplog):

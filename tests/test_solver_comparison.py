@@ -160,6 +160,8 @@ REFUSED = {
         {"use_classifier_free_guidance": True, "unguided_step_fn": decay, "inference_guidance_weight": [1.0, 2.0]},
         ValueError, "inference_guidance_weight for each step fits one number of steps",
     ),
+    "error": ({"error": 3}, TypeError, "error must be callable, got 3"),
+    "quality": ({"quality": "FID"}, TypeError, "quality must be callable, got 'FID'"),
     "constraint": ({"constraint": decay}, ValueError, "constraint is not taken here"),
     "unknown": ({"nfe": 3}, TypeError, "unexpected argument 'nfe'"),
     "no model": ({"step_fn": None}, ValueError, "pass step_fn, or batches"),

@@ -146,7 +146,7 @@ def test_nfe_is_what_is_spent(name, n, guided):
         return -x
 
     fm = FlowMatching(2, name, num_inference_steps=n, use_classifier_free_guidance=guided)
-    fm.sample(3, step_fn, unguided_step_fn=step_fn)
+    fm.sample(3, step_fn, unguided_step_fn=step_fn if guided else None)
     evaluations = SOLVERS[name][1](n) if n else 0
     assert fm.nfe() == len(calls) == evaluations * (1 + guided)
 

@@ -42,9 +42,22 @@ def _triton_unavailable(device_type: str) -> str | None:
     try:
         module = importlib.import_module(".triton", __package__)
     except Exception as error:  # a broken Triton may raise anything, and is only worth its reason
-        return f"Triton cannot be imported: {error}"
+        return _not_imported(error)
     if device_type == "cpu" and not module._INTERPRETED.value:
         return "TRITON_INTERPRET=1 was set after the kernel was made: set it before the first use"
+    return None
+
+
+def _not_imported(error: Exception) -> str:
+    return f"Triton cannot be imported: {type(error).__name__}: {error}"
+
+
+def _triton_broken() -> str | None:
+    """Why an installed Triton cannot be imported, or None. It makes no kernel, which would settle TRITON_INTERPRET."""
+    try:
+        importlib.import_module("triton").knobs.runtime  # noqa: B018  # what the kernel reads of it at import
+    except Exception as error:
+        return _not_imported(error)
     return None
 
 
@@ -83,7 +96,10 @@ _logged: set[tuple[str, str]] = set()
 
 
 def available_backends() -> dict[str, str | None]:
-    """Each backend's name, with None where it can run on this machine, else the reason why not."""
+    """Each backend's name, with None where it can run on this machine, else the reason why not.
+
+    Imports Triton where it is installed: whether it can be imported shows in no other way.
+    """
     reasons = {}
     for name, backend in BACKENDS.items():
         reason: str | None = None
@@ -93,6 +109,8 @@ def available_backends() -> dict[str, str | None]:
                 reason = backend.unavailable("cpu")
             elif name == "triton" and importlib.util.find_spec("triton") is None:
                 reason += ", and Triton is not installed"
+            elif name == "triton":
+                reason = _triton_broken() or reason
             elif name == "cuda":
                 reason = native.cuda_unavailable() or f"it is built for {native.cuda_architectures()}, and {reason}"
         else:

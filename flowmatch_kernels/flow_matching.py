@@ -217,7 +217,9 @@ class FlowMatching(BaseDiffusion):
             callback: Called as callback(step, t, x) after each step, 0 the first, with the state reached, a copy
                 that is the callback's own, and its time [B, 1, ..., 1]. Returning True ends the sampling.
             progress: Show a bar over the evaluations (needs tqdm).
-            backend: None: the constructor's. A backend asked for by name runs or raises.
+            backend: None: the constructor's. A backend asked for by name runs or raises. With "auto", noise and
+                velocities of a tensor subclass that the backends do not know, as MaskedTensor, are stepped by
+                "reference"; a DTensor is stepped shard by shard, and keeps the noise's placements.
 
         Returns:
             The samples [B, *x_dims]; with `return_all_steps`, all states [B, T, *x_dims], contiguous (one copy more
@@ -227,7 +229,7 @@ class FlowMatching(BaseDiffusion):
         Raises:
             TypeError: an argument, or what a function given returns, is of the wrong type or dtype.
             ValueError: a value, shape or device is wrong; or the time grid cannot be used.
-            RuntimeError: the backend asked for by name cannot be used.
+            RuntimeError: the backend asked for by name cannot be used, or cannot step a tensor subclass.
             ImportError: progress without tqdm.
         """
         if callable(device) or isinstance(device, torch.nn.Module):
@@ -276,6 +278,7 @@ class FlowMatching(BaseDiffusion):
                     return_all_steps,
                     WEIGHTED if guided is None else guided.form.kernel,
                     constraint is not None,
+                    backend or self.backend,
                 ),
                 noise,
             )

@@ -230,7 +230,9 @@ class FlowMatching(BaseDiffusion):
                 the noise and what step_fn uses, by autograd, torch.func and forward-mode AD; not with respect to times,
                 step sizes, weights or the temperature. False: the result is a constant. None: as False, but where a
                 derivative is asked for (torch.func.grad, jvp, ..., or noise that requires grad), it raises.
-            backend: None: the constructor's. A backend asked for by name runs or raises.
+            backend: None: the constructor's. A backend asked for by name runs or raises. With "auto", noise and
+                velocities of a tensor subclass that the backends do not know, as MaskedTensor, are stepped by
+                "reference"; a DTensor is stepped shard by shard, and keeps the noise's placements.
 
         Returns:
             The samples [B, *x_dims]; with `return_all_steps`, all states [B, T, *x_dims], contiguous (one copy more
@@ -240,7 +242,8 @@ class FlowMatching(BaseDiffusion):
         Raises:
             TypeError: an argument, or what a function given returns, is of the wrong type or dtype.
             ValueError: a value, shape or device is wrong; or the time grid cannot be used.
-            RuntimeError: the device is not available, or the backend asked for by name cannot be used.
+            RuntimeError: the device is not available, or the backend asked for by name cannot be used, or
+                cannot step a tensor subclass.
             ImportError: progress without tqdm.
 
         Warns:
@@ -316,6 +319,7 @@ class FlowMatching(BaseDiffusion):
                     return_all_steps,
                     WEIGHTED if guided is None else guided.form.kernel,
                     constraint is not None,
+                    backend or self.backend,
                 ),
                 noise,
             )

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import tracing
 from .base import StepFn
 from .hooks import Hooks, check
+from .ops.subclasses import attempted
 from .velocities import Velocities
 
 
@@ -84,7 +85,7 @@ class Layout(NamedTuple):
                 if not v.dim():  # promoted as a number, not as a tensor
                     return v
                 v = v.expand(velocities.shape)
-            return self.stored(v)
+            return attempted("a velocity in the format of this noise", [v], lambda: self.stored(v))
 
         return model
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .base import StepFn
-from .ops import dispatch, native, reference
+from .ops import dispatch, native, reference, subclasses
 from .ops.dispatch import Backend
 from .ops.fused_step import Operands, arithmetic_dtype, dense
 from .solvers import Evaluation, Table
@@ -38,11 +38,17 @@ class Setting(NamedTuple):
     """The fused step's argument."""
     constrained: bool
     """A committed state changes after its step."""
+    requested: str = "auto"
+    """The name of the backend that was asked for."""
 
 
 def rows_for(setting: Setting, noise: Tensor | None) -> Any:
     """The way to take rows: in place for a backend and plain tensors in eager mode, else functional."""
     plain = noise is None or type(noise) is Tensor or type(noise) is torch.nn.Parameter
+    if not plain:
+        coefficients = subclasses.replicated(setting.table.coefficients, noise)
+        if coefficients is not setting.table.coefficients:
+            setting = setting._replace(table=setting.table._replace(coefficients=coefficients, views=None))
     if not setting.eager or not plain or setting.velocities.differentiable:
         return Functional(setting)
     fused_step_ = setting.backend.load()
@@ -78,7 +84,7 @@ class Functional:
         if setting.backend.name == "reference":
             self._columns = table.columns(len(velocities.shape))
         else:
-            self._fused_step = dispatch.functional(setting.backend, velocities.device.type)
+            self._fused_step = dispatch.functional(setting.backend, velocities.device.type, setting.requested)
         self._grid, self._times = times(table.times if grid is None else grid, velocities.shape)
 
     def empty(self) -> Tensor | None:
@@ -93,7 +99,10 @@ class Functional:
             drawn: It is nobody else's, or it is `empty()`; else it is copied.
         """
         velocities = self._setting.velocities
-        state = drawn_or_copied(noise, drawn, velocities.dtype, velocities.differentiable)
+        dtype, differentiable = velocities.dtype, velocities.differentiable
+        state = subclasses.attempted(
+            "a copy of the noise", [noise], lambda: drawn_or_copied(noise, drawn, dtype, differentiable)
+        )
         if self._states is not None:
             self._states.append(state)
         return state
@@ -138,6 +147,8 @@ class Functional:
         v, u = velocities.checked(v, u, row)
         if not self._setting.eager and not velocities.differentiable:  # a transform's derivative, which no_grad keeps
             v, u = v.detach(), None if u is None else u.detach()
+        if type(base) is not Tensor:
+            v, u = subclasses.number_beside(v, base), subclasses.number_beside(u, base)
         h = terms(self._history, evaluation.read)
         if self._columns is not None:
             columns = self._columns[row]
@@ -183,12 +194,16 @@ class Functional:
 
     def trajectory(self, state: Any, steps: int) -> Tensor:
         """The committed states, [B, steps + 1, *x_dims], of which `state` is the last."""
-        assert self._states is not None
+        states = self._states
+        assert states is not None
+        return subclasses.attempted("a trajectory", states, lambda: self._stacked(states))
+
+    def _stacked(self, states: list[Tensor]) -> Tensor:
         device_type = self._setting.velocities.device.type
         if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-            return torch.stack(self._states, dim=1)
+            return torch.stack(states, dim=1)
         with torch.autocast(device_type, enabled=False):  # under which stack takes no 16-bit dtype but autocast's own
-            return torch.stack(self._states, dim=1)
+            return torch.stack(states, dim=1)
 
     def time_steps(self, steps: int) -> Tensor:
         """The time grid as far as it came, [steps + 1], a copy."""

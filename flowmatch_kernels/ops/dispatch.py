@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import tracing
-from . import native, reference
+from . import native, reference, subclasses
 from .fused_step import Operands, check_operands, check_overlap, library
 
 logger = logging.getLogger("flowmatch_kernels")
@@ -197,14 +197,37 @@ def _cannot_serve(backend: Backend, device_type: str) -> str | None:
     return backend.unavailable(device_type)
 
 
-def functional(backend: Backend, device_type: str) -> Callable[..., Tensor]:
-    """The registered op, or the reference, which every mode and transform sees through."""
+def functional(backend: Backend, device_type: str, requested: str = "auto") -> Callable[..., Tensor]:
+    """The registered op, or the reference, which every mode and transform sees through, and every subclass.
+
+    Args:
+        backend: What `choose` returned.
+        device_type: Of the state.
+        requested: The name that `choose` was given. The reference takes the place of a backend that cannot serve a
+            tensor subclass only where none was asked for by name.
+    """
     if backend.name == "reference":
         return reference.fused_step
-    if backend.name == choose("auto", device_type).name:
-        op: Callable[..., Tensor] = torch.ops.flowmatch_kernels.fused_step
-        return op  # without a context, which a compiler would have to trace
-    return functools.partial(_op_by, backend.name)
+    op: Callable[..., Tensor] = torch.ops.flowmatch_kernels.fused_step
+    if backend.name != choose("auto", device_type).name:
+        op = functools.partial(_op_by, backend.name)
+    # else without a context, which a compiler would have to trace
+    return functools.partial(_step, op, backend.name, requested)
+
+
+def _step(op: Callable[..., Tensor], backend: str, requested: str, *operands: Any) -> Tensor:
+    kind = subclasses.foreign(operands)
+    if kind is None:
+        return op(*operands)
+    if requested == "auto" and not _override.get() and not os.environ.get(ENVIRONMENT_VARIABLE):
+        return subclasses.attempted("a step in plain PyTorch", operands, lambda: reference.fused_step(*operands))
+    try:
+        return op(*operands)
+    except Exception as error:
+        raise RuntimeError(
+            f"backend {backend!r} was asked for and cannot be used: it cannot step a {kind.__name__}, which backend "
+            "'auto' or 'reference' steps in plain PyTorch"
+        ) from error
 
 
 def _op_by(backend: str, *operands: Any) -> Tensor:

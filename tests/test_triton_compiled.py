@@ -176,12 +176,12 @@ def test_launch_is_on_the_device_of_out(driver: RecordingDriver, monkeypatch: py
     """A tensor of another device than the current one: the launch is there, and the current device comes back."""
 
     class Elsewhere(torch.Tensor):
-        is_cuda = True
-        device = torch.device("cuda", 1)
+        def get_device(self) -> int:
+            return 1
 
     class Device:
-        def __init__(self, device: torch.device) -> None:
-            self.index = device.index
+        def __init__(self, index: int) -> None:
+            self.index = index
 
         def __enter__(self) -> None:
             self.before, driver.device = driver.device, self.index

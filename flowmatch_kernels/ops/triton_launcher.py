@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -47,6 +48,7 @@ class Launcher:
     def __init__(self, kernel: Any, options: dict[str, object]) -> None:
         self._kernel, self._options = kernel, options
         self._known: dict[tuple[int, Hashable], _Known] = {}
+        self._lock = threading.RLock()
         #: Triton's interpreter compiles nothing.
         self._direct = isinstance(kernel, JITFunction)
 
@@ -65,7 +67,9 @@ class Launcher:
         device = active.get_current_device()
         known = self._known.get((device, variant))
         if known is None or known.caches is not self._kernel.device_caches.get(device):
-            self._first(device, variant, blocks, arguments)
+            # One thread at a time: Triton lets a second one have a kernel that the first is about to load.
+            with self._lock:
+                self._first(device, variant, blocks, arguments)
             return
         stream = active.get_current_stream(device)
         # No launch metadata and no hooks: with a hook set the launch is Triton's own.
@@ -73,7 +77,7 @@ class Launcher:
 
     def _first(self, device: int, variant: Hashable, blocks: int, arguments: Sequence[Any]) -> None:
         compiled = self._kernel[(blocks,)](*arguments, **self._options)
-        if not isinstance(compiled, CompiledKernel):  # compiled by another thread, or a hook said not to launch
+        if not isinstance(compiled, CompiledKernel):  # compiled in the background, or a hook has refused it
             return
         caches = self._kernel.device_caches[device]
         reason = _unknown(self._kernel, caches[2].backend, compiled, arguments)
@@ -81,7 +85,6 @@ class Launcher:
             self._direct = False
             logger.info("the Triton kernel is launched by Triton's JIT, which costs the host more: %s", reason)
             return
-        # One item of a dict, and immutable: threads may both set it, and each has launched.
         self._known[device, variant] = _Known(
             caches, compiled.run, compiled.function, compiled.packed_metadata, compiled
         )

@@ -214,8 +214,9 @@ def fused_step_kernel(
     if VECTOR > 1:
         mask = tl.max_constancy(mask, VECTOR)
 
-    # Every load is issued before the first result is waited for. v, u and the history are dead after their
-    # read: out of the cache first. The state stays, the model reads it next.
+    # Every load is issued before the first result is waited for. v and u are dead after their read: out of the
+    # cache first. The state stays, the model reads it next; so does the history: k1 of rk4 is read again by its
+    # last row, and Adams-Bashforth's velocities by the next steps.
     x = tl.load(_elements(base, offset, VECTOR), mask)
     h0 = tl.load(_elements(v, offset, VECTOR), mask, eviction_policy="evict_first")
     row_of = coefficients + row.to(tl.int64) * 8  # a, b0..b3, w0, w1, c
@@ -227,13 +228,13 @@ def fused_step_kernel(
         if guidance == _WEIGHTED:
             w0 = tl.load(row_of + 5)
     if h1 is not None:
-        h1_ = tl.load(_elements(h1, offset, VECTOR), mask, eviction_policy="evict_first")
+        h1_ = tl.load(_elements(h1, offset, VECTOR), mask)
         b1 = tl.load(row_of + 2)
     if h2 is not None:
-        h2_ = tl.load(_elements(h2, offset, VECTOR), mask, eviction_policy="evict_first")
+        h2_ = tl.load(_elements(h2, offset, VECTOR), mask)
         b2 = tl.load(row_of + 3)
     if h3 is not None:
-        h3_ = tl.load(_elements(h3, offset, VECTOR), mask, eviction_policy="evict_first")
+        h3_ = tl.load(_elements(h3, offset, VECTOR), mask)
         b3 = tl.load(row_of + 4)
     if history is not None:
         c = tl.load(row_of + 7)
@@ -326,6 +327,7 @@ def launch(o: Operands) -> None:
     if addresses % 16 or sample % vector:  # numel is a multiple of sample
         vector = 1
     block_size = block(vector)
+    variant, blocks = (operands, vector), -(-numel // block_size)
     arguments = (
         *(out, base, v, u, h1, h2, h3, coefficients, trajectory, history, row, numel, sample, slots, slot),
         *(velocity_rounding, guidance, vector, block_size),
@@ -333,6 +335,6 @@ def launch(o: Operands) -> None:
     device = out.get_device()  # -1: the CPU
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _launcher((operands, vector), -(-numel // block_size), arguments)
+            _launcher(variant, blocks, arguments)
     else:
-        _launcher((operands, vector), -(-numel // block_size), arguments)
+        _launcher(variant, blocks, arguments)

@@ -107,7 +107,8 @@ struct Load {
     return FLOWMATCH_LOAD(address);
   }
 };
-// Dead after this read: the first to leave the cache. May be written by this kernel, as history may be one of h.
+// Dead after this read: the first to leave the cache. A term of the history is not: k1 of rk4 is read again by its last
+// row, and Adams-Bashforth's velocities by the next steps.
 struct LoadLast {
   template <class W>
   __device__ __forceinline__ W operator()(const W* address) const {
@@ -183,9 +184,9 @@ __device__ __forceinline__ void step(const Operands& o, const Divisor& by_sample
   if (present.u()) u = Velocities::from(o.u, i, LoadLast{});
   const States base = States::from(o.base, i, Load{});
   History h1, h2, h3;
-  if (present.h(0)) h1 = History::from(o.h[0], i, LoadLast{});
-  if (present.h(1)) h2 = History::from(o.h[1], i, LoadLast{});
-  if (present.h(2)) h3 = History::from(o.h[2], i, LoadLast{});
+  if (present.h(0)) h1 = History::from(o.h[0], i, Load{});
+  if (present.h(1)) h2 = History::from(o.h[1], i, Load{});
+  if (present.h(2)) h3 = History::from(o.h[2], i, Load{});
 
   if (present.u()) {
     const Weight w0 = static_cast<Weight>(row[kW0]), w1 = static_cast<Weight>(row[kW1]);

@@ -263,25 +263,17 @@ class Fresh:
             return None
         commit, write = evaluation.commit, evaluation.write
         slot = self._slot + commit
-        h1, h2, h3 = terms(self._history, evaluation.read)
-        operands = Operands(
-            out=self._empty_like(base),
-            base=base,
-            v=v,
-            u=u,
-            h1=h1,
-            h2=h2,
-            h3=h3,
-            coefficients=setting.table.coefficients,
-            row=row,
-            guidance=setting.guidance,
-            trajectory=self._trajectory if commit else None,
-            slot=slot,
-            history=None if write is None else self._history[write],
+        h1, h2, h3 = terms(self._history, evaluation.read) if evaluation.read else _NO_TERMS
+        out = self._empty_like(base)
+        trajectory = self._trajectory if commit else None
+        history = None if write is None else self._history[write]
+        # By place: by name an Operands takes the host several times as long, and this is every row.
+        rounding, guidance, coefficients = False, setting.guidance, setting.table.coefficients
+        self._fused_step_(
+            Operands(out, base, v, u, h1, h2, h3, coefficients, row, rounding, guidance, trajectory, slot, history)
         )
-        self._fused_step_(operands)
         self._slot, self._at_base = slot, commit
-        return operands.out
+        return out
 
     def prepare(self, base: Tensor, v: Any, u: Any, row: int) -> tuple[Any, Any, Tensor, Tensor | None]:
         return _prepare(self, self._setting.velocities, base, v, u, row)
@@ -391,6 +383,9 @@ def drawn_or_copied(noise: Tensor, drawn: bool, dtype: torch.dtype, differentiab
 def terms(history: Sequence[Any], read: Sequence[int]) -> tuple[Tensor | None, ...]:
     """h1, h2 and h3: the history buffers that a row reads."""
     return (*(history[k] for k in read), None, None, None)[:3]
+
+
+_NO_TERMS = (None, None, None)
 
 
 def taken(trajectory: Tensor, steps: int) -> Tensor:

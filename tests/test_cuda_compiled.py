@@ -59,10 +59,15 @@ class Kernel(NamedTuple):
             chosen = [n for n in names if re.match(r"STG?\b", n)]
         else:
             chosen = [n for n in names if re.match(r"LDG?\b", n) and (".CONSTANT" in n) == (of == "coefficients")]
-        return Counter(next((b for s, b in WIDTHS if f".{s}" in n), 4) for n in chosen)
+        return Counter(map(_width, chosen))
 
 
 WIDTHS = [("256", 32), ("128", 16), ("64", 8), ("U16", 2), ("S16", 2), ("U8", 1), ("S8", 1)]
+
+
+def _width(name: str) -> int:
+    """Bytes of a load or store."""
+    return next((b for s, b in WIDTHS if f".{s}" in name), 4)
 
 
 @functools.cache
@@ -161,6 +166,18 @@ def test_accesses(arch: str) -> None:
             stores.update(width for x in writes for width in _words(size * x))
         assert k.widths("loads") == loads, f"{k.title}: loads {k.widths('loads')}, wanted {loads}"
         assert k.widths("stores") == stores, f"{k.title}: stores {k.widths('stores')}, wanted {stores}"
+
+
+@every_arch
+def test_only_what_is_dead_leaves_the_cache_first(arch: str) -> None:
+    """v and u, which nobody reads again, and the trajectory's slot, not read before sampling ends; no history."""
+    for k in kernels(arch):
+        velocities = 1 if k.guided is False else 2
+        first = [i.name for i in k.code if re.match(r"(LDG?|STG?)\b.*\.EF\b", i.name)]
+        wanted = {"LD": velocities * len({k.vector, 1}), "ST": len({k.vector, 1})}
+        assert Counter(name[:2] for name in first) == wanted, k.title
+        narrow = min(16, k.vector * BYTES[k.velocity])
+        assert sum(re.match("LD", name) is not None and _width(name) == narrow for name in first) >= velocities, k.title
 
 
 def _words(size: int) -> list[int]:

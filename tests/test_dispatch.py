@@ -1,11 +1,13 @@
 """Which backend runs: by argument, by context, by environment, by itself; and what is said when it cannot."""
 
 import asyncio
+import importlib
 import logging
 import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -267,6 +269,129 @@ def test_order_on_cuda(monkeypatch, caplog):
     fm = FlowMatching(2)
     with FakeTensorMode():
         assert step(fm, device="cuda").device.type == "cuda"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of compute capability 9.0, an extension with CUDA, and a Triton that can start."""
+    pytest.importorskip("triton", reason="Triton is not installed: its probe is not tested")
+    from triton.runtime import driver
+
+    dispatch._triton_cannot_start.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(native, "cuda_unavailable", lambda: None)
+    monkeypatch.setattr(native, "cuda_architectures", lambda: "8.0;9.0+PTX")
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(utils=SimpleNamespace(launch=None)))
+    yield driver
+    dispatch._triton_cannot_start.cache_clear()
+
+
+def no_compiler(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(dispatch.shutil, "which", lambda name: None)
+
+
+def no_header(monkeypatch, tmp_path):
+    monkeypatch.setattr(dispatch.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+
+
+def broken_driver(monkeypatch):
+    """Triton starts its driver when it is first asked for, and here that fails."""
+    from triton.runtime import driver
+
+    def create():
+        raise OSError("libcuda.so cannot found!")
+
+    monkeypatch.setattr(driver, "_active", None)
+    monkeypatch.setattr(driver, "_default", None)
+    monkeypatch.setattr(importlib.import_module("triton.runtime.driver"), "_create_driver", create)
+
+
+def test_a_gpu_with_everything(gpu):
+    assert dispatch.choose("auto", "cuda").name == "triton"
+    assert [available_backends()[name] for name in ("triton", "cuda")] == [None, None]
+
+
+@pytest.mark.parametrize("missing", ["compiler", "Python.h", "library"])
+def test_triton_that_cannot_start_gives_way_to_cuda(missing, gpu, monkeypatch, caplog, tmp_path):
+    """As in a slim image: sample() would raise, at its first step."""
+    broken_driver(monkeypatch)
+    if missing == "compiler":
+        no_compiler(monkeypatch)
+    elif missing == "Python.h":
+        no_header(monkeypatch, tmp_path)
+    said = {"compiler": "no C compiler", "Python.h": str(tmp_path / "Python.h"), "library": "libcuda.so"}[missing]
+    monkeypatch.setattr(dispatch, "_logged", set())
+    with caplog.at_level(logging.WARNING, logger="flowmatch_kernels"):
+        for _ in range(2):
+            assert dispatch.choose("auto", "cuda").name == "cuda"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "'triton' is skipped" in line
+    assert said in line
+    assert said in available_backends()["triton"]
+    with pytest.raises(RuntimeError, match="'triton' was asked for and cannot be used"):
+        dispatch.choose("triton", "cuda")
+
+
+def test_triton_without_a_compiler_may_have_all_in_its_cache(gpu, monkeypatch):
+    """Its driver starts; but before 3.7 there is a module to build for each kernel."""
+    no_compiler(monkeypatch)
+    assert available_backends()["triton"] is None
+    del gpu._active.utils.launch
+    dispatch._triton_cannot_start.cache_clear()
+    assert "no C compiler" in available_backends()["triton"]
+
+
+def test_a_c_compiler_is_found_as_triton_finds_it(gpu, monkeypatch, tmp_path):
+    no_compiler(monkeypatch)
+    assert "no C compiler" in dispatch._no_c_compiler()
+    monkeypatch.setenv("CC", "cc")
+    assert dispatch._no_c_compiler() is None
+    no_header(monkeypatch, tmp_path)
+    assert "Python.h" in dispatch._no_c_compiler()
+    (tmp_path / "Python.h").touch()
+    assert dispatch._no_c_compiler() is None
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(dispatch.shutil, "which", lambda name: name if name == "clang" else None)
+    assert dispatch._no_c_compiler() is None
+
+
+def test_cuda_without_code_for_the_gpu_gives_way(gpu, monkeypatch):
+    broken_driver(monkeypatch)
+    monkeypatch.setattr(native, "cuda_architectures", lambda: "7.5;8.0")
+    assert dispatch.choose("auto", "cuda").name == "reference"
+    assert available_backends()["cuda"] == "it is built for 7.5;8.0, and the GPU is of compute capability 9.0"
+    with pytest.raises(RuntimeError, match=r"built for 7\.5;8\.0, and the GPU is of compute capability 9\.0"):
+        dispatch.choose("cuda", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        ("8.0", (8, 0), True),
+        ("8.0", (8, 6), True),
+        ("8.6", (8, 0), False),
+        ("8.0", (9, 0), False),
+        ("8.0+PTX", (9, 0), True),
+        ("8.0+PTX", (7, 5), False),
+        ("7.5;8.0+PTX;9.0;10.0;12.0", (12, 1), True),
+        ("7.5 8.0", (8, 9), True),
+        ("9.0a", (9, 0), True),
+        ("9.0a+PTX", (10, 0), False),
+        ("10.0f", (10, 3), True),
+        ("10.0f+PTX", (12, 0), False),
+        ("8.0", (8, 7), False),  # Orin
+        ("8.7", (8, 9), False),
+        ("8.0+PTX", (8, 7), True),
+        ("8.7", (8, 7), True),
+        ("12.0", (10, 0), False),
+        ("Hopper", (7, 5), True),
+        ("", (8, 0), False),
+    ],
+)
+def test_what_a_gpu_runs(architectures, capability, runs):
+    assert native.runs_on(architectures, capability) is runs
 
 
 @pytest.mark.parametrize("device_type", ["mps", "xpu", "meta"])

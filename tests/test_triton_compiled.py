@@ -176,12 +176,12 @@ def test_launch_is_on_the_device_of_out(driver: RecordingDriver, monkeypatch: py
     """A tensor of another device than the current one: the launch is there, and the current device comes back."""
 
     class Elsewhere(torch.Tensor):
-        is_cuda = True
-        device = torch.device("cuda", 1)
+        def get_device(self) -> int:
+            return 1
 
     class Device:
-        def __init__(self, device: torch.device) -> None:
-            self.index = device.index
+        def __init__(self, index: int) -> None:
+            self.index = index
 
         def __enter__(self) -> None:
             self.before, driver.device = driver.device, self.index
@@ -216,6 +216,15 @@ def test_no_contraction(state: torch.dtype, velocity: torch.dtype, arch: str) ->
     code = compile_triton(everything(state, velocity), arch)
     # a*base, b0*h0 .. b3*h3, c*base; and w0*u, w1*v where they are of the state's arithmetic dtype.
     check_arithmetic(code, state, velocity, arch, products=6 + 2 * ((velocity == F64) == (state == F64)))
+    check_evictions(code, state, velocity)
+
+
+@pytest.mark.parametrize("terms", [0, 3])
+def test_only_what_is_dead_leaves_the_cache_first(terms: int) -> None:
+    """With single elements too, and where there is no history to keep."""
+    for aligned in (True, False):
+        specialisation = Specialisation(F32, BF16, WEIGHTED, terms=terms, trajectory=True, aligned=aligned)
+        check_evictions(compile_triton(specialisation, "sm_90"), F32, BF16)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -256,6 +265,19 @@ def check_arithmetic(code: Code, state: torch.dtype, velocity: torch.dtype, arch
     assert sums or (velocity, arch) == (BF16, "sm_80")  # of bfloat16 alone: `contractions` says what stands there
     assert set(sums) <= {"rn."}
     assert not re.search(r"\bFFMA|\bDFMA|\bFMAD", code.machine)
+
+
+def check_evictions(code: Code, state: torch.dtype, velocity: torch.dtype) -> None:
+    """Evicted first: v and u, which nobody reads again, and the trajectory's slot, not read before sampling ends.
+
+    Not the history, which a later row reads again; nor the states. PTX says it by name, AMD's assembly does not.
+    """
+    accesses = re.findall(r"\b(ld|st)\.global((?:\.L[12]::\w+)*)(?:\.v(\d))?\.b(\d+)\b", code.assembly)
+    first = {"ld": 0, "st": 0}
+    for access, hints, words, bits in accesses:
+        first[access] += ("L1::evict_first" in hints) * int(words or 1) * int(bits) // 8
+    if not re.search(r"amdhsa", code.assembly):
+        assert first == {"ld": 2 * velocity.itemsize * code.elements, "st": state.itemsize * code.elements}
 
 
 @pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch.startswith("sm_")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -20,6 +21,8 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     """By the kernel's own names, compile-time constants too."""
     options: dict[str, Any]
+    function: int
+    """The handle of what was loaded: another one for each compilation and device."""
 
 
 class RecordingDriver:
@@ -30,9 +33,10 @@ class RecordingDriver:
         self.device = 0
         self.stream = 7
         self.launches: list[Launch] = []
+        self.loaded = itertools.count(1)
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": 1 << 16},
-            load_binary=lambda name, binary, shared, device: (1, 1, 0, 0, 1024),
+            load_binary=lambda name, binary, shared, device: (1, next(self.loaded), 0, 0, 1024),
             unload_module=lambda module: None,
         )
 
@@ -46,13 +50,21 @@ class RecordingDriver:
         return self.stream
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        def launch(x: int, y: int, z: int, stream: int, function: Any, *rest: Any) -> None:
-            names = source.fn.arg_names
-            arguments = dict(zip(names, rest[-len(names) :], strict=True))
-            options = {"enable_fp_fusion": metadata.enable_fp_fusion, "num_warps": metadata.num_warps}
-            self.launches.append(Launch(self.device, stream, (x, y, z), arguments, options))
+        names = source.fn.arg_names
+        options = {"enable_fp_fusion": metadata.enable_fp_fusion, "num_warps": metadata.num_warps}
 
-        return launch
+        def launcher(*given: Any) -> None:
+            """Takes what Triton's own launchers take."""
+            *grid, stream, function, packed, launch_metadata, enter, leave = given[:9]
+            assert packed == (metadata.num_warps, metadata.num_ctas, metadata.shared)
+            if enter is not None:
+                enter(launch_metadata)
+            named = dict(zip(names, given[9:], strict=True))
+            self.launches.append(Launch(self.device, stream, tuple(grid), named, options, function))
+            if leave is not None:
+                leave(launch_metadata)
+
+        return launcher
 
 
 @contextmanager

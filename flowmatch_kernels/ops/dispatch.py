@@ -8,6 +8,8 @@ import importlib
 import importlib.util
 import logging
 import os
+import shutil
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -31,7 +33,7 @@ class Backend(NamedTuple):
     devices: tuple[str, ...]
     """Device types it serves; empty: any."""
     unavailable: Callable[[str], str | None]
-    """Why it cannot serve tensors of this device type, or None. Does not ask whether there is a GPU."""
+    """Why it cannot serve tensors of this device type, or None. That there is no GPU is no reason."""
     load: Callable[[], Callable[[Operands], None]]
     """Its fused_step_; unchecked, where its checks would cost a step."""
 
@@ -45,7 +47,47 @@ def _triton_unavailable(device_type: str) -> str | None:
         return _not_imported(error)
     if device_type == "cpu" and not module._INTERPRETED.value:
         return "TRITON_INTERPRET=1 was set after the kernel was made: set it before the first use"
-    return None
+    return _triton_cannot_start() if device_type == "cuda" else None
+
+
+@functools.cache
+def _triton_cannot_start() -> str | None:
+    """Why Triton cannot load what it compiles, or None: it builds a C module for that, as a slim image cannot.
+
+    On a GPU its driver is started, as the first launch would: it may have the module in its cache, without a compiler.
+    """
+    missing = _no_c_compiler()
+    if not torch.cuda.is_available():
+        return missing
+    try:
+        utils = importlib.import_module("triton.runtime").driver.active.utils
+    except Exception as error:  # a failed compiler, a library that is missing
+        return f"Triton cannot start its driver: {missing or error}"
+    # Before Triton 3.7 each kernel's launcher is a C module of its own.
+    return None if hasattr(utils, "launch") else missing
+
+
+def _no_c_compiler() -> str | None:
+    """What is missing to build a C module of Python, looked for as `triton.runtime.build` does; None: nothing."""
+    if getattr(importlib.import_module("triton.knobs").build, "impl", None) is not None:
+        return None
+    if os.environ.get("CC") is None and shutil.which("gcc") is None and shutil.which("clang") is None:
+        return "there is no C compiler, which Triton needs when it runs: install gcc or clang, or set CC"
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's own, which names another folder
+    header = os.path.join(sysconfig.get_paths(scheme=scheme)["include"], "Python.h")
+    return None if os.path.exists(header) else f"there is no {header}, which Triton needs when it runs: install it"
+
+
+def _cuda_unavailable() -> str | None:
+    reason = native.cuda_unavailable()  # which loads it
+    if reason is not None or not torch.cuda.is_available():
+        return reason
+    capability = torch.cuda.get_device_capability()
+    built = native.cuda_architectures()
+    if built is None or native.runs_on(built, capability):
+        return None
+    return f"it is built for {built}, and the GPU is of compute capability {'.'.join(map(str, capability))}"
 
 
 def _not_imported(error: Exception) -> str:
@@ -73,7 +115,7 @@ BACKENDS = {
         Backend(
             "cuda",
             ("cuda",),
-            lambda device_type: native.cuda_unavailable(),  # which loads it
+            lambda device_type: _cuda_unavailable(),
             lambda: native.fused_step_,
         ),
         Backend(
@@ -88,7 +130,8 @@ BACKENDS = {
 
 _NAMES = ("auto", *BACKENDS)
 
-#: What "auto" tries, in this order.
+#: What "auto" tries, in this order. On a GPU: Triton, where it can compile and load; else CUDA, where the extension
+#: holds code for that GPU.
 PREFERENCE = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
 
 _override: ContextVar[str | None] = ContextVar("flowmatch_kernels_backend", default=None)

@@ -96,6 +96,40 @@ def cuda_architectures() -> str | None:
     return None if _C is None or cuda_unavailable() is not None else str(_C.cuda_archs)
 
 
+#: GPUs of embedded boards, which do not run what is compiled for others of their major architecture.
+_EMBEDDED = {(5, 3), (6, 2), (7, 2), (8, 7), (10, 1)}
+
+
+def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether what is built for these architectures runs on a GPU of this compute capability.
+
+    Machine code runs within its major architecture, from its minor one on; PTX on every newer one. An architecture with
+    an "a" runs on no other. One that has a name instead of a number counts as running.
+
+    Args:
+        architectures: As in TORCH_CUDA_ARCH_LIST: "7.5;8.0+PTX;9.0a".
+        capability: As torch.cuda.get_device_capability() says.
+    """
+    for architecture in architectures.replace(" ", ";").split(";"):
+        number, _, ptx = architecture.partition("+")
+        major, _, rest = number.partition(".")
+        minor = rest.rstrip("af")
+        if not (major.isdecimal() and minor.isdecimal()):
+            if number:
+                return True
+            continue
+        built = int(major), int(minor)
+        if built == capability:
+            return True
+        if rest.endswith("a") or built > capability:
+            continue
+        if (ptx == "PTX" and not rest.endswith("f")) or (
+            built[0] == capability[0] and not {built, capability} & _EMBEDDED
+        ):
+            return True
+    return False
+
+
 def instruction_set() -> str | None:
     """The instruction set the `cpu` backend uses on this machine."""
     return None if _C is None else _C.instruction_set()

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .fused_step import FROM_UNGUIDED, WEIGHTED, Operands, check_overlap, dense
+from .triton_launcher import Launcher
 
 #: Elements of a block without 16-byte accesses, and threads of every block.
 _SCALAR_BLOCK = 512
@@ -214,8 +214,9 @@ def fused_step_kernel(
     if VECTOR > 1:
         mask = tl.max_constancy(mask, VECTOR)
 
-    # Every load is issued before the first result is waited for. v, u and the history are dead after their
-    # read: out of the cache first. The state stays, the model reads it next.
+    # Every load is issued before the first result is waited for. v and u are dead after their read: out of the
+    # cache first. The state stays, the model reads it next; so does the history: k1 of rk4 is read again by its
+    # last row, and Adams-Bashforth's velocities by the next steps.
     x = tl.load(_elements(base, offset, VECTOR), mask)
     h0 = tl.load(_elements(v, offset, VECTOR), mask, eviction_policy="evict_first")
     row_of = coefficients + row.to(tl.int64) * 8  # a, b0..b3, w0, w1, c
@@ -227,13 +228,13 @@ def fused_step_kernel(
         if guidance == _WEIGHTED:
             w0 = tl.load(row_of + 5)
     if h1 is not None:
-        h1_ = tl.load(_elements(h1, offset, VECTOR), mask, eviction_policy="evict_first")
+        h1_ = tl.load(_elements(h1, offset, VECTOR), mask)
         b1 = tl.load(row_of + 2)
     if h2 is not None:
-        h2_ = tl.load(_elements(h2, offset, VECTOR), mask, eviction_policy="evict_first")
+        h2_ = tl.load(_elements(h2, offset, VECTOR), mask)
         b2 = tl.load(row_of + 3)
     if h3 is not None:
-        h3_ = tl.load(_elements(h3, offset, VECTOR), mask, eviction_policy="evict_first")
+        h3_ = tl.load(_elements(h3, offset, VECTOR), mask)
         b3 = tl.load(row_of + 4)
     if history is not None:
         c = tl.load(row_of + 7)
@@ -269,24 +270,20 @@ def fused_step_kernel(
         tl.store(_elements(history, offset, VECTOR), remembered, mask)
 
 
-def elements_per_access(tensors: list[Tensor], numel: int, sample: int) -> int:
-    """The alignment class of a launch: 16 bytes over the widest dtype, or 1 where that cannot be.
-
-    Args:
-        tensors: The operands present, without the coefficients.
-        numel, sample: Elements of the state, and of one sample of the trajectory (numel without one).
-    """
-    addresses = widest = 0
-    for tensor in tensors:
-        addresses |= tensor.data_ptr()
-        widest = max(widest, tensor.element_size())
-    vector = 16 // widest
-    return 1 if addresses % 16 or numel % vector or sample % vector else vector
-
-
 def block(vector: int) -> int:
     """Elements of a block: one 16-byte access of the widest operand for each of 128 threads."""
     return _THREADS * vector if vector > 1 else _SCALAR_BLOCK
+
+
+def elements_per_access(dtypes: list[torch.dtype | None]) -> int:
+    """16 bytes over the widest dtype of the operands: the coefficients', which do not count, then theirs."""
+    return 16 // max(dtype.itemsize for dtype in dtypes[1:] if dtype is not None)
+
+
+_launcher = Launcher(fused_step_kernel, _LAUNCH_OPTIONS)
+
+#: `elements_per_access` by dtypes, rounding and form of guidance: everything in a variant but the alignment class.
+_vectors: dict[tuple[object, ...], int] = {}
 
 
 def fused_step_(o: Operands) -> None:
@@ -303,25 +300,41 @@ def fused_step_(o: Operands) -> None:
 
 def launch(o: Operands) -> None:
     """`fused_step_` unchecked: for operands that are checked already, or that the caller made."""
-    numel = o.base.numel()
+    out, base, v, u, h1, h2, h3, coefficients, row, velocity_rounding, guidance, trajectory, slot, history = o
+    numel = sample = base.numel()
     if numel == 0:
         return
-    v = dense(o.v)
-    u = None if o.u is None else dense(o.u)
-    sample, slots = numel, 1
-    if o.trajectory is not None:
-        sample, slots = numel // o.base.shape[0], o.trajectory.shape[1]
-    tensors = (o.out, o.base, v, u, o.h1, o.h2, o.h3, o.trajectory, o.history)
-    vector = elements_per_access([tensor for tensor in tensors if tensor is not None], numel, sample)
-    block_size = block(vector)
-    run = fused_step_kernel[(-(-numel // block_size),)]
-    arguments = (
-        *(o.out, o.base, v, u, o.h1, o.h2, o.h3, o.coefficients, o.trajectory, o.history),
-        *(o.row, numel, sample, slots, o.slot),
-        *(o.velocity_rounding, o.guidance if u is not None else WEIGHTED, vector, block_size),
-    )
-    if o.out.is_cuda and o.out.device.index != torch.cuda.current_device():
-        with torch.cuda.device(o.out.device):
-            run(*arguments, **_LAUNCH_OPTIONS)
+    v, slots = dense(v), 1
+    # Each operand is asked once for its dtype and once for its address.
+    dtypes: list[torch.dtype | None] = [coefficients.dtype, out.dtype, base.dtype, v.dtype]
+    addresses = out.data_ptr() | base.data_ptr() | v.data_ptr()
+    if u is None:
+        guidance = WEIGHTED
     else:
-        run(*arguments, **_LAUNCH_OPTIONS)
+        u = dense(u)
+    if trajectory is not None:
+        sample, slots = numel // base.shape[0], trajectory.shape[1]
+    for optional in (u, h1, h2, h3, trajectory, history):
+        if optional is None:
+            dtypes.append(None)
+        else:
+            dtypes.append(optional.dtype)
+            addresses |= optional.data_ptr()
+    operands = (*dtypes, velocity_rounding, guidance)
+    vector = _vectors.get(operands)
+    if vector is None:
+        vector = _vectors[operands] = elements_per_access(dtypes)
+    if addresses % 16 or sample % vector:  # numel is a multiple of sample
+        vector = 1
+    block_size = block(vector)
+    variant, blocks = (operands, vector), -(-numel // block_size)
+    arguments = (
+        *(out, base, v, u, h1, h2, h3, coefficients, trajectory, history, row, numel, sample, slots, slot),
+        *(velocity_rounding, guidance, vector, block_size),
+    )
+    device = out.get_device()  # -1: the CPU
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _launcher(variant, blocks, arguments)
+    else:
+        _launcher(variant, blocks, arguments)

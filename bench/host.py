@@ -1,0 +1,173 @@
+"""What a row costs the host on a GPU's way, without a GPU: a driver of Triton's that does nothing takes the launches.
+
+    python -m bench.host [--seconds 5]
+
+The tensors lie on the CPU and are small, so that eager PyTorch's operators cost their dispatch and little else; on a
+GPU each of them launches a kernel too, which is left out on both sides. All take turns in one run: what is to be read
+are the ratios of the medians, the times are of the machine. They are the thread's own CPU time: nothing here waits, and
+other processes on the machine count for less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from flowmatch_kernels import FlowMatching
+from flowmatch_kernels.ops import dispatch
+from flowmatch_kernels.ops.fused_step import WEIGHTED, Operands
+
+from .measure import Timing
+from .measure import timing as timing_of
+
+STEPS = 50
+SHAPE = (1, 64)
+
+
+class IdleDriver:
+    """Stands where Triton's CUDA driver would: kernels are compiled, and launches do nothing."""
+
+    def __init__(self) -> None:
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 1 << 16},
+            load_binary=lambda name, binary, shared, device: (1, 1, 0, 0, 1024),
+            unload_module=lambda module: None,
+        )
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 7
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        return lambda *arguments: None
+
+
+@contextlib.contextmanager
+def idle() -> Iterator[Any]:
+    """Within this context Triton launches nothing, and `triton` serves every device; yields the backend's module."""
+    from triton.runtime import driver
+
+    from flowmatch_kernels.ops import triton as backend
+
+    caches = backend.fused_step_kernel.device_caches
+    kept = dict(caches)
+    caches.clear()
+    serving = dispatch.Backend("triton", (), lambda _: None, lambda: backend.launch)
+    try:
+        with mock.patch.object(driver, "_active", IdleDriver()), mock.patch.dict(dispatch.BACKENDS, triton=serving):
+            yield backend
+    finally:
+        caches.clear()
+        caches.update(kept)
+
+
+def launches(backend: Any) -> dict[str, Callable[[], object]]:
+    """One launch of the plain step by Triton's JIT, one without it; and eager PyTorch's two operators."""
+    x, v, coefficients = torch.zeros(SHAPE), torch.zeros(SHAPE), torch.zeros(STEPS, 8)
+    given = Operands(torch.empty_like(x), x, v, None, None, None, None, coefficients, 1, guidance=WEIGHTED)
+    dt = torch.tensor(0.1)
+    return {
+        "eager, two operators": lambda: x + dt * v,
+        "launch, Triton's JIT": _by_jit(backend, lambda: backend.launch(given)),
+        "launch, direct": lambda: backend.launch(given),
+    }
+
+
+def rows(backend: Any) -> dict[str, Callable[[], object]]:
+    """A whole sample() of STEPS rows, with a model that returns what it holds; and the loop written by hand."""
+    fm, v, dt = FlowMatching(SHAPE[1:]), torch.zeros(SHAPE), torch.tensor(1 / STEPS)
+    times = [t.expand(SHAPE[0], 1) for t in torch.linspace(0, 1, STEPS + 1)]
+
+    def step_fn(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return v
+
+    def by_hand() -> torch.Tensor:
+        x = torch.randn(SHAPE)
+        for k in range(STEPS):
+            x = x + dt * step_fn(x=x, t=times[k])
+        return x
+
+    def ours() -> torch.Tensor:
+        return fm.sample(SHAPE[0], step_fn, inference_step=STEPS, backend="triton")
+
+    return {"eager loop": by_hand, "sample(), Triton's JIT": _by_jit(backend, ours), "sample(), direct": ours}
+
+
+def _by_jit(backend: Any, function: Callable[[], object]) -> Callable[[], object]:
+    launcher = backend._launcher
+
+    def run() -> object:
+        launcher._direct = False
+        try:
+            return function()
+        finally:
+            launcher._direct = True
+
+    return run
+
+
+def in_turn(functions: dict[str, Callable[[], object]], seconds: float, calls: int) -> dict[str, Timing]:
+    """Runs of so many calls, one of each function in every round; the first round only warms up."""
+    spans: dict[str, list[float]] = {name: [] for name in functions}
+    order, started, rounds = list(functions), time.perf_counter(), 0
+    while rounds < 10 or time.perf_counter() - started < seconds:
+        for name in order:
+            begun = time.thread_time()
+            for _ in range(calls):
+                functions[name]()
+            spans[name].append((time.thread_time() - begun) / calls)
+        order.append(order.pop(0))
+        rounds += 1
+    return {name: timing_of(span[1:], calls) for name, span in spans.items()}
+
+
+def measured(seconds: float) -> dict[str, dict[str, Timing]]:
+    """Timings of one call of each, of a launch and of a sample()."""
+    with idle() as backend:
+        return {
+            "launch": in_turn(launches(backend), seconds / 2, 200),
+            "sample": in_turn(rows(backend), seconds / 2, 4),
+        }
+
+
+def table(found: dict[str, dict[str, Timing]]) -> list[dict[str, Any]]:
+    """A row for each: microseconds of a row of the table, and the ratio to eager PyTorch and to Triton's JIT."""
+    lines = []
+    for what, timings in found.items():
+        steps = STEPS if what == "sample" else 1
+        eager, jit, _ = (timing.median for timing in timings.values())
+        for name, timing in timings.items():
+            microseconds = {q: round(getattr(timing, q) / steps * 1e6, 3) for q in ("low", "median", "high")}
+            over = {"of_eager": round(timing.median / eager, 3), "of_jit": round(timing.median / jit, 3)}
+            lines.append({"what": name} | microseconds | over)
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.host", description="the host's cost of a row")
+    parser.add_argument("--seconds", type=float, default=5, help="for all measurements together")
+    lines = table(measured(parser.parse_args(arguments).seconds))
+    print(f"{'us a row':<26}{'median':>9}{'quartiles':>20}{'of eager':>10}{'of the JIT':>12}")
+    for line in lines:
+        quartiles = f"{line['low']:.2f} to {line['high']:.2f}"
+        print(
+            f"{line['what']:<26}{line['median']:>9.2f}{quartiles:>20}{line['of_eager']:>10.2f}{line['of_jit']:>12.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

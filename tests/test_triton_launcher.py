@@ -1,0 +1,343 @@
+"""Launches without Triton's JIT are the JIT's own: the same kernel, grid, stream and arguments."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+pytest.importorskip("triton", reason="Triton is not installed: its kernel is not tested")
+
+from triton_recorder import Launch, recording
+
+from flowmatch_kernels.ops import triton as backend
+from flowmatch_kernels.ops import triton_launcher
+from flowmatch_kernels.ops.fused_step import (
+    FROM_GUIDED,
+    FROM_UNGUIDED,
+    VELOCITY_DTYPES,
+    WEIGHTED,
+    Operands,
+    arithmetic_dtype,
+)
+from flowmatch_kernels.ops.triton_launcher import Launcher
+
+PAIRS = [(state, velocity) for state, velocities in VELOCITY_DTYPES.items() for velocity in velocities]
+SIZES = (1, 15, 16, 17, 4096)
+F32, BF16 = torch.float32, torch.bfloat16
+KERNEL = backend.fused_step_kernel
+
+
+def operands(
+    numel: int = 4096,
+    state: torch.dtype = F32,
+    velocity: torch.dtype = F32,
+    present: tuple[str, ...] = (),
+    shifted: tuple[str, ...] = (),
+    **given: Any,
+) -> Operands:
+    """Operands of [1, numel]; those `shifted` begin one element after a multiple of 16 bytes."""
+    arithmetic = arithmetic_dtype(state)
+    dtypes = {"out": state, "base": state, "v": velocity, "u": velocity, "h1": arithmetic, "h2": arithmetic}
+    dtypes |= {"h3": arithmetic, "history": arithmetic, "trajectory": state}
+    tensors: dict[str, Any] = dict.fromkeys(("u", "h1", "h2", "h3"))
+    for name, dtype in dtypes.items():
+        if name in ("out", "base", "v", *present):
+            shape = (1, 17, numel) if name == "trajectory" else (1, numel)
+            elements = torch.zeros(torch.Size(shape).numel() + 1, dtype=dtype)
+            tensors[name] = elements[name in shifted :][: elements.numel() - 1].view(shape)
+    return Operands(**{"coefficients": torch.zeros(17, 8, dtype=arithmetic), "row": 0} | tensors | given)
+
+
+HISTORY = ((), ("h1",), ("h1", "h2"), ("h1", "h2", "h3"))
+#: Every set of operands.
+PRESENT = [
+    (*u, *terms, *trajectory, *history)
+    for u, terms, trajectory, history in product(((), ("u",)), HISTORY, ((), ("trajectory",)), ((), ("history",)))
+]
+INTEGERS = [{"row": row, "slot": slot} for row, slot in product((0, 1, 16), (0, 1, 16))]
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
+    launcher = Launcher(KERNEL, backend.launch_options(32))
+    monkeypatch.setattr(backend, "_launcher", launcher)
+    return launcher
+
+
+@pytest.fixture
+def driver(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The recording driver; `jit` counts what Triton's JIT has launched."""
+    driver: Any
+    with recording(KERNEL) as driver:
+        driver.jit = 0
+        run = KERNEL.run
+
+        def counted(*arguments: Any, **keywords: Any) -> Any:
+            driver.jit += 1
+            return run(*arguments, **keywords)
+
+        monkeypatch.setattr(KERNEL, "run", counted)
+        yield driver
+
+
+def launched(driver: Any, given: Operands) -> tuple[Launch, bool]:
+    """One launch, and whether the JIT made it."""
+    driver.launches.clear()
+    before = driver.jit
+    backend.launch(given)
+    (record,) = driver.launches
+    return record, driver.jit > before
+
+
+def check_same(got: Launch, wanted: Launch) -> None:
+    assert got._replace(arguments={}) == wanted._replace(arguments={})
+    assert list(got.arguments) == list(wanted.arguments)
+    for name, value in wanted.arguments.items():
+        other = got.arguments[name]
+        assert other is value if isinstance(value, torch.Tensor) else (type(other), other) == (type(value), value)
+
+
+# ---- the variant ----
+
+
+def jit_key(arguments: tuple[Any, ...], binder: Any) -> str:
+    """What `JITFunction.run` looks the kernel up by."""
+    options = backend.launch_options(32) | {"debug": False, "instrumentation_mode": ""}
+    _, specialization, rest = binder(*arguments, **options)
+    return str(specialization) + str(rest)
+
+
+@pytest.mark.parametrize(("state", "velocity"), PAIRS, ids=str)
+def test_launches_of_one_variant_are_one_to_the_jit(
+    state: torch.dtype, velocity: torch.dtype, driver: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the other way round: no variant compiles what another has compiled."""
+    seen: list[tuple[Any, tuple[Any, ...]]] = []
+    monkeypatch.setattr(backend, "_launcher", lambda variant, blocks, arguments: seen.append((variant, arguments)))
+    binder = KERNEL.create_binder()[-1]
+    keys: dict[Any, str] = {}
+    for turn, (present, numel) in enumerate(product(PRESENT, SIZES)):
+        forms = (WEIGHTED, FROM_UNGUIDED, FROM_GUIDED)
+        for guidance, rounding, shifted in product(forms, (False, True), ((), ("out",), (present or ("v",))[-1:])):
+            integers = INTEGERS[(turn + guidance) % len(INTEGERS)]
+            given = {"velocity_rounding": rounding, "guidance": guidance} | integers
+            backend.launch(operands(numel, state, velocity, present, shifted, **given))
+            variant, arguments = seen.pop()
+            key = jit_key(arguments, binder)
+            assert keys.setdefault(variant, key) == key, (variant, arguments)
+    # Every set of operands with both roundings and alignments; the forms of guidance are of those with u.
+    assert len(keys) == len(set(keys.values())) == (16 + 16 * 3) * 2 * 2
+
+
+def test_dtypes_that_break_the_contract_are_other_variants(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend does not check dtypes: a wrong one may not run a kernel that was compiled for the right one."""
+    names = ("out", "base", "v", "u", "h1", "h2", "h3", "coefficients", "trajectory", "history")
+    seen = []
+    monkeypatch.setattr(backend, "_launcher", lambda variant, blocks, arguments: seen.append(variant))
+    given = operands(present=names)
+    backend.launch(given)
+    for name in names:
+        backend.launch(given._replace(**{name: getattr(given, name).double()}))
+    assert len(set(seen)) == 1 + len(names)
+
+
+# ---- the launch ----
+
+
+def cases() -> Iterator[dict[str, Any]]:
+    """Each value of everything, with what else is there in turn: all pairs of dtypes, operands, forms, alignments."""
+    for turn, (state, velocity) in enumerate(PAIRS):
+        yield {"state": state, "velocity": velocity, "present": PRESENT[turn * 7 % len(PRESENT)]}
+    yield {"present": ()}
+    yield {"present": ("u", "h1", "h2", "h3", "trajectory", "history"), "guidance": FROM_UNGUIDED}
+    yield {"present": ("u", "trajectory"), "guidance": FROM_GUIDED, "velocity": BF16}
+    yield {"present": ("trajectory",), "shifted": ("trajectory",)}
+    yield {"present": ("h1", "history"), "velocity_rounding": True}
+
+
+@pytest.mark.parametrize("case", list(cases()), ids=lambda case: " ".join(map(str, case.values())))
+def test_a_direct_launch_is_the_ordinary_one(case: dict[str, Any], driver: Any, launcher: Launcher) -> None:
+    """Every size, row and slot, aligned and not: function, grid, stream and arguments."""
+    table = [(numel, integers) for numel, integers in product(SIZES, INTEGERS)]
+    every = [operands(numel, **case | integers) for numel, integers in table]
+    launcher._direct = False
+    wanted = [launched(driver, given) for given in every]
+    launcher._direct = True
+    got = [launched(driver, given) for given in every]
+    assert all(by_jit for _, by_jit in wanted)
+    vectors = {record.arguments["VECTOR"] for record, _ in wanted}
+    assert sum(by_jit for _, by_jit in got) == len(vectors)  # the first of each variant
+    for (direct, _), (ordinary, _) in zip(got, wanted, strict=True):
+        check_same(direct, ordinary)
+
+
+def test_the_stream_is_the_current_one(driver: Any) -> None:
+    given = operands(16)
+    for stream in (7, 8, 7, 0):
+        driver.stream = stream
+        record, _ = launched(driver, given)
+        assert record.stream == stream
+    assert driver.jit == 1
+
+
+def test_each_device_has_its_own_kernel(driver: Any) -> None:
+    given = operands(16)
+    functions = []
+    for device in (0, 1, 0, 1):
+        driver.device = device
+        record, _ = launched(driver, given)
+        functions.append(record.function)
+    assert functions[:2] == functions[2:]
+    assert functions[0] != functions[1]
+    assert driver.jit == 2
+
+
+def test_kernels_that_triton_has_dropped_are_compiled_anew(driver: Any) -> None:
+    given = operands(16)
+    launched(driver, given)
+    before, _ = launched(driver, given)
+    KERNEL.device_caches.clear()
+    after, by_jit = launched(driver, given)
+    assert by_jit
+    assert after.function != before.function
+    again, by_jit = launched(driver, given)
+    assert not by_jit
+    assert again.function == after.function
+
+
+def test_threads(driver: Any) -> None:
+    """Launches of several threads, of variants that no one has launched yet: each gets its own kernel, loaded once.
+
+    Triton lets a thread launch what another one is still loading, with no function.
+    """
+    kinds = [operands(16, present=present) for present in ((), ("u",), ("h1",), ("history",))]
+    ready, load = threading.Barrier(4), driver.utils.load_binary
+
+    def slow(*binary: Any) -> tuple[int, ...]:
+        time.sleep(0.05)
+        return load(*binary)
+
+    driver.utils.load_binary = slow
+
+    def launches() -> None:
+        ready.wait(60)
+        for turn in range(40):
+            backend.launch(kinds[turn % 4])
+
+    threads = [threading.Thread(target=launches) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(driver.launches) == 160
+    functions = []
+    for given in kinds:
+        records = [record for record in driver.launches if record.arguments["v"] is given.v]
+        assert len(records) == 40
+        (function,) = {record.function for record in records}
+        functions.append(function)
+    assert sorted(functions) == [1, 2, 3, 4]
+
+
+# ---- the ordinary path ----
+
+
+@pytest.fixture
+def warm(driver: Any) -> Operands:
+    """Operands that would be launched directly."""
+    given = operands(16)
+    launched(driver, given)
+    assert not launched(driver, given)[1]
+    return given
+
+
+def test_hooks_fire(driver: Any, warm: Operands) -> None:
+    """As profilers set them: added to the chain, or put in its place."""
+    runtime, seen = triton.knobs.runtime, []
+
+    def hook(metadata: Any) -> None:
+        seen.append(metadata.get()["name"])
+
+    for chain in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        chain.add(hook)
+        try:
+            assert launched(driver, warm)[1]
+        finally:
+            chain.remove(hook)
+        assert seen.pop() == "fused_step_kernel"
+        assert not launched(driver, warm)[1]
+    with runtime.scope():
+        runtime.launch_enter_hook = hook
+        assert launched(driver, warm)[1]
+        assert seen.pop() == "fused_step_kernel"
+        runtime.launch_enter_hook = None
+        assert not launched(driver, warm)[1]
+    assert not seen
+
+
+def test_what_the_jit_compiles_otherwise_for(driver: Any, warm: Operands, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _ = launched(driver, warm)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton.knobs.runtime, "debug", True)
+        debugging, by_jit = launched(driver, warm)
+        assert by_jit
+        assert debugging.function != plain.function
+    hooked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(KERNEL, "pre_run_hooks", [lambda *_, **__: hooked.append(True)])
+        assert launched(driver, warm)[1]
+        assert hooked
+    again, by_jit = launched(driver, warm)
+    assert not by_jit
+    assert again.function == plain.function
+
+
+@pytest.mark.parametrize("unknown", ["version", "parameters", "no PTX", "backend"])
+def test_unknown(
+    unknown: str,
+    driver: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Every launch by Triton itself, and one line of log."""
+    find = triton_launcher._unknown
+    with caplog.at_level(logging.INFO, logger="flowmatch_kernels"):
+        if unknown == "version":
+            monkeypatch.setattr(triton, "__version__", "4.0.0")
+        elif unknown == "backend":
+            monkeypatch.setattr(triton_launcher, "_unknown", lambda kernel, _, *rest: find(kernel, "hip", *rest))
+        else:
+            ptx = ".visible .entry fused_step_kernel(\n.param .u64 .ptr x,\n.param .u32 y\n)"
+            other = SimpleNamespace(name="fused_step_kernel", asm={} if unknown == "no PTX" else {"ptx": ptx})
+            monkeypatch.setattr(
+                triton_launcher, "_unknown", lambda kernel, b, compiled, arguments: find(kernel, b, other, arguments)
+            )
+        for given in (operands(16), operands(16, present=("u",)), operands(17)):
+            for _ in range(2):
+                assert launched(driver, given)[1]
+    (line,) = [record.getMessage() for record in caplog.records]
+    said = {"version": "4.0.0", "backend": "'hip'", "parameters": ".u32", "no PTX": "other parameters"}[unknown]
+    assert said in line
+
+
+def test_what_is_no_jit_function_is_called_as_it_is() -> None:
+    """Triton's interpreter, which compiles nothing and has no driver."""
+    calls = []
+
+    class Interpreted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *arguments, **options: calls.append((grid, arguments, options))
+
+    launch = Launcher(Interpreted(), {"num_warps": 4})
+    for _ in range(2):
+        launch("variant", 3, (1, 2))
+    assert calls == [((3,), (1, 2), {"num_warps": 4})] * 2

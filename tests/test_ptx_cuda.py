@@ -36,11 +36,14 @@ def test_every_kernel_is_registered(cuda: cuda_runtime.CudaHalf) -> None:
 
 
 def test_steps(cuda: cuda_runtime.CudaHalf) -> None:
-    """720 steps: every combination of operands for each pair of dtypes, sizes around a block, aligned or not."""
-    steps = list(cases.every_combination())
+    """540 steps: three in four sets of operands for each pair of dtypes, sizes around a block, aligned or not.
+
+    Each architecture leaves out another quarter.
+    """
+    steps = cases.combinations_but(cuda_runtime.ARCHS.index(cuda.arch))
     failed = cases.failed(cuda.fused_step_, steps)
     assert not failed, f"{len(failed)} failures in {len(steps)} steps:\n" + "\n".join(failed[:10])
-    assert len(cuda.launches) == len(steps) == 720
+    assert len(cuda.launches) == len(steps) == 540
 
 
 def test_one_operand_off_its_boundary(cuda: cuda_runtime.CudaHalf) -> None:

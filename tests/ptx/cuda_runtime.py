@@ -1,7 +1,8 @@
 """The extension's CUDA half, built by nvcc against cudart.c, and its launches executed.
 
 The host's code is all real: `flowmatch_kernels._C` takes the operands, csrc/launch_cuda.cpp the current stream, and
-csrc/fused_step_cuda.cu picks the kernel and calls cudaLaunchKernel. The operands are tensors on `cuda` over host memory.
+csrc/fused_step_cuda.cu picks the kernel and calls cudaLaunchKernel. The operands say that they are on `cuda`, and lie
+in the memory of the host.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def unavailable() -> str | None:
     return None
 
 
-def flags_of_setup(name: str) -> list[str]:
+def of_setup(name: str) -> list[str]:
     """A list of flags, or of sources, as setup.py spells it."""
     for node in ast.parse((ROOT / "setup.py").read_text()).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == name:
@@ -60,37 +61,51 @@ def _run(*command: str | Path) -> None:
         raise RuntimeError(f"{shlex.join(map(str, command))} failed:\n{done.stderr[-4000:]}")
 
 
-def build() -> Path:
-    """A folder with the module, _C_cuda.so, and the PTX of its kernels, compute_90.ptx and compute_100.ptx.
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "g++"))
 
-    Compiled as setup.py has it, for virtual architectures: the machine code would not be run.
+
+def _described(*sources: Path) -> list[str | Path]:
+    """What every build depends on, with its sources and csrc's headers."""
+    return [build_cache.version(*_compiler()), *sources, *sorted(CSRC.glob("*.h"))]
+
+
+def _kernels() -> Path:
+    """A folder: kernel.o, the host's code with all kernels in it, and their PTX, compute_90.ptx and compute_100.ptx.
+
+    With setup.py's flags, for virtual architectures: the machine code would not be run. 40 s of a core.
     """
     nvcc = static_cuda.tools()["nvcc"]
     assert nvcc is not None
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
-    cuda_flags, cxx_flags = flags_of_setup("NVCC_FLAGS"), flags_of_setup("CXX_FLAGS")
-    launcher, kernel = (ROOT / source for source in flags_of_setup("CUDA_SOURCES"))
-    torch_include = Path(torch.__file__).parent / "include"
-    includes = [f"-I{path}" for path in (CSRC, torch_include, sysconfig.get_paths()["include"])]
+    _, source = (ROOT / name for name in of_setup("CUDA_SOURCES"))
+    flags = [*of_setup("NVCC_FLAGS"), "-Xcompiler=-fPIC", "-Xcompiler=-O0", "--threads=2", f"-I{CSRC}"]
+    flags += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHS]
 
     def make(folder: Path) -> None:
         folder.mkdir()
         with tempfile.TemporaryDirectory(dir=build_cache.FOLDER) as scratch:
-            objects = [Path(scratch, f"{name}.o") for name in ("kernel", "launcher", "cudart")]
-            targets = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHS]
-            command = [nvcc, *cuda_flags, "-Xcompiler=-fPIC", *targets, "--keep", f"--keep-dir={scratch}", f"-I{CSRC}"]
-            _run(*command, "-c", kernel, "-o", objects[0])
-            macros = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-            _run(*compiler, *cxx_flags, "-fPIC", *macros, *includes, "-c", launcher, "-o", objects[1])
-            _run(*compiler, "-x", "c", "-O1", "-fPIC", "-fvisibility=hidden", "-c", DOUBLE, "-o", objects[2])
-            _run(*compiler, "-shared", *objects, "-o", folder / "_C_cuda.so")
+            _run(nvcc, *flags, "--keep", f"--keep-dir={scratch}", "-c", source, "-o", folder / "kernel.o")
             for arch in ARCHS:
-                Path(scratch, f"{kernel.stem}.compute_{arch}.ptx").rename(folder / f"compute_{arch}.ptx")
+                Path(scratch, f"{source.stem}.compute_{arch}.ptx").rename(folder / f"compute_{arch}.ptx")
 
-    described = [*cuda_flags, *cxx_flags, build_cache.version(nvcc), build_cache.version(*compiler)]
-    described += [torch.__version__, sysconfig.get_python_version(), *map(str, ARCHS), Path(__file__), DOUBLE]
-    sources = [launcher, kernel, *sorted(CSRC.glob("*.h"))]
-    return build_cache.built("cuda_half", [*described, *sources], make)
+    return build_cache.built("cuda_kernels", [*flags, build_cache.version(nvcc), *_described(source)], make)
+
+
+def _module(kernels: Path) -> Path:
+    """The CUDA half: the kernels' host code, csrc/launch_cuda.cpp, and the double in the place of CUDA's runtime."""
+    source, _ = (ROOT / name for name in of_setup("CUDA_SOURCES"))
+    flags = [*of_setup("CXX_FLAGS"), "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    includes = [CSRC, Path(torch.__file__).parent / "include", sysconfig.get_paths()["include"]]
+
+    def make(module: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=build_cache.FOLDER) as scratch:
+            launcher, double = Path(scratch, "launcher.o"), Path(scratch, "cudart.o")
+            _run(*_compiler(), *flags, *(f"-I{path}" for path in includes), "-c", source, "-o", launcher)
+            _run(*_compiler(), "-x", "c", "-O1", "-fPIC", "-fvisibility=hidden", "-c", DOUBLE, "-o", double)
+            _run(*_compiler(), "-shared", kernels / "kernel.o", launcher, double, "-o", module)
+
+    described = [kernels.name, *flags, torch.__version__, sysconfig.get_python_version()]
+    return build_cache.built("_C_cuda.so", [*described, *_described(source, DOUBLE)], make)
 
 
 # ---- tensors on cuda, over host memory ----
@@ -138,7 +153,7 @@ class OnCuda:
             *(self._kept[0], self._kept[1], 0),
         )
         self._managed = _DLManagedTensor(described, None, None)
-        with mock.patch.object(torch.cuda, "_lazy_init", lambda: None):  # which looks for a driver
+        with mock.patch.object(torch.cuda, "_lazy_init", return_value=None):  # which looks for a driver
             self.tensor = torch._C._from_dlpack(_new_capsule(ctypes.addressof(self._managed), b"dltensor", None))
         assert self.tensor.device == torch.device("cuda", device)
         assert self.tensor.data_ptr() == x.data_ptr()
@@ -178,8 +193,8 @@ class CudaHalf:
     """
 
     def __init__(self, device: int = 1) -> None:
-        folder = build()
-        path = str(folder / "_C_cuda.so")
+        kernels = _kernels()
+        path = str(_module(kernels))
         spec = importlib.util.spec_from_file_location("_C_cuda", path)
         assert spec is not None and spec.loader is not None
         module: Any = importlib.util.module_from_spec(spec)
@@ -190,7 +205,7 @@ class CudaHalf:
         self.double.double_set_launch(self._callback)
         self.device, self.arch = device, ARCHS[0]
         self.launches: list[Launch] = []
-        self._entries = {arch: _entries((folder / f"compute_{arch}.ptx").read_text()) for arch in ARCHS}
+        self._entries = {arch: _entries((kernels / f"compute_{arch}.ptx").read_text()) for arch in ARCHS}
         self._kernels: dict[tuple[int, str], Kernel] = {}
         self._memory: Memory | None = None
         self._error: BaseException | None = None

@@ -66,6 +66,7 @@ def test_sample(cuda: cuda_runtime.CudaHalf, monkeypatch: pytest.MonkeyPatch) ->
     for loop in loops:
         before = len(cuda.launches)
         failed += cases.looped(loop, "cuda")
-        assert len(cuda.launches) - before >= 4, f"not one launch an evaluation [{loop}]"
+        if len(cuda.launches) - before < 4:
+            failed.append(f"not one launch an evaluation [{loop}]")
     assert not failed, "\n".join(failed)
     assert len(loops) == 27

@@ -273,6 +273,17 @@ def test_conflicts() -> None:
     run("ld.global.b32 %r1, [%rd3]; st.global.b32 [%rd3], %r1;", x, x)
 
 
+def test_what_has_been_moved() -> None:
+    """By region and opcode, threads that are masked left out."""
+    x, out = torch.zeros(THREADS), torch.empty(THREADS)
+    memory = Memory()
+    memory.add("in", x.data_ptr(), x.nbytes)
+    memory.add("out", out.data_ptr(), out.nbytes)
+    body = "ld.global.cs.b32 %r1, [%rd2]; setp.lt.u32 %p1, %r0, 10; @%p1 st.global.b32 [%rd3], %r1;"
+    kernel(body).launch((1, 1, 1), memory, [x.data_ptr(), out.data_ptr()])
+    assert memory.moved == {("load", "in", "ld.global.cs.b32"): 256, ("store", "out", "st.global.b32"): 40}
+
+
 def test_contraction() -> None:
     """A product and a sum that do not say how they round may become one multiply-add."""
     body = "mul{} %f3, %f1, %f2; add{} %f4, %f3, %f1;"

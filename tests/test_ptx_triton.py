@@ -69,6 +69,7 @@ def test_sample(driver: ExecutingDriver, monkeypatch: pytest.MonkeyPatch) -> Non
     for loop in cases.LOOPS:
         before = len(driver.launches)
         failed += cases.looped(loop, "triton")
-        assert len(driver.launches) - before >= 4, f"not one launch an evaluation [{loop}]"
+        if len(driver.launches) - before < 4:
+            failed.append(f"not one launch an evaluation [{loop}]")
     assert not failed, "\n".join(failed)
     assert len(cases.LOOPS) == 15

@@ -78,13 +78,13 @@ def _kernels() -> Path:
     nvcc = static_cuda.tools()["nvcc"]
     assert nvcc is not None
     _, source = (ROOT / name for name in of_setup("CUDA_SOURCES"))
-    flags = [*of_setup("NVCC_FLAGS"), "-Xcompiler=-fPIC", "-Xcompiler=-O0", "--threads=2", f"-I{CSRC}"]
+    flags = [*of_setup("NVCC_FLAGS"), "-Xcompiler=-fPIC", "-Xcompiler=-O0", "--threads=2"]
     flags += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHS]
 
     def make(folder: Path) -> None:
         folder.mkdir()
         with tempfile.TemporaryDirectory(dir=build_cache.FOLDER) as scratch:
-            _run(nvcc, *flags, "--keep", f"--keep-dir={scratch}", "-c", source, "-o", folder / "kernel.o")
+            _run(nvcc, *flags, f"-I{CSRC}", "--keep", f"--keep-dir={scratch}", "-c", source, "-o", folder / "kernel.o")
             for arch in ARCHS:
                 Path(scratch, f"{source.stem}.compute_{arch}.ptx").rename(folder / f"compute_{arch}.ptx")
 
@@ -248,7 +248,9 @@ class CudaHalf:
                 raise self._error
         if o.base.numel():
             (made,) = self.launches[before:]
-            assert (made.device, made.stream) == (self.device, 0x1000 * (self.device + 1))
+            on = made.device, made.stream
+            wanted = self.device, 0x1000 * (self.device + 1)
+            assert on == wanted, f"launched on device and stream {on}, wanted {wanted}"
             assert self.double.double_device() == 0, "the former device is current again"
             operand_memory.check(self._memory, tensors)
 

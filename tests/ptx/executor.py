@@ -101,42 +101,41 @@ class Kernel:
     def _run(self, threads: Threads) -> None:
         """Of the groups of threads that stand at different statements, the one that is furthest behind goes on."""
         registers = threads.registers
-        waiting = {0: np.ones(threads.count, bool)}
+        waiting: dict[int, np.ndarray] = {}  # the threads of each group, by the statement that they come to next
+
+        def wait(at: int, group: np.ndarray) -> None:
+            waiting[at] = waiting[at] | group if at in waiting else group
+
+        wait(0, np.ones(threads.count, bool))
         steps = 0
         while waiting:
             at = min(waiting)
-            mask = waiting.pop(at)
-            alone = not waiting and bool(mask.all())  # registers may be replaced whole
+            group = waiting.pop(at)
             others = min(waiting, default=len(self._program) + 1)
-            while True:
-                if at >= others:
-                    waiting[at] = waiting[at] | mask if at in waiting else mask
-                    break
+            alone = not waiting and bool(group.all())  # registers may be replaced whole
+            while at < others:
                 steps += 1
                 if steps > _MOST:
                     raise RuntimeError(f"{self.entry.name} does not end")
                 instruction = self._program[at]
-                active, every = mask, True
+                active, every = group, True
                 if instruction.predicate is not None:
                     chosen = registers[instruction.predicate]
-                    active = mask & (~chosen if instruction.negated else chosen)
-                    every = bool((active == mask).all())
+                    active = group & (~chosen if instruction.negated else chosen)
+                    every = bool((active == group).all())
                     if not active.any():
                         at += 1
                         continue
                 if instruction.leaves or instruction.target is not None:
                     if instruction.target is not None:
-                        goes = instruction.target
-                        if every and goes > at:
-                            at = goes
-                            continue
-                        waiting[goes] = waiting[goes] | active if goes in waiting else active
+                        wait(instruction.target, active)
                     if not every:
-                        rest = mask & ~active
-                        waiting[at + 1] = waiting[at + 1] | rest if at + 1 in waiting else rest
+                        wait(at + 1, group & ~active)
                     break
                 whole = alone and every
                 values = instruction.run(threads, None if whole else active)
                 for index, value in zip(instruction.destinations, values, strict=True):
                     registers[index] = value if whole else np.where(active, value, registers[index])
                 at += 1
+            else:  # it has come to where others wait
+                wait(at, group)

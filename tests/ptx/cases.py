@@ -1,0 +1,179 @@
+"""The cases that both kernels' PTX is executed on: single steps, one operand off its boundary, whole sample() loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import published
+import torch
+from torch import Tensor
+from triton_cases import FORMS, PAIRS, PRIME, Case, Guarded, combinations, copied, differing, failures, values
+
+from flowmatch_kernels import FlowMatching, solvers
+from flowmatch_kernels.ops import reference
+from flowmatch_kernels.ops.fused_step import COLUMNS, Operands
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+FusedStep = Callable[[Operands], None]
+
+#: Around a block, and where 16-byte accesses end: elements, and whether all operands begin on 16 bytes.
+SIZES = [(1, False), (31, False), (1023, True), (1024, True), (1024, False), (1025, True), (1025, False), (2048, True)]
+
+
+def steps() -> list[Case]:
+    """Two complementary sets of operands for each pair of dtypes, at every size; one of 200 blocks.
+
+    Each set is two compilations of the Triton kernel: with 16-byte accesses and without.
+    """
+    chosen = []
+    for i, (state, velocity) in enumerate(PAIRS):
+        trajectory, history, rounding = i % 2 == 0, i // 2 % 2 == 0 and i < 8, i % 3 == 0
+        first = (None, *FORMS)[i % 4], i % 4, trajectory, history, rounding
+        second = (None, *FORMS)[(i + 2) % 4], 3 - i % 4, not trajectory, not history, not rounding
+        for operands in (first, second):
+            chosen += [Case(state, velocity, *operands, numel, aligned) for numel, aligned in SIZES]
+    return [*chosen, chosen[0]._replace(numel=PRIME)]
+
+
+def combinations_but(left_out: int) -> list[Case]:
+    """All of `combinations` but one quarter, 0 to 3; sizes and alignment by turns.
+
+    Not for a kernel that compiles each set of operands on its own.
+    """
+    chosen = []
+    for i, (state, velocity) in enumerate(PAIRS):
+        for j, case in enumerate(combinations(state, velocity, 0, aligned=False)):
+            numel, aligned = SIZES[(i + j // 4 + j) % len(SIZES)]
+            if j % 4 != left_out:
+                chosen.append(case._replace(numel=numel, aligned=aligned))
+    return chosen
+
+
+def failed(fused_step_: FusedStep, cases: Iterable[Case]) -> list[str]:
+    """What differs from `reference`, or is refused by the executor."""
+    found = []
+    for case in cases:
+        try:
+            found += failures(fused_step_, case)
+        except (RuntimeError, AssertionError) as error:  # where a GPU would stop, or move bytes that it need not
+            found.append(f"{type(error).__name__}: {error} [{case}]")
+    return found
+
+
+# ---- one operand off its boundary ----
+
+NAMES = ("out", "base", "v", "u", "h1", "h2", "h3", "trajectory", "history")
+
+
+def off_boundary() -> list[tuple[str, int]]:
+    """Each operand in turn, with the bytes that it begins after a multiple of 16: one element, and half an access."""
+    return [(name, shift) for name in NAMES for shift in (2 if name in ("v", "u") else 4, 8)]
+
+
+def shifted(fused_step_: FusedStep, name: str, shift: int) -> list[str]:
+    """What a step with every operand does wrong when that one alone is off its boundary."""
+    batch, slots, sample = 4, 3, 256
+    generator = torch.Generator().manual_seed(0)
+    buffers = {}
+
+    def tensor(called: str, dtype: torch.dtype, shape: tuple[int, ...] = (batch, sample)) -> Tensor:
+        elements = torch.Size(shape).numel()
+        begin = shift // dtype.itemsize if called == name else 0
+        buffers[called] = Guarded((elements + 16 // dtype.itemsize,), dtype, aligned=True)
+        buffers[called].tensor.copy_(values((elements + 16 // dtype.itemsize,), dtype, generator))
+        return buffers[called].tensor[begin : begin + elements].view(shape)
+
+    o = Operands(
+        **{key: tensor(key, BF16 if key in ("v", "u") else F32) for key in NAMES if key != "trajectory"},
+        coefficients=torch.randn(3, len(COLUMNS), generator=generator),
+        row=1,
+        trajectory=tensor("trajectory", F32, (batch, slots, sample)),
+        slot=2,
+    )
+    expected = copied(o)
+    reference.fused_step_(expected)
+    try:
+        fused_step_(o)
+    except (RuntimeError, AssertionError) as error:
+        return [f"{name} off by {shift} bytes: {type(error).__name__}: {error}"]
+    pairs = [(key, getattr(o, key), getattr(expected, key)) for key in NAMES]
+    found = [f"{name} off by {shift} bytes: {key} differs" for key, got, wanted in pairs if differing(got, wanted)]
+    return found + [f"{key}: written outside" for key, buffer in buffers.items() if buffer.touched()]
+
+
+# ---- whole loops ----
+
+
+class Loop(NamedTuple):
+    """One call of sample()."""
+
+    solver: str = "euler"
+    state: torch.dtype = F32
+    velocity: torch.dtype = F32
+    guided: bool = False
+    trajectory: bool = False
+    x_dims: tuple[int, ...] = (64, 2)
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self)).replace("torch.", "")
+
+
+#: Few sets of operands, so that the Triton kernel is compiled seldom.
+LOOPS = [
+    *[Loop(solver) for solver in sorted(solvers.SOLVERS)],
+    Loop(velocity=BF16),
+    Loop(velocity=BF16, x_dims=(7, 3)),
+    Loop(guided=True, trajectory=True),
+    Loop(trajectory=True, velocity=BF16),
+    Loop(guided=True, velocity=BF16, trajectory=True, x_dims=(7, 3)),
+    Loop(state=F64),
+    Loop(state=BF16, velocity=BF16),
+]
+MORE_LOOPS = [
+    *[Loop(s, velocity=BF16, guided=True, trajectory=True, x_dims=(7, 3)) for s in sorted(solvers.SOLVERS)],
+    Loop("heun", F64, F16, guided=True, trajectory=True),
+    Loop("rk4", F16, F16, guided=True, x_dims=(7, 3)),
+    Loop("ab3", BF16, BF16, trajectory=True),
+    Loop("dpmpp_2m", F64, F32, trajectory=True),
+]
+
+
+def looped(loop: Loop, backend: str) -> list[str]:
+    """What sample() on this backend returns other than the reference's, and than the published loop's."""
+
+    def conditioned(x: Tensor, t: Tensor) -> Tensor:
+        return (torch.cos(3 * x) - x * t).to(loop.velocity)
+
+    def unconditioned(x: Tensor, t: Tensor) -> Tensor:
+        return (torch.sin(2 * x) + t).to(loop.velocity)
+
+    noise = torch.randn(5, *loop.x_dims, generator=torch.Generator().manual_seed(1)).to(loop.state)
+
+    def sampled(by: str) -> Any:
+        return FlowMatching(loop.x_dims, loop.solver, 4, backend=by).sample(
+            5,
+            conditioned,
+            noise=noise,
+            dtype=loop.state,
+            return_all_steps=loop.trajectory,
+            unguided_step_fn=unconditioned if loop.guided else None,
+            use_classifier_free_guidance=loop.guided,
+            inference_guidance_weight=1.7,
+        )
+
+    def states(result: Any) -> Tensor:
+        return result[0] if loop.trajectory else result
+
+    try:
+        got = states(sampled(backend))
+    except (RuntimeError, AssertionError) as error:
+        return [f"{type(error).__name__}: {error} [{loop}]"]
+    oracles = {"the reference": states(sampled("reference"))}
+    if loop.solver == "euler" and loop.state == F32:
+        unguided = {"unguided_step_fn": unconditioned, "weight": 1.7} if loop.guided else {}
+        result = published.sample(
+            5, conditioned, loop.x_dims, 4, noise=noise, return_all_steps=loop.trajectory, **unguided
+        )
+        oracles["the published loop"] = states(result)
+    return [f"not {name} [{loop}]" for name, wanted in oracles.items() if differing(got, wanted) or got.isnan().any()]

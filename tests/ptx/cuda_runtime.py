@@ -1,0 +1,261 @@
+"""The extension's CUDA half, built by nvcc against cudart.c, and its launches executed.
+
+The host's code is all real: `flowmatch_kernels._C` takes the operands, csrc/launch_cuda.cpp the current stream, and
+csrc/fused_step_cuda.cu picks the kernel and calls cudaLaunchKernel. The operands say that they are on `cuda`, and lie
+in the memory of the host.
+"""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import build_cache
+import torch
+from torch import Tensor
+
+from bench import static_cuda
+from flowmatch_kernels.ops import native
+from flowmatch_kernels.ops.fused_step import Operands
+
+from . import operand_memory
+from .executor import Kernel
+from .memory import Memory
+
+ROOT = build_cache.ROOT
+CSRC = ROOT / "csrc"
+DOUBLE = Path(__file__).with_name("cudart.c")
+ARCHS = (90, 100)
+
+
+def unavailable() -> str | None:
+    """Why the CUDA half cannot be built here, or None."""
+    if static_cuda.tools()["nvcc"] is None:
+        return "the CUDA kernel's PTX is not executed: nvcc is not found"
+    if native._C is None:
+        return f"the CUDA kernel's PTX is not executed: {native.cpu_unavailable()}"
+    return None
+
+
+def of_setup(name: str) -> list[str]:
+    """A list of flags, or of sources, as setup.py spells it."""
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == name:
+            return list(ast.literal_eval(node.value))
+    raise KeyError(f"setup.py has no {name}")
+
+
+def _run(*command: str | Path) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(map(str, command))} failed:\n{done.stderr[-4000:]}")
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "g++"))
+
+
+def _described(*sources: Path) -> list[str | Path]:
+    """What every build depends on, with its sources and csrc's headers."""
+    return [build_cache.version(*_compiler()), *sources, *sorted(CSRC.glob("*.h"))]
+
+
+def _kernels() -> Path:
+    """A folder: kernel.o, the host's code with all kernels in it, and their PTX, compute_90.ptx and compute_100.ptx.
+
+    With setup.py's flags, for virtual architectures: the machine code would not be run. 40 s of a core.
+    """
+    nvcc = static_cuda.tools()["nvcc"]
+    assert nvcc is not None
+    _, source = (ROOT / name for name in of_setup("CUDA_SOURCES"))
+    flags = [*of_setup("NVCC_FLAGS"), "-Xcompiler=-fPIC", "-Xcompiler=-O0", "--threads=2"]
+    flags += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHS]
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        with tempfile.TemporaryDirectory(dir=build_cache.FOLDER) as scratch:
+            _run(nvcc, *flags, f"-I{CSRC}", "--keep", f"--keep-dir={scratch}", "-c", source, "-o", folder / "kernel.o")
+            for arch in ARCHS:
+                Path(scratch, f"{source.stem}.compute_{arch}.ptx").rename(folder / f"compute_{arch}.ptx")
+
+    return build_cache.built("cuda_kernels", [*flags, build_cache.version(nvcc), *_described(source)], make)
+
+
+def _module(kernels: Path) -> Path:
+    """The CUDA half: the kernels' host code, csrc/launch_cuda.cpp, and the double in the place of CUDA's runtime."""
+    source, _ = (ROOT / name for name in of_setup("CUDA_SOURCES"))
+    flags = [*of_setup("CXX_FLAGS"), "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    includes = [CSRC, Path(torch.__file__).parent / "include", sysconfig.get_paths()["include"]]
+
+    def make(module: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=build_cache.FOLDER) as scratch:
+            launcher, double = Path(scratch, "launcher.o"), Path(scratch, "cudart.o")
+            _run(*_compiler(), *flags, *(f"-I{path}" for path in includes), "-c", source, "-o", launcher)
+            _run(*_compiler(), "-x", "c", "-O1", "-fPIC", "-fvisibility=hidden", "-c", DOUBLE, "-o", double)
+            _run(*_compiler(), "-shared", kernels / "kernel.o", launcher, double, "-o", module)
+
+    described = [kernels.name, *flags, torch.__version__, sysconfig.get_python_version()]
+    return build_cache.built("_C_cuda.so", [*described, *_described(source, DOUBLE)], make)
+
+
+# ---- tensors on cuda, over host memory ----
+
+
+class _DLTensor(ctypes.Structure):
+    """DLTensor of DLPack, dlpack.h."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+class _DLManagedTensor(ctypes.Structure):
+    _fields_ = [("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
+
+
+_CUDA, _FLOAT, _BFLOAT = 2, 2, 4
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+
+
+class OnCuda:
+    """A tensor that says that it is on a CUDA device, over the memory of one on the CPU.
+
+    Attributes:
+        tensor: Of which C++ sees address, sizes, dtype and device; no operation of torch's runs on it.
+    """
+
+    def __init__(self, x: Tensor, device: int) -> None:
+        sizes = ctypes.c_int64 * x.dim()
+        code = _BFLOAT if x.dtype == torch.bfloat16 else _FLOAT
+        self._kept = sizes(*x.shape), sizes(*x.stride()), x
+        described = _DLTensor(
+            *(x.data_ptr(), _CUDA, device, x.dim(), code, 8 * x.element_size(), 1),
+            *(self._kept[0], self._kept[1], 0),
+        )
+        self._managed = _DLManagedTensor(described, None, None)
+        with mock.patch.object(torch.cuda, "_lazy_init", return_value=None):  # which looks for a driver
+            self.tensor = torch._C._from_dlpack(_new_capsule(ctypes.addressof(self._managed), b"dltensor", None))
+        assert self.tensor.device == torch.device("cuda", device)
+        assert self.tensor.data_ptr() == x.data_ptr()
+
+
+# ---- launches ----
+
+
+class _Dim3(ctypes.Structure):
+    _fields_ = [("x", ctypes.c_uint), ("y", ctypes.c_uint), ("z", ctypes.c_uint)]
+
+
+_Callback = ctypes.CFUNCTYPE(
+    *(ctypes.c_int, ctypes.c_char_p, _Dim3, _Dim3, ctypes.POINTER(ctypes.c_void_p)),
+    *(ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int),
+)
+
+
+class Launch(NamedTuple):
+    """What went to the device."""
+
+    name: str
+    grid: tuple[int, int, int]
+    stream: int
+    device: int
+
+
+class CudaHalf:
+    """The module, with every launch executed.
+
+    Args:
+        device: Where the operands are said to be; another than the current one, which is 0.
+
+    Attributes:
+        arch: Whose PTX is executed: 90 or 100.
+        launches: All so far.
+    """
+
+    def __init__(self, device: int = 1) -> None:
+        kernels = _kernels()
+        path = str(_module(kernels))
+        spec = importlib.util.spec_from_file_location("_C_cuda", path)
+        assert spec is not None and spec.loader is not None
+        module: Any = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        native._C.use_cuda(module.launch)
+        self.double = ctypes.CDLL(path)
+        self._callback = _Callback(self._launched)
+        self.double.double_set_launch(self._callback)
+        self.device, self.arch = device, ARCHS[0]
+        self.launches: list[Launch] = []
+        self._entries = {arch: _entries((kernels / f"compute_{arch}.ptx").read_text()) for arch in ARCHS}
+        self._kernels: dict[tuple[int, str], Kernel] = {}
+        self._memory: Memory | None = None
+        self._error: BaseException | None = None
+
+    def names(self) -> set[str]:
+        """The kernels that there is PTX for."""
+        return set(self._entries[self.arch])
+
+    def _launched(
+        self, name: bytes, grid: _Dim3, block: _Dim3, parameters: Any, shared: int, stream: int, device: int
+    ) -> int:
+        try:
+            made = Launch(name.decode(), (grid.x, grid.y, grid.z), stream, device)
+            self.launches.append(made)
+            kernel = self._kernels.get((self.arch, made.name))
+            if kernel is None:
+                kernel = self._kernels[self.arch, made.name] = Kernel(self._entries[self.arch][made.name], made.name)
+            assert (block.x, block.y, block.z, shared) == (kernel.threads, 1, 1, 0)
+            sizes = [size for _, size in kernel.entry.parameters]
+            arguments = [ctypes.string_at(parameters[i], size) for i, size in enumerate(sizes)]
+            assert self._memory is not None
+            kernel.launch(made.grid, self._memory, arguments)
+            return 0
+        except BaseException as error:  # goes past C++, and is raised behind it
+            self._error = error
+            return 719  # cudaErrorLaunchFailure
+
+    def fused_step_(self, o: Operands) -> None:
+        """`native.fused_step_` on operands that are said to be on `device`."""
+        tensors = {name: value for name, value in o._asdict().items() if isinstance(value, Tensor)}
+        moved: dict[int, OnCuda] = {}
+        for tensor in tensors.values():
+            moved.setdefault(id(tensor), OnCuda(tensor, self.device))
+        self._memory, self._error = operand_memory.of(tensors), None
+        before = len(self.launches)
+        try:
+            native.fused_step_(o._replace(**{name: moved[id(tensor)].tensor for name, tensor in tensors.items()}))
+        finally:
+            if self._error is not None:
+                raise self._error
+        if o.base.numel():
+            (made,) = self.launches[before:]
+            on = made.device, made.stream
+            wanted = self.device, 0x1000 * (self.device + 1)
+            assert on == wanted, f"launched on device and stream {on}, wanted {wanted}"
+            assert self.double.double_device() == 0, "the former device is current again"
+            operand_memory.check(self._memory, tensors)
+
+
+def _entries(module: str) -> dict[str, str]:
+    """Each entry of a module by name, with what stands before the first."""
+    head, *entries = re.split(r"(?=\.entry )", module)
+    return {re.match(r"\.entry\s+([\w$]+)", entry)[1]: head + entry for entry in entries}

@@ -1,0 +1,72 @@
+"""The CUDA kernel's compiled PTX, executed through the extension's CUDA half, against `reference`, to the last bit.
+
+nvcc compiles csrc/fused_step_cuda.cu with its host code, which is linked with csrc/launch_cuda.cpp and a double of the
+CUDA runtime library; `flowmatch_kernels._C` calls it as on a GPU, and each launch executes the PTX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from ptx import cases, cuda_runtime
+
+from flowmatch_kernels.ops import dispatch
+
+reason = cuda_runtime.unavailable()
+pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
+
+
+@pytest.fixture(scope="module")
+def half() -> cuda_runtime.CudaHalf:
+    return cuda_runtime.CudaHalf()
+
+
+@pytest.fixture(params=cuda_runtime.ARCHS, ids=[f"sm_{arch}" for arch in cuda_runtime.ARCHS])
+def cuda(half: cuda_runtime.CudaHalf, request: pytest.FixtureRequest) -> Iterator[cuda_runtime.CudaHalf]:
+    half.arch = request.param
+    half.launches.clear()
+    yield half
+    assert half.double.double_last_error() == 0
+
+
+def test_every_kernel_is_registered(cuda: cuda_runtime.CudaHalf) -> None:
+    """The host's code knows as many kernels as there are in the PTX."""
+    assert cuda.double.double_kernel_count() == len(cuda.names()) == 162
+
+
+def test_steps(cuda: cuda_runtime.CudaHalf) -> None:
+    """540 steps: three in four sets of operands for each pair of dtypes, sizes around a block, aligned or not.
+
+    Each architecture leaves out another quarter.
+    """
+    steps = cases.combinations_but(cuda_runtime.ARCHS.index(cuda.arch))
+    failed = cases.failed(cuda.fused_step_, steps)
+    assert not failed, f"{len(failed)} failures in {len(steps)} steps:\n" + "\n".join(failed[:10])
+    assert len(cuda.launches) == len(steps) == 540
+
+
+def test_one_operand_off_its_boundary(cuda: cuda_runtime.CudaHalf) -> None:
+    """Each of nine operands alone, by one element and by half a 16-byte access: elements are moved singly."""
+    off = cases.off_boundary()
+    assert [failure for name, shift in off for failure in cases.shifted(cuda.fused_step_, name, shift)] == []
+    singly = [launch.grid[0] for launch in cuda.launches]
+    assert cases.shifted(cuda.fused_step_, "none", 0) == []
+    # Four bfloat16 are 8 bytes: v and u may begin in the middle of 16.
+    assert singly == [1 if name in ("v", "u") and shift == 8 else 4 for name, shift in off]
+    assert cuda.launches[-1].grid[0] == 1
+
+
+def test_sample(cuda: cuda_runtime.CudaHalf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole loops: every solver, guidance, trajectory, dtypes."""
+    of = dispatch.BACKENDS["cuda"]
+    served = of._replace(devices=("cuda", "cpu"), unavailable=lambda device_type: None, load=lambda: cuda.fused_step_)
+    monkeypatch.setitem(dispatch.BACKENDS, "cuda", served)
+    loops, failed = [*cases.LOOPS, *cases.MORE_LOOPS], []
+    for loop in loops:
+        before = len(cuda.launches)
+        failed += cases.looped(loop, "cuda")
+        if len(cuda.launches) - before < 4:
+            failed.append(f"not one launch an evaluation [{loop}]")
+    assert not failed, "\n".join(failed)
+    assert len(loops) == 27

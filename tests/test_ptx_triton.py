@@ -1,0 +1,75 @@
+"""The Triton kernel's compiled PTX, executed through its real launch path, against `reference`, to the last bit.
+
+Triton's JIT makes key, grid, arguments and PTX; in the place of its CUDA driver stands one that executes the PTX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: its kernel is not tested")
+
+from ptx import cases
+from ptx.triton_driver import ExecutingDriver, executing
+
+from flowmatch_kernels.ops import dispatch, reference
+from flowmatch_kernels.ops import triton as backend
+from flowmatch_kernels.ops.fused_step import Operands
+
+
+@pytest.fixture(params=[90, 100], ids=["sm_90", "sm_100"])
+def driver(request: pytest.FixtureRequest) -> Iterator[ExecutingDriver]:
+    with executing(backend.fused_step_kernel, request.param) as driver:
+        yield driver
+
+
+def accesses(driver: ExecutingDriver) -> list[int]:
+    return [launch.arguments["VECTOR"] for launch in driver.launches]
+
+
+def test_steps(driver: ExecutingDriver) -> None:
+    """145 steps: dtypes, guidance, history, trajectory, sizes around a block, aligned or not."""
+    steps = cases.steps()
+    failed = cases.failed(backend.fused_step_, steps)
+    assert not failed, f"{len(failed)} failures in {len(steps)} steps:\n" + "\n".join(failed[:10])
+    assert len(driver.launches) == len(steps) == 145
+    assert set(accesses(driver)) == {1, 2, 4, 8}
+
+
+def test_one_operand_off_its_boundary(driver: ExecutingDriver) -> None:
+    """Each of nine operands alone, by one element and by half a 16-byte access: elements are moved singly."""
+    off = cases.off_boundary()
+    assert [failure for name, shift in off for failure in cases.shifted(backend.fused_step_, name, shift)] == []
+    assert accesses(driver) == [1] * len(off)
+    assert cases.shifted(backend.fused_step_, "none", 0) == []
+    assert accesses(driver)[-1] == 4
+
+
+def test_velocities_that_are_not_contiguous(driver: ExecutingDriver) -> None:
+    """Transposed, expanded and sliced: v, u, and both."""
+    base, coefficients = torch.randn(4, 64), torch.randn(1, 8)
+    dense = torch.randn(4, 64)
+    layouts = [torch.randn(64, 4).T, torch.randn(1, 64).expand(4, 64), torch.randn(4, 128)[:, ::2]]
+    for layout in layouts:
+        for v, u in ((layout, dense), (dense, layout), (layout, layout + 0)):
+            out = torch.full_like(base, torch.nan)
+            backend.fused_step_(Operands(out, base, v, u, None, None, None, coefficients, 0))
+            assert torch.equal(out, reference.fused_step(base, v, u, None, None, None, coefficients, 0))
+    assert len(driver.launches) == 9
+
+
+def test_sample(driver: ExecutingDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole loops: every solver, guidance, trajectory, dtypes."""
+    of = dispatch.BACKENDS["triton"]
+    monkeypatch.setitem(dispatch.BACKENDS, "triton", of._replace(unavailable=lambda device_type: None))
+    failed = []
+    for loop in cases.LOOPS:
+        before = len(driver.launches)
+        failed += cases.looped(loop, "triton")
+        if len(driver.launches) - before < 4:
+            failed.append(f"not one launch an evaluation [{loop}]")
+    assert not failed, "\n".join(failed)
+    assert len(cases.LOOPS) == 15

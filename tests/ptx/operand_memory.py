@@ -13,7 +13,7 @@ from .memory import Memory
 
 READ = ("base", "v", "u", "h1", "h2", "h3", "coefficients")
 #: Read once and then dead, or not read before sampling ends: the first to leave the cache.
-EVICTED_FIRST = {"load": {"v", "u", "h1", "h2", "h3"}, "store": {"trajectory"}}
+EVICTED_FIRST = {"load": {"v", "u"}, "store": {"trajectory"}}
 HINTS = ("evict_first", ".cs.")
 
 

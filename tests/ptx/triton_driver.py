@@ -53,7 +53,7 @@ class ExecutingDriver(RecordingDriver):
         def launch(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
             arguments = dict(zip(names, rest[-len(names) :], strict=True))
             options = {"enable_fp_fusion": metadata.enable_fp_fusion, "num_warps": metadata.num_warps}
-            self.launches.append(Launch(self.device, stream, (x, y, z), arguments, options))
+            self.launches.append(Launch(self.device, stream, (x, y, z), arguments, options, function))
             kernel = self._kernel(function)
             assert metadata.shared == 0
             assert kernel.threads == 32 * metadata.num_warps

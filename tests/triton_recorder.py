@@ -68,16 +68,23 @@ class RecordingDriver:
 
 
 @contextmanager
-def recording(kernel: Any, arch: int = 90) -> Iterator[RecordingDriver]:
-    """Within this context Triton launches go to the driver returned; `kernel`'s compilations start from none."""
+def installed(kernel: Any, driver: RecordingDriver) -> Iterator[None]:
+    """Within this context Triton launches go to the driver; `kernel`'s compilations start from none."""
     config = triton.runtime.driver
     before, caches = config._active, dict(kernel.device_caches)
-    driver = RecordingDriver(arch)
     kernel.device_caches.clear()
     config._active = driver
     try:
-        yield driver
+        yield
     finally:
         kernel.device_caches.clear()
         kernel.device_caches.update(caches)
         config._active = before
+
+
+@contextmanager
+def recording(kernel: Any, arch: int = 90) -> Iterator[RecordingDriver]:
+    """Within this context Triton launches go to the driver returned, as with `installed`."""
+    driver = RecordingDriver(arch)
+    with installed(kernel, driver):
+        yield driver

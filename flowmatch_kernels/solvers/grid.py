@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import number, tensor
+from ..arguments import check_dense, number, tensor
 from ..ops.fused_step import FLOAT64_DEVICES
 from ..tracing import is_readable
 
@@ -80,8 +80,7 @@ def _checked(given: Any, name: str, dtype: torch.dtype) -> Grid:
         raise TypeError(f"{name} must be a tensor or a sequence of floats, got {given!r:.60}") from None
     if not grid.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {grid.dtype}")
-    if grid.layout is not torch.strided or grid.is_nested:
-        raise TypeError(f"{name} must be a dense tensor, got layout {'nested' if grid.is_nested else grid.layout}")
+    check_dense(grid, name)
     return Grid(grid, tuple(grid.tolist()) if grid.dim() == 1 and is_readable(grid) else None)
 
 

@@ -132,14 +132,14 @@ class Request(NamedTuple):
                 "inference_guidance_weight is a function of t, and the time grid is a tensor whose values cannot be "
                 "read under a compiler, a tracer or vmap: pass the grid as a list of floats, or a weight for each step"
             )
-        method, name, options = self.int_method, self.time_grid, self.options
-        known: tuple[float, ...] | None = None
+        method, options, known = self.int_method, self.options, None
+        name = self.time_grid if isinstance(self.time_grid, str) else "uniform"
         if isinstance(method, FittedSolver):
             method, known = "euler", entries  # at the start of each step, as it
-        elif self.time_steps is not None or callable(name):
+        elif self.time_steps is not None or callable(self.time_grid):
             known = entries
-        if known is not None or callable(name):  # entries that a list, or a function, gave
-            known, name, options = tuple(map(_plain, known or ())), "uniform", ()
+        if known is not None:
+            name, options, known = "uniform", (), tuple(map(_plain, known))
         return _computed_times(method, self.steps, self.noise_at, name, options, self.grid_dtype, self.device, known)
 
 

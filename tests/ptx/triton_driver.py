@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import triton
 from torch import Tensor
-from triton_recorder import Launch, RecordingDriver
+from triton_recorder import Launch, RecordingDriver, installed
 
 from . import operand_memory
 from .executor import Kernel
@@ -70,14 +69,6 @@ class ExecutingDriver(RecordingDriver):
 @contextmanager
 def executing(kernel: Any, arch: int) -> Iterator[ExecutingDriver]:
     """Within this context Triton launches execute PTX; `kernel`'s compilations start from none."""
-    config = triton.runtime.driver
-    before, caches = config._active, dict(kernel.device_caches)
     driver = ExecutingDriver(kernel, arch)
-    kernel.device_caches.clear()
-    config._active = driver
-    try:
+    with installed(kernel, driver):
         yield driver
-    finally:
-        kernel.device_caches.clear()
-        kernel.device_caches.update(caches)
-        config._active = before

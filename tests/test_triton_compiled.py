@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import triton
 
 pytest.importorskip("triton", reason="Triton is not installed: its kernel is not tested")
 
+import triton
 from triton_recorder import RecordingDriver, recording
 
 from bench import static

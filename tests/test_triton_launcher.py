@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 
 pytest.importorskip("triton", reason="Triton is not installed: its kernel is not tested")
 
+import triton
+from triton_cases import PAIRS
 from triton_recorder import Launch, recording
 
 from flowmatch_kernels.ops import triton as backend
@@ -23,14 +24,12 @@ from flowmatch_kernels.ops import triton_launcher
 from flowmatch_kernels.ops.fused_step import (
     FROM_GUIDED,
     FROM_UNGUIDED,
-    VELOCITY_DTYPES,
     WEIGHTED,
     Operands,
     arithmetic_dtype,
 )
 from flowmatch_kernels.ops.triton_launcher import Launcher
 
-PAIRS = [(state, velocity) for state, velocities in VELOCITY_DTYPES.items() for velocity in velocities]
 SIZES = (1, 15, 16, 17, 4096)
 F32, BF16 = torch.float32, torch.bfloat16
 KERNEL = backend.fused_step_kernel

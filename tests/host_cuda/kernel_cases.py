@@ -168,11 +168,11 @@ def test_noncontiguous_velocity(guided: bool) -> None:
 
 
 def fake(state: torch.dtype, velocity: torch.dtype, guided: bool, terms: int, trajectory: bool, history: bool):
-    """Addresses for operands that are not there, far apart and on 16 bytes; with (size, kind) of each."""
+    """Addresses for operands that are not there, far apart and on 16 bytes; with (size, kind) of each: v and u alone are dead after the read."""
     arithmetic = arithmetic_dtype(state).itemsize
     sizes = {"out": (state.itemsize, "w"), "base": (state.itemsize, "b"), "v": (velocity.itemsize, "l")}
     sizes |= {"u": (velocity.itemsize, "l")} if guided else {}
-    sizes |= {f"h{k}": (arithmetic, "l") for k in (1, 2, 3) if k <= terms}
+    sizes |= {f"h{k}": (arithmetic, "b") for k in (1, 2, 3) if k <= terms}
     sizes |= {"trajectory": (state.itemsize, "s")} if trajectory else {}
     sizes |= {"history": (arithmetic, "w")} if history else {}
     return {name: (k + 1) << 44 for k, name in enumerate(sizes)}, sizes

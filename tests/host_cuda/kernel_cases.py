@@ -168,7 +168,10 @@ def test_noncontiguous_velocity(guided: bool) -> None:
 
 
 def fake(state: torch.dtype, velocity: torch.dtype, guided: bool, terms: int, trajectory: bool, history: bool):
-    """Addresses for operands that are not there, far apart and on 16 bytes; with (size, kind) of each: v and u alone are dead after the read."""
+    """Addresses for operands that are not there, far apart and on 16 bytes; with (size, kind) of each.
+
+    Only v and u are dead after they are read.
+    """
     arithmetic = arithmetic_dtype(state).itemsize
     sizes = {"out": (state.itemsize, "w"), "base": (state.itemsize, "b"), "v": (velocity.itemsize, "l")}
     sizes |= {"u": (velocity.itemsize, "l")} if guided else {}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from flowmatch_kernels.ops.fused_step import WEIGHTED, arithmetic_dtype
+from flowmatch_kernels.ops.fused_step import PROMOTE, WEIGHTED, arithmetic_dtype
 
 
 class Specialisation(NamedTuple):
@@ -26,8 +26,9 @@ class Specialisation(NamedTuple):
     trajectory: bool = False
     history: bool = False
     """Is the history written?"""
-    velocity_rounding: bool = False
+    rounding: int = PROMOTE
     aligned: bool = True
+    sum_first: bool = False
 
     @property
     def guided(self) -> bool:

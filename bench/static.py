@@ -160,8 +160,9 @@ def compile_triton(specialisation: Specialisation, arch: str) -> Code:
     vector = 16 // widest if specialisation.aligned else 1
     constants: dict[str, object] = {name: None for name, type_ in types.items() if type_ is None}
     constants |= {
-        "velocity_rounding": specialisation.velocity_rounding,
+        "rounding": specialisation.rounding,
         "guidance": specialisation.guidance or WEIGHTED,
+        "sum_first": specialisation.sum_first,
         "VECTOR": vector,
         "BLOCK": backend.block(vector),
     }

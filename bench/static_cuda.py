@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from flowmatch_kernels.ops.fused_step import arithmetic_dtype
+from flowmatch_kernels.ops.fused_step import PROMOTE, arithmetic_dtype
 
 from .machine_code import Access, Code, Specialisation, sass_accesses
 
@@ -65,7 +65,7 @@ class Instantiation(NamedTuple):
     """One kernel of a compiled file."""
 
     title: str
-    """Its template arguments, as C++ writes them: "float, BFloat16, false, Known<true, 0>, 4"."""
+    """Its template arguments, as C++ writes them: "Element<float, BFloat16, float, (Terms)0>, Known<true, 0>, 4"."""
     sass: str
     ptx: str
     usage: dict[str, int]
@@ -119,8 +119,10 @@ def picked(specialisation: Specialisation) -> tuple[str, int]:
     widest = max(specialisation.reads)
     vector = 16 // widest if specialisation.aligned else 1
     present = f"Known<{str(specialisation.guided).lower()}, {specialisation.terms}>" if vector > 1 else "Tested"
-    types = f"{_TYPES[specialisation.state]}, {_TYPES[specialisation.velocity]}"
-    return f"{types}, {str(specialisation.velocity_rounding).lower()}, {present}, {vector}", vector
+    state, velocity = _TYPES[specialisation.state], _TYPES[specialisation.velocity]
+    to_velocity = specialisation.rounding != PROMOTE or state == velocity
+    terms = "(Terms)2" if specialisation.sum_first else f"(Terms){int(to_velocity)}"
+    return f"Element<{state}, {velocity}, {state}, {terms}>, {present}, {vector}", vector
 
 
 def compile_cuda(specialisation: Specialisation, arch: str) -> Code:

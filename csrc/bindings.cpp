@@ -56,11 +56,6 @@ std::optional<Dtype> dtype_of(const Tensor& tensor) {
   }
 }
 
-const char* name_of(Dtype dtype) {
-  constexpr const char* kNames[] = {"torch.float32", "torch.float64", "torch.bfloat16", "torch.float16"};
-  return kNames[static_cast<int>(dtype)];
-}
-
 std::string dtype_name(const Tensor& tensor) {
   const std::optional<Dtype> dtype = dtype_of(tensor);
   return dtype ? name_of(*dtype) : torch::headeronly::toString(tensor.scalar_type());
@@ -115,19 +110,18 @@ void check_contiguous(const Tensor& tensor, const char* name) {
 void* written(const OptionalTensor& tensor) { return tensor ? tensor->mutable_data_ptr() : nullptr; }
 
 void fused_step_(Tensor out, Tensor base, Tensor v, OptionalTensor u, OptionalTensor h1, OptionalTensor h2,
-                 OptionalTensor h3, Tensor coefficients, std::int64_t row, bool velocity_rounding,
-                 std::int64_t guidance, OptionalTensor trajectory, std::int64_t slot, OptionalTensor history) {
-  const Dtype state = dtype_of(base, "base"), velocity = dtype_of(v, "v");
-  const Dtype arithmetic = state == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
-  check(base, "base", base, state);
+                 OptionalTensor h3, Tensor coefficients, std::int64_t row, std::int64_t rounding, std::int64_t guidance,
+                 bool sum_first, OptionalTensor trajectory, std::int64_t slot, OptionalTensor history) {
+  const Dtypes dtypes{dtype_of(base, "base"), dtype_of(v, "v"), dtype_of(out, "out")};
+  const Dtype velocity = dtypes.velocity, arithmetic = arithmetic_of(dtypes.base);
+  check(base, "base", base, dtypes.base);
   check_contiguous(base, "base");
-  check(out, "out", base, state);
+  if (rounding < 0 || rounding > 2) refuse<ValueError>("rounding must be 0, 1 or 2, got ", rounding);
+  const auto rounds = static_cast<Rounding>(rounding);
+  if (const auto found = mismatch(dtypes, rounds, sum_first)) refuse<TypeError>(*found);
+  check(out, "out", base, dtypes.out);
   check_contiguous(out, "out");
   check(v, "v", base, velocity);
-  if (!dispatch(state, velocity, false, [](auto) {})) {
-    refuse<TypeError>("v is ", name_of(velocity), ", wider than the state's ", name_of(state),
-                      ": cast v, or choose a wider state");
-  }
   v = torch::stable::contiguous(v);
   if (u) {
     check(*u, "u", base, velocity);
@@ -155,7 +149,7 @@ void fused_step_(Tensor out, Tensor base, Tensor v, OptionalTensor u, OptionalTe
   std::int64_t slots = 1;
   if (trajectory) {
     check_device(*trajectory, "trajectory");
-    check_dtype(*trajectory, "trajectory", state);
+    check_dtype(*trajectory, "trajectory", dtypes.out);
     bool fits = base.dim() > 0 && trajectory->dim() == base.dim() + 1 && trajectory->size(0) == base.size(0);
     for (std::int64_t d = 1; fits && d < base.dim(); ++d) fits = trajectory->size(d + 1) == base.size(d);
     if (!fits || !trajectory->is_contiguous()) {
@@ -168,7 +162,7 @@ void fused_step_(Tensor out, Tensor base, Tensor v, OptionalTensor u, OptionalTe
   if (base.numel() == 0) return;
 
   const auto read = [](const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; };
-  const std::int64_t row_bytes = kColumns * (arithmetic == Dtype::kFloat64 ? 8 : 4);
+  const std::int64_t row_bytes = kColumns * size_of(arithmetic);
   const Operands o{.out = out.mutable_data_ptr(),
                    .base = base.const_data_ptr(),
                    .v = v.const_data_ptr(),
@@ -181,17 +175,19 @@ void fused_step_(Tensor out, Tensor base, Tensor v, OptionalTensor u, OptionalTe
                    .sample = base.dim() > 0 ? base.numel() / base.size(0) : 1,
                    .slots = slots,
                    .slot = slot,
-                   .guidance = static_cast<Guidance>(guidance)};
-  if (const auto found = overlap(o, state, velocity, coefficients.const_data_ptr(), coefficients.size(0))) {
+                   .guidance = static_cast<Guidance>(guidance),
+                   .rounding = rounds,
+                   .sum_first = sum_first};
+  if (const auto found = overlap(o, dtypes, coefficients.const_data_ptr(), coefficients.size(0))) {
     refuse<ValueError>(*found);
   }
-  launch_cpu(o, state, velocity, velocity_rounding);
+  launch_cpu(o, dtypes);
 }
 
 Tensor fused_step(Tensor base, Tensor v, OptionalTensor u, OptionalTensor h1, OptionalTensor h2, OptionalTensor h3,
-                  Tensor coefficients, std::int64_t row, bool velocity_rounding, std::int64_t guidance) {
+                  Tensor coefficients, std::int64_t row, std::int64_t rounding, std::int64_t guidance, bool sum_first) {
   Tensor out = torch::stable::empty_like(base);
-  fused_step_(out, base, v, u, h1, h2, h3, coefficients, row, velocity_rounding, guidance, std::nullopt, 0,
+  fused_step_(out, base, v, u, h1, h2, h3, coefficients, row, rounding, guidance, sum_first, std::nullopt, 0,
               std::nullopt);
   return out;
 }

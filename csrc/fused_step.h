@@ -7,13 +7,18 @@
 //   out = a*base + b0*h0 + b1*h1 + b2*h2 + b3*h3       left to right, never an FMA
 //   history = h0 + c*base                      h0 alone where c is 0
 //
-// S is the state's type (base, out, trajectory), V the velocity's (v, u), A the arithmetic type (h1..h3, history,
-// coefficients). flowmatch_kernels/ops/fused_step.py is the contract and ops/reference.py the definition; names agree.
+// With sum_first, out = base + ((b2*h2 + b1*h1 + b0*h0) * a) * c; with h3, of b3*h3 + b1*(h2 + h1) + b0*h0; and
+// history = h0.
+//
+// B is base's type, V the velocity's (v, u), O that of out and trajectory; S, to which sums are rounded, the wider of B
+// and O; A the arithmetic type (h1..h3, history, coefficients). flowmatch_kernels/ops/fused_step.py is the contract and
+// ops/reference.py the definition; names agree.
 // Knows nothing of Python or PyTorch. Compile without contraction (-ffp-contract=off).
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -29,6 +34,11 @@ enum class Dtype : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3
 
 constexpr std::int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
+// A, the arithmetic dtype, of a state's.
+constexpr Dtype arithmetic_of(Dtype state) { return state == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32; }
+
+using Float32 = float;
+using Float64 = double;
 struct BFloat16 {
   std::uint16_t bits;
 };
@@ -42,21 +52,32 @@ enum Column : int { kA = 0, kB0 = 1, kB1 = 2, kB2 = 3, kB3 = 4, kW0 = 5, kW1 = 6
 // How the two velocities of guidance are combined.
 enum class Guidance : int { kWeighted = 0, kFromUnguided = 1, kFromGuided = 2 };
 
+// What a product b_k*h_k is rounded to: S; V; or V, with b_k rounded to V first.
+enum class Rounding : int { kPromote = 0, kExact = 1, kRounded = 2 };
+
+struct Dtypes {
+  Dtype base;
+  Dtype velocity;
+  Dtype out;  // base's, or the velocity's
+};
+
 // What a launch reads and writes. Every tensor is contiguous; optional ones are null. Which may overlap: overlap.h.
 struct Operands {
-  void* out;         // S[numel]; may be base
-  const void* base;  // S[numel]
+  void* out;         // O[numel]; may be base
+  const void* base;  // B[numel]
   const void* v;     // V[numel]
   const void* u;     // V[numel], optional
   const void* h[3];  // A[numel], optional, filled up from h[0]
   const void* row;   // A[8]
-  void* trajectory;  // S[numel / sample, slots, sample], optional
+  void* trajectory;  // O[numel / sample, slots, sample], optional
   void* history;     // A[numel], optional; may be one of h
   std::int64_t numel;
   std::int64_t sample;  // elements of one sample
   std::int64_t slots;
   std::int64_t slot;
   Guidance guidance;  // where u is not null
+  Rounding rounding;
+  bool sum_first;
 };
 
 // Where element i of the state, an element of sample number b = i / o.sample, stands in trajectory[:, slot].
@@ -200,11 +221,29 @@ struct ArithmeticOf<double> {
 template <class T>
 using Arithmetic = typename ArithmeticOf<T>::type;
 
-// The steps of one element. kVelocityRounding: products b_k*h_k are rounded to V, else to S.
-template <class S, class V, bool kVelocityRounding>
+// How the terms are multiplied and added: each b_k*h_k rounded to S, or to V; or their sum before it is multiplied.
+enum class Terms : int { kToState = 0, kToVelocity = 1, kSumFirst = 2 };
+
+// The wider of two types; float for the two of 16 bits.
+template <class X, class Y>
+struct Wider {
+  using type = std::conditional_t<sizeof(X) == sizeof(Y), float, std::conditional_t<(sizeof(X) > sizeof(Y)), X, Y>>;
+};
+template <class X>
+struct Wider<X, X> {
+  using type = X;
+};
+
+// The steps of one element.
+template <class B_, class V_, class O_, Terms kTerms>
 struct Element {
+  using B = B_;
+  using V = V_;
+  using O = O_;
+  using S = typename Wider<B, O>::type;
   using A = Arithmetic<S>;
   using Weight = Arithmetic<V>;  // guidance weights: float for a float velocity, whatever the state is
+  static constexpr bool kSumFirst = kTerms == Terms::kSumFirst;
 
   // h0, guided: w0*u + w1*v
   static FLOWMATCH_INLINE V weighted(Weight w0, V u, Weight w1, V v) { return sum(product(w0, u), product(w1, v)); }
@@ -213,24 +252,36 @@ struct Element {
     return sum(x, product(w1, To<V>::narrow(add(widen(v), -widen(u)))));
   }
   // b_k as it enters the product.
-  static FLOWMATCH_INLINE A coefficient(A b) {
-    if constexpr (kVelocityRounding) return static_cast<A>(widen(To<V>::narrow(b)));
+  static FLOWMATCH_INLINE A coefficient(A b, Rounding rounding) {
+    if constexpr (kTerms == Terms::kToVelocity && !std::is_same_v<A, V>) {
+      const A rounded = static_cast<A>(widen(To<V>::narrow(b)));
+      return rounding == Rounding::kRounded ? rounded : b;
+    }
     return b;
   }
   // a*base
-  static FLOWMATCH_INLINE S start(A a, S base) { return To<S>::narrow(multiply(a, static_cast<A>(widen(base)))); }
+  static FLOWMATCH_INLINE S start(A a, B base) { return To<S>::narrow(multiply(a, static_cast<A>(widen(base)))); }
   // out + b_k*h_k
   static FLOWMATCH_INLINE S accumulate(S out, A b, A h) {
-    A product = multiply(b, h);
-    if constexpr (kVelocityRounding) {
-      product = static_cast<A>(widen(To<V>::narrow(product)));
-    } else {
-      product = static_cast<A>(widen(To<S>::narrow(product)));
-    }
+    using P = std::conditional_t<kTerms == Terms::kToVelocity, V, S>;
+    const A product = static_cast<A>(widen(To<P>::narrow(multiply(b, h))));
     return To<S>::narrow(add(static_cast<A>(widen(out)), product));
   }
+  // With sum_first: b_k*h_k, the oldest; h2 + h1; and base + (sum * a) * c. `accumulate` adds the other terms.
+  static FLOWMATCH_INLINE S oldest(A b, A h) { return To<S>::narrow(multiply(b, h)); }
+  static FLOWMATCH_INLINE A pair(A h2, A h1) { return static_cast<A>(widen(To<S>::narrow(add(h2, h1)))); }
+  static FLOWMATCH_INLINE S stepped(B base, S sum, A a, A c) {
+    const A step = static_cast<A>(widen(oldest(static_cast<A>(widen(sum)), a)));
+    return accumulate(To<S>::narrow(static_cast<A>(widen(base))), c, step);
+  }
+  // out as it is stored.
+  static FLOWMATCH_INLINE O stored(S out) {
+    if constexpr (std::is_same_v<S, O>) return out;
+    return To<O>::narrow(widen(out));
+  }
   // h0 + c*base
-  static FLOWMATCH_INLINE A remember(A h0, A c, S base) {
+  static FLOWMATCH_INLINE A remember(A h0, A c, B base) {
+    if constexpr (kSumFirst) return h0;
     const A shifted = add(h0, multiply(c, static_cast<A>(widen(base))));
     return c != A(0) ? shifted : h0;
   }
@@ -240,24 +291,44 @@ struct Element {
   static FLOWMATCH_INLINE V sum(V x, V y) { return To<V>::narrow(add(widen(x), widen(y))); }
 };
 
-// Calls f.template operator()<S, V, kVelocityRounding>() for the dtypes; false where V would widen S.
+// Calls f(Element<B, V, O, kTerms>{}) for the dtypes; false where there is no such element: V would widen S, out has
+// the velocity's dtype without products rounded to it, or a sum_first velocity is not of the state's dtype.
 template <class F>
-bool dispatch(Dtype state, Dtype velocity, bool velocity_rounding, F&& f) {
-#define FLOWMATCH_PAIR(S_DTYPE, S, V_DTYPE, V)                                \
-  if (state == Dtype::S_DTYPE && velocity == Dtype::V_DTYPE) {                \
-    velocity_rounding ? f(Element<S, V, true>{}) : f(Element<S, V, false>{}); \
-    return true;                                                              \
+bool dispatch(Dtypes dtypes, Rounding rounding, bool sum_first, F&& f) {
+  const bool to_state = rounding == Rounding::kPromote && dtypes.velocity != dtypes.base;
+  const Terms terms = sum_first ? Terms::kSumFirst : to_state ? Terms::kToState : Terms::kToVelocity;
+#define FLOWMATCH_ELEMENT(B, V, O, TERMS)                                                                            \
+  if (dtypes.base == Dtype::k##B && dtypes.velocity == Dtype::k##V && dtypes.out == Dtype::k##O && terms == TERMS) { \
+    f(Element<B, V, O, TERMS>{});                                                                                    \
+    return true;                                                                                                     \
   }
-  FLOWMATCH_PAIR(kFloat32, float, kFloat32, float)
-  FLOWMATCH_PAIR(kFloat32, float, kBFloat16, BFloat16)
-  FLOWMATCH_PAIR(kFloat32, float, kFloat16, Float16)
-  FLOWMATCH_PAIR(kFloat64, double, kFloat64, double)
-  FLOWMATCH_PAIR(kFloat64, double, kFloat32, float)
-  FLOWMATCH_PAIR(kFloat64, double, kBFloat16, BFloat16)
-  FLOWMATCH_PAIR(kFloat64, double, kFloat16, Float16)
-  FLOWMATCH_PAIR(kBFloat16, BFloat16, kBFloat16, BFloat16)
-  FLOWMATCH_PAIR(kFloat16, Float16, kFloat16, Float16)
-#undef FLOWMATCH_PAIR
+// A velocity of the state's dtype; a narrower one; and one whose dtype out takes from the state.
+#define FLOWMATCH_SAME(S)                        \
+  FLOWMATCH_ELEMENT(S, S, S, Terms::kToVelocity) \
+  FLOWMATCH_ELEMENT(S, S, S, Terms::kSumFirst)
+#define FLOWMATCH_NARROWER(S, V)              \
+  FLOWMATCH_ELEMENT(S, V, S, Terms::kToState) \
+  FLOWMATCH_ELEMENT(S, V, S, Terms::kToVelocity)
+#define FLOWMATCH_TAKEN(B, V) FLOWMATCH_ELEMENT(B, V, V, Terms::kToVelocity)
+  FLOWMATCH_SAME(Float32)
+  FLOWMATCH_SAME(Float64)
+  FLOWMATCH_SAME(BFloat16)
+  FLOWMATCH_SAME(Float16)
+  FLOWMATCH_NARROWER(Float32, BFloat16)
+  FLOWMATCH_NARROWER(Float32, Float16)
+  FLOWMATCH_NARROWER(Float64, Float32)
+  FLOWMATCH_NARROWER(Float64, BFloat16)
+  FLOWMATCH_NARROWER(Float64, Float16)
+  FLOWMATCH_TAKEN(Float32, BFloat16)
+  FLOWMATCH_TAKEN(Float32, Float16)
+  FLOWMATCH_TAKEN(BFloat16, Float32)
+  FLOWMATCH_TAKEN(BFloat16, Float16)
+  FLOWMATCH_TAKEN(Float16, Float32)
+  FLOWMATCH_TAKEN(Float16, BFloat16)
+#undef FLOWMATCH_ELEMENT
+#undef FLOWMATCH_SAME
+#undef FLOWMATCH_NARROWER
+#undef FLOWMATCH_TAKEN
   return false;
 }
 

@@ -19,30 +19,65 @@ namespace {
 
 constexpr std::int64_t kStrip = 1024;
 
-template <class S>
-FLOWMATCH_INLINE void copy_to_slot(const Operands& o, const S* out, std::int64_t begin, std::int64_t size) {
+template <class O>
+FLOWMATCH_INLINE void copy_to_slot(const Operands& o, const O* out, std::int64_t begin, std::int64_t size) {
   for (std::int64_t done = 0; done < size;) {
     const std::int64_t i = begin + done;
     const std::int64_t run = std::min(size - done, o.sample - i % o.sample);
-    std::memcpy(static_cast<S*>(o.trajectory) + trajectory_index(o, i), out + done, run * sizeof(S));
+    std::memcpy(static_cast<O*>(o.trajectory) + trajectory_index(o, i), out + done, run * sizeof(O));
     done += run;
   }
 }
 
-template <class S, class V, bool kVelocityRounding>
+// The sum of the terms at [i, i + n), before it is multiplied: from the oldest to h0.
+template <class E>
+FLOWMATCH_INLINE void sum_first(const typename E::A* row, const Operands& o, const typename E::V* h0, std::int64_t i,
+                                std::int64_t n, typename E::S* sums) {
+  using A = typename E::A;
+  const A b0 = row[kB0], b1 = row[kB1];
+  int terms = 0;
+  const A* h[3] = {};
+  for (; terms < 3 && o.h[terms]; ++terms) h[terms] = static_cast<const A*>(o.h[terms]) + i;
+  if (terms == 0) {
+    FLOWMATCH_IVDEP
+    for (std::int64_t j = 0; j < n; ++j) sums[j] = E::oldest(b0, static_cast<A>(widen(h0[j])));
+    return;
+  }
+  const A b = row[kB0 + terms];
+  const A *const first = h[terms - 1], *const h1 = h[0], *const h2 = h[1];
+  FLOWMATCH_IVDEP
+  for (std::int64_t j = 0; j < n; ++j) sums[j] = E::oldest(b, first[j]);
+  if (terms == 2) {
+    FLOWMATCH_IVDEP
+    for (std::int64_t j = 0; j < n; ++j) sums[j] = E::accumulate(sums[j], b1, h1[j]);
+  } else if (terms == 3) {
+    FLOWMATCH_IVDEP
+    for (std::int64_t j = 0; j < n; ++j) sums[j] = E::accumulate(sums[j], b1, E::pair(h2[j], h1[j]));
+  }
+  FLOWMATCH_IVDEP
+  for (std::int64_t j = 0; j < n; ++j) sums[j] = E::accumulate(sums[j], b0, static_cast<A>(widen(h0[j])));
+}
+
+template <class E>
 FLOWMATCH_INLINE void strips(const Operands& o, std::int64_t begin, std::int64_t end) {
-  using E = Element<S, V, kVelocityRounding>;
+  using B = typename E::B;
+  using V = typename E::V;
+  using O = typename E::O;
+  using S = typename E::S;
   using A = typename E::A;
   using Weight = typename E::Weight;
+  // Sums need room of their own where out cannot hold them, or is base and base enters last.
+  constexpr bool kApart = E::kSumFirst || !std::is_same_v<S, O>;
   const A* row = static_cast<const A*>(o.row);
-  const A a = row[kA], b0 = E::coefficient(row[kB0]), c = row[kC];
+  const A a = row[kA], b0 = E::coefficient(row[kB0], o.rounding), c = row[kC];
   const Weight w0 = static_cast<Weight>(row[kW0]), w1 = static_cast<Weight>(row[kW1]);
   V guided[kStrip];
   A remembered[kStrip];
+  S sums[kApart ? kStrip : 1];
   for (std::int64_t i = begin; i < end; i += kStrip) {
     const std::int64_t n = std::min(kStrip, end - i);
-    S* out = static_cast<S*>(o.out) + i;
-    const S* base = static_cast<const S*>(o.base) + i;
+    O* out = static_cast<O*>(o.out) + i;
+    const B* base = static_cast<const B*>(o.base) + i;
     const V* v = static_cast<const V*>(o.v) + i;
     const V* h0 = v;
     if (o.u) {
@@ -61,15 +96,26 @@ FLOWMATCH_INLINE void strips(const Operands& o, std::int64_t begin, std::int64_t
       FLOWMATCH_IVDEP
       for (std::int64_t j = 0; j < n; ++j) remembered[j] = E::remember(static_cast<A>(widen(h0[j])), c, base[j]);
     }
-    FLOWMATCH_IVDEP
-    for (std::int64_t j = 0; j < n; ++j) {
-      out[j] = E::accumulate(E::start(a, base[j]), b0, static_cast<A>(widen(h0[j])));
-    }
-    for (int k = 0; k < 3 && o.h[k]; ++k) {
-      const A b = E::coefficient(row[kB1 + k]);
-      const A* h = static_cast<const A*>(o.h[k]) + i;
+    if constexpr (E::kSumFirst) {
+      sum_first<E>(row, o, h0, i, n, sums);
       FLOWMATCH_IVDEP
-      for (std::int64_t j = 0; j < n; ++j) out[j] = E::accumulate(out[j], b, h[j]);
+      for (std::int64_t j = 0; j < n; ++j) out[j] = E::stepped(base[j], sums[j], a, c);
+    } else {
+      S* const sum = kApart ? sums : reinterpret_cast<S*>(out);
+      FLOWMATCH_IVDEP
+      for (std::int64_t j = 0; j < n; ++j) {
+        sum[j] = E::accumulate(E::start(a, base[j]), b0, static_cast<A>(widen(h0[j])));
+      }
+      for (int k = 0; k < 3 && o.h[k]; ++k) {
+        const A b = E::coefficient(row[kB1 + k], o.rounding);
+        const A* h = static_cast<const A*>(o.h[k]) + i;
+        FLOWMATCH_IVDEP
+        for (std::int64_t j = 0; j < n; ++j) sum[j] = E::accumulate(sum[j], b, h[j]);
+      }
+      if constexpr (kApart) {
+        FLOWMATCH_IVDEP
+        for (std::int64_t j = 0; j < n; ++j) out[j] = E::stored(sum[j]);
+      }
     }
     if (o.history) std::memcpy(static_cast<A*>(o.history) + i, remembered, n * sizeof(A));
     if (o.trajectory) copy_to_slot(o, out, i, n);
@@ -85,27 +131,27 @@ struct Baseline {
 #else
       "baseline";
 #endif
-  template <class S, class V, bool kVelocityRounding>
+  template <class E>
   static void run(const Operands& o, std::int64_t begin, std::int64_t end) {
-    strips<S, V, kVelocityRounding>(o, begin, end);
+    strips<E>(o, begin, end);
   }
 };
 
 #if defined(__x86_64__)
 struct Avx2 {
   static constexpr const char* kName = "AVX2";
-  template <class S, class V, bool kVelocityRounding>
+  template <class E>
   __attribute__((target("avx2"))) static void run(const Operands& o, std::int64_t begin, std::int64_t end) {
-    strips<S, V, kVelocityRounding>(o, begin, end);
+    strips<E>(o, begin, end);
   }
 };
 
 struct Avx512 {
   static constexpr const char* kName = "AVX-512";
-  template <class S, class V, bool kVelocityRounding>
+  template <class E>
   __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))) static void run(
       const Operands& o, std::int64_t begin, std::int64_t end) {
-    strips<S, V, kVelocityRounding>(o, begin, end);
+    strips<E>(o, begin, end);
   }
 };
 
@@ -128,13 +174,10 @@ auto with_instruction_set(F&& f) {
 
 }  // namespace
 
-bool fused_step_cpu(const Operands& o, Dtype state, Dtype velocity, bool velocity_rounding, std::int64_t begin,
-                    std::int64_t end) {
-  return dispatch(
-      state, velocity, velocity_rounding,
-      [&]<class S, class V, bool kVelocityRounding>(Element<S, V, kVelocityRounding>) {
-        with_instruction_set([&](auto set) { decltype(set)::template run<S, V, kVelocityRounding>(o, begin, end); });
-      });
+bool fused_step_cpu(const Operands& o, Dtypes dtypes, std::int64_t begin, std::int64_t end) {
+  return dispatch(dtypes, o.rounding, o.sum_first, [&]<class E>(E) {
+    with_instruction_set([&](auto set) { decltype(set)::template run<E>(o, begin, end); });
+  });
 }
 
 const char* instruction_set() {

@@ -6,8 +6,7 @@
 namespace flowmatch_kernels {
 
 // Elements [begin, end) of one launch, on the calling thread. False where the dtypes do not go together.
-bool fused_step_cpu(const Operands& o, Dtype state, Dtype velocity, bool velocity_rounding, std::int64_t begin,
-                    std::int64_t end);
+bool fused_step_cpu(const Operands& o, Dtypes dtypes, std::int64_t begin, std::int64_t end);
 
 // Name of the instruction set that fused_step_cpu uses on this machine.
 const char* instruction_set();

@@ -168,21 +168,19 @@ struct Tested {
 };
 
 // Elements [i, i + kSize). All of their operands are read before any is written: out may be base, and history one of h.
-template <class S, class V, bool kVelocityRounding, class Present, int kSize>
-__device__ __forceinline__ void step(const Operands& o, const Divisor& by_sample, const Arithmetic<S>* row,
+template <class E, class Present, int kSize>
+__device__ __forceinline__ void step(const Operands& o, const Divisor& by_sample, const typename E::A* row,
                                      std::int64_t i) {
-  using E = Element<S, V, kVelocityRounding>;
   using A = typename E::A;
   using Weight = typename E::Weight;
-  using States = Vector<S, kSize>;
-  using Velocities = Vector<V, kSize>;
+  using Velocities = Vector<typename E::V, kSize>;
   using History = Vector<A, kSize>;
   const Present present(o);
 
   Velocities h0 = Velocities::from(o.v, i, LoadLast{});
   Velocities u;
   if (present.u()) u = Velocities::from(o.u, i, LoadLast{});
-  const States base = States::from(o.base, i, Load{});
+  const auto base = Vector<typename E::B, kSize>::from(o.base, i, Load{});
   History h1, h2, h3;
   if (present.h(0)) h1 = History::from(o.h[0], i, Load{});
   if (present.h(1)) h2 = History::from(o.h[1], i, Load{});
@@ -199,37 +197,59 @@ __device__ __forceinline__ void step(const Operands& o, const Divisor& by_sample
       for (int j = 0; j < kSize; ++j) h0[j] = E::from(unguided ? u[j] : h0[j], w1, h0[j], u[j]);
     }
   }
-  const A a = row[kA], b0 = E::coefficient(row[kB0]);
-  States out;
+  const auto h0_at = [&](int j) { return static_cast<A>(widen(h0[j])); };
+  const A a = row[kA], c = row[kC];
+  Vector<typename E::S, kSize> sum;
+  const auto accumulate = [&](const auto& h, Column column) {
+    const A b = E::coefficient(row[column], o.rounding);
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) {
-    out[j] = E::accumulate(E::start(a, base[j]), b0, static_cast<A>(widen(h0[j])));
-  }
-  const auto accumulate = [&](const History& h, Column column) {
-    const A b = E::coefficient(row[column]);
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) out[j] = E::accumulate(out[j], b, h[j]);
+    for (int j = 0; j < kSize; ++j) sum[j] = E::accumulate(sum[j], b, h(j));
   };
-  if (present.h(0)) accumulate(h1, kB1);
-  if (present.h(1)) accumulate(h2, kB2);
-  if (present.h(2)) accumulate(h3, kB3);
+  if constexpr (E::kSumFirst) {  // from the oldest term to h0
+    const auto oldest = [&](const auto& h, Column column) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) sum[j] = E::oldest(row[column], h(j));
+    };
+    if (present.h(2)) {
+      oldest([&](int j) { return h3[j]; }, kB3);
+      accumulate([&](int j) { return E::pair(h2[j], h1[j]); }, kB1);
+    } else if (present.h(1)) {
+      oldest([&](int j) { return h2[j]; }, kB2);
+      accumulate([&](int j) { return h1[j]; }, kB1);
+    } else if (present.h(0)) {
+      oldest([&](int j) { return h1[j]; }, kB1);
+    }
+    present.h(0) ? accumulate(h0_at, kB0) : oldest(h0_at, kB0);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) sum[j] = E::stepped(base[j], sum[j], a, c);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) sum[j] = E::start(a, base[j]);
+    accumulate(h0_at, kB0);
+    if (present.h(0)) accumulate([&](int j) { return h1[j]; }, kB1);
+    if (present.h(1)) accumulate([&](int j) { return h2[j]; }, kB2);
+    if (present.h(2)) accumulate([&](int j) { return h3[j]; }, kB3);
+  }
+  Vector<typename E::O, kSize> out;
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) out[j] = E::stored(sum[j]);
 
   out.to(o.out, i, Store{});
   if (o.trajectory) out.to(o.trajectory, trajectory_index(o, i, by_sample.quotient(i)), StoreLast{});
   if (o.history) {
     History remembered;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) remembered[j] = E::remember(static_cast<A>(widen(h0[j])), row[kC], base[j]);
+    for (int j = 0; j < kSize; ++j) remembered[j] = E::remember(h0_at(j), c, base[j]);
     remembered.to(o.history, i, Store{});
   }
 }
 
 // Thread t takes vector t; threads after the last whole vector take one of the elements that are left over.
 // With kSize 1 nothing but an element's own alignment is asked.
-template <class S, class V, bool kVelocityRounding, class Present, int kSize>
-__global__ void __launch_bounds__(kThreads, blocks_at_once<S>())
+template <class E, class Present, int kSize>
+__global__ void __launch_bounds__(kThreads, blocks_at_once<typename E::B>())
     fused_step_kernel(const Operands o, const Divisor by_sample) {
-  using A = typename Element<S, V, kVelocityRounding>::A;
+  using A = typename E::A;
   constexpr int kRowWord = kSize > 1 ? kAccess / sizeof(A) : 1;
   const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const std::int64_t vectors = o.numel / kSize;
@@ -245,9 +265,9 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<S>())
     for (int j = 0; j < kRowWord; ++j) row[k + j] = part[j];
   }
   if (kSize == 1 || thread < vectors) {
-    step<S, V, kVelocityRounding, Present, kSize>(o, by_sample, row, thread * kSize);
+    step<E, Present, kSize>(o, by_sample, row, thread * kSize);
   } else {
-    step<S, V, kVelocityRounding, Present, 1>(o, by_sample, row, left);
+    step<E, Present, 1>(o, by_sample, row, left);
   }
 }
 
@@ -280,20 +300,21 @@ class DeviceGuard {
 };
 
 // Whether every operand can be moved kSize elements at a time.
-template <class S, class V, int kSize>
+template <class E, int kSize>
 bool fits(const Operands& o) {
   const auto aligned = [](const void* address, std::size_t element) {
     return reinterpret_cast<std::uintptr_t>(address) % std::min<std::size_t>(kSize * element, kAccess) == 0;
   };
-  const auto state = [&](const void* address) { return aligned(address, sizeof(S)); };
-  const auto velocity = [&](const void* address) { return aligned(address, sizeof(V)); };
-  const auto history = [&](const void* address) { return aligned(address, sizeof(Arithmetic<S>)); };
-  return state(o.out) && state(o.base) && velocity(o.v) && velocity(o.u) && history(o.h[0]) && history(o.h[1]) &&
-         history(o.h[2]) && history(o.history) && reinterpret_cast<std::uintptr_t>(o.row) % kAccess == 0 &&
-         state(o.trajectory) && (!o.trajectory || o.sample % kSize == 0);
+  const auto result = [&](const void* address) { return aligned(address, sizeof(typename E::O)); };
+  const auto velocity = [&](const void* address) { return aligned(address, sizeof(typename E::V)); };
+  const auto history = [&](const void* address) { return aligned(address, sizeof(typename E::A)); };
+  return result(o.out) && aligned(o.base, sizeof(typename E::B)) && velocity(o.v) && velocity(o.u) && history(o.h[0]) &&
+         history(o.h[1]) && history(o.h[2]) && history(o.history) &&
+         reinterpret_cast<std::uintptr_t>(o.row) % kAccess == 0 && result(o.trajectory) &&
+         (!o.trajectory || o.sample % kSize == 0);
 }
 
-template <class S, class V, bool kVelocityRounding, class Present, int kSize>
+template <class E, class Present, int kSize>
 void launch(const Operands& o, cudaStream_t stream) {
   const std::int64_t threads = o.numel / kSize + o.numel % kSize;
   const std::int64_t blocks = (threads - 1) / kThreads + 1;
@@ -302,42 +323,41 @@ void launch(const Operands& o, cudaStream_t stream) {
   }
   Divisor by_sample(static_cast<std::uint64_t>(o.trajectory ? o.sample : 1));
   void* arguments[] = {const_cast<Operands*>(&o), &by_sample};
-  check(cudaLaunchKernel(&fused_step_kernel<S, V, kVelocityRounding, Present, kSize>,
-                         dim3(static_cast<unsigned int>(blocks)), dim3(kThreads), arguments, 0, stream),
+  check(cudaLaunchKernel(&fused_step_kernel<E, Present, kSize>, dim3(static_cast<unsigned int>(blocks)), dim3(kThreads),
+                         arguments, 0, stream),
         "cudaLaunchKernel");
 }
 
 // One thread takes 16 bytes of the widest operand read: 4 elements where that is float32, 2 for float64, 8 for 16 bits.
-template <class S, class V, bool kVelocityRounding, bool kGuided, int kTerms>
+template <class E, bool kGuided, int kTerms>
 void launch_widest(const Operands& o, cudaStream_t stream) {
-  constexpr std::size_t kWidest = kTerms ? sizeof(Arithmetic<S>) : std::max(sizeof(S), sizeof(V));
+  constexpr std::size_t kWidest =
+      kTerms ? sizeof(typename E::A) : std::max(sizeof(typename E::B), sizeof(typename E::V));
   constexpr int kSize = kAccess / kWidest;
-  if (fits<S, V, kSize>(o)) {
-    launch<S, V, kVelocityRounding, Known<kGuided, kTerms>, kSize>(o, stream);
+  if (fits<E, kSize>(o)) {
+    launch<E, Known<kGuided, kTerms>, kSize>(o, stream);
   } else {
-    launch<S, V, kVelocityRounding, Tested, 1>(o, stream);
+    launch<E, Tested, 1>(o, stream);
   }
 }
 
-template <class S, class V, bool kVelocityRounding, bool kGuided>
+template <class E, bool kGuided>
 void launch_terms(const Operands& o, cudaStream_t stream) {
-  if (o.h[2]) return launch_widest<S, V, kVelocityRounding, kGuided, 3>(o, stream);
-  if (o.h[1]) return launch_widest<S, V, kVelocityRounding, kGuided, 2>(o, stream);
-  if (o.h[0]) return launch_widest<S, V, kVelocityRounding, kGuided, 1>(o, stream);
-  launch_widest<S, V, kVelocityRounding, kGuided, 0>(o, stream);
+  if (o.h[2]) return launch_widest<E, kGuided, 3>(o, stream);
+  if (o.h[1]) return launch_widest<E, kGuided, 2>(o, stream);
+  if (o.h[0]) return launch_widest<E, kGuided, 1>(o, stream);
+  launch_widest<E, kGuided, 0>(o, stream);
 }
 
 }  // namespace
 
-void fused_step_cuda(const Operands& o, Dtype state, Dtype velocity, bool velocity_rounding, int device, void* stream) {
+void fused_step_cuda(const Operands& o, Dtypes dtypes, int device, void* stream) {
   if (o.numel == 0) return;  // an empty grid is an error
   const DeviceGuard guard(device);
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  const auto chosen = [&]<class S, class V, bool kVelocityRounding>(Element<S, V, kVelocityRounding>) {
-    o.u ? launch_terms<S, V, kVelocityRounding, true>(o, on) : launch_terms<S, V, kVelocityRounding, false>(o, on);
-  };
-  if (!dispatch(state, velocity, velocity_rounding, chosen)) {
-    throw std::invalid_argument("fused_step: the velocity's dtype is wider than the state's");
+  const auto chosen = [&]<class E>(E) { o.u ? launch_terms<E, true>(o, on) : launch_terms<E, false>(o, on); };
+  if (!dispatch(dtypes, o.rounding, o.sum_first, chosen)) {
+    throw std::invalid_argument("fused_step: the dtypes do not go together");
   }
 }
 

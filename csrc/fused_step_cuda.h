@@ -10,6 +10,6 @@ namespace flowmatch_kernels {
 //
 // Throws std::invalid_argument where the dtypes do not go together or the state is too large for one grid, and
 // std::runtime_error, with CUDA's own words, where CUDA refuses.
-void fused_step_cuda(const Operands& o, Dtype state, Dtype velocity, bool velocity_rounding, int device, void* stream);
+void fused_step_cuda(const Operands& o, Dtypes dtypes, int device, void* stream);
 
 }  // namespace flowmatch_kernels

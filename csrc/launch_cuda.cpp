@@ -17,12 +17,12 @@
 namespace flowmatch_kernels {
 namespace {
 
-void launch(const Operands& o, Dtype state, Dtype velocity, bool velocity_rounding, int device) {
+void launch(const Operands& o, Dtypes dtypes, int device) {
   void* stream = nullptr;
   if (aoti_torch_get_current_cuda_stream(device, &stream) != AOTI_TORCH_SUCCESS) {
     throw std::runtime_error("fused_step: torch has no current CUDA stream for this device");
   }
-  fused_step_cuda(o, state, velocity, velocity_rounding, device, stream);
+  fused_step_cuda(o, dtypes, device, stream);
 }
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

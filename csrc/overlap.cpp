@@ -24,23 +24,22 @@ std::string sentence(const Region& written, const Region& other) {
 
 }  // namespace
 
-std::optional<std::string> overlap(const Operands& o, Dtype state, Dtype velocity, const void* coefficients,
-                                   std::int64_t rows) {
-  const std::int64_t A = size_of(state == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32);
-  const std::int64_t S = size_of(state), V = size_of(velocity), n = o.numel;
+std::optional<std::string> overlap(const Operands& o, Dtypes dtypes, const void* coefficients, std::int64_t rows) {
+  const std::int64_t A = size_of(arithmetic_of(dtypes.base)), B = size_of(dtypes.base), V = size_of(dtypes.velocity);
+  const std::int64_t O = size_of(dtypes.out), n = o.numel;
   Region regions[kOperands];
   int count = 0;
   const auto add = [&](Operand name, const void* memory, std::int64_t bytes) {
     if (memory) regions[count++] = {name, reinterpret_cast<std::uintptr_t>(memory), bytes};
   };
-  add(kOut, o.out, n * S);
+  add(kOut, o.out, n * O);
   if (o.trajectory) {
     const std::int64_t elements = n + (o.slots - 1) * (n - o.sample);
-    add(kSlot, static_cast<char*>(o.trajectory) + o.slot * o.sample * S, elements * S);
+    add(kSlot, static_cast<char*>(o.trajectory) + o.slot * o.sample * O, elements * O);
   }
   add(kHistory, o.history, n * A);
   const int written = count;
-  add(kBase, o.base, n * S);
+  add(kBase, o.base, n * B);
   add(kV, o.v, n * V);
   add(kU, o.u, n * V);
   for (int k = 0; k < 3; ++k) add(static_cast<Operand>(kH1 + k), o.h[k], n * A);
@@ -50,8 +49,8 @@ std::optional<std::string> overlap(const Operands& o, Dtype state, Dtype velocit
     for (int k = w + 1; k < count; ++k) {
       const Region& other = regions[k];
       if (out.begin + out.bytes <= other.begin || other.begin + other.bytes <= out.begin) continue;
-      const bool named =
-          out.name == kOut ? other.name == kBase : out.name == kHistory && other.name >= kH1 && other.name <= kH3;
+      const bool named = out.name == kOut ? other.name == kBase && dtypes.out == dtypes.base
+                                          : out.name == kHistory && other.name >= kH1 && other.name <= kH3;
       if (!named || out.begin != other.begin) return sentence(out, other);
     }
   }

@@ -10,11 +10,10 @@
 namespace flowmatch_kernels {
 
 // What is written lies apart from every other operand: out, history, and the trajectory from the first element of its
-// slot to the last. Two exceptions, each to the byte: out may be base, and history may be one of h1..h3.
+// slot to the last. Two exceptions, each to the byte: out may be base of its dtype, and history one of h1..h3.
 //
 // None, or a sentence that says which two operands overlap, and how. Compares addresses only, of contiguous operands;
 // `coefficients` are all [rows, 8] of them.
-std::optional<std::string> overlap(const Operands& o, Dtype state, Dtype velocity, const void* coefficients,
-                                   std::int64_t rows);
+std::optional<std::string> overlap(const Operands& o, Dtypes dtypes, const void* coefficients, std::int64_t rows);
 
 }  // namespace flowmatch_kernels

@@ -21,8 +21,9 @@ enum Field {
   kH3,
   kCoefficients,
   kRow,
-  kVelocityRounding,
+  kRounding,
   kGuidance,
+  kSumFirst,
   kTrajectory,
   kSlot,
   kHistory,
@@ -32,9 +33,9 @@ enum Field {
 LaunchCuda* launch_cuda = nullptr;  // of flowmatch_kernels._C_cuda, once it is loaded
 
 // Their names, for messages.
-constexpr const char* kNames[] = {
-    "out",      "base",       "v",    "u",      "h1", "h2", "h3", "coefficients", "row", "velocity_rounding",
-    "guidance", "trajectory", "slot", "history"};
+constexpr const char* kNames[] = {"out",        "base",         "v",      "u",        "h1",       "h2",
+                                  "h3",         "coefficients", "row",    "rounding", "guidance", "sum_first",
+                                  "trajectory", "slot",         "history"};
 static_assert(std::size(kNames) == kFieldCount);
 
 [[noreturn, gnu::cold]] void refuse(PyObject* type, Field k, const std::string& words) {
@@ -89,17 +90,16 @@ PyObject* fused_step_python(PyObject*, PyObject* operands) {
     const View coefficients = look(field(kCoefficients), kCoefficients);
     const View history = look(field(kHistory), kHistory, true);
     const View trajectory = look(field(kTrajectory), kTrajectory, true);
-    for (const auto& [view, k] : {std::pair(&base, kBase), std::pair(&v, kV)}) {
+    for (const auto& [view, k] : {std::pair(&base, kBase), std::pair(&v, kV), std::pair(&out, kOut)}) {
       if (view->dtype) continue;
       refuse(PyExc_TypeError, k, " must be float32, float64, bfloat16 or float16, got " + dtype_name(field(k)));
     }
-    if (!dispatch(*base.dtype, *v.dtype, false, [](auto) {})) {
-      refuse(PyExc_TypeError, kV,
-             " is " + dtype_name(field(kV)) + ", wider than the state's " + dtype_name(field(kBase)) +
-                 ": cast v, or choose a wider state");
-    }
+    const Dtypes dtypes{*base.dtype, *v.dtype, *out.dtype};
+    const auto rounding = static_cast<Rounding>(integer(field(kRounding)));
+    const bool sum_first = truth(field(kSumFirst));
+    if (const auto found = mismatch(dtypes, rounding, sum_first)) raise(PyExc_TypeError, "fused_step_: " + *found);
     const std::int64_t numel = base.numel(), slot = integer(field(kSlot));
-    const std::int64_t row_bytes = kColumns * (*base.dtype == Dtype::kFloat64 ? 8 : 4);
+    const std::int64_t row_bytes = kColumns * size_of(arithmetic_of(dtypes.base));
     const std::int64_t slots = trajectory.seen ? trajectory.shape[1] : 1;
     if (trajectory.seen && (slot < 0 || slot >= slots)) {
       refuse(PyExc_ValueError, kSlot, " must be in [0, " + std::to_string(slots) + "), got " + std::to_string(slot));
@@ -116,21 +116,22 @@ PyObject* fused_step_python(PyObject*, PyObject* operands) {
                      .sample = trajectory.seen ? numel / base.shape[0] : numel,
                      .slots = slots,
                      .slot = slot,
-                     .guidance = static_cast<Guidance>(integer(field(kGuidance)))};
+                     .guidance = static_cast<Guidance>(integer(field(kGuidance))),
+                     .rounding = rounding,
+                     .sum_first = sum_first};
     const std::int64_t rows = coefficients.numel() / kColumns;
-    if (const auto found = overlap(o, *base.dtype, *v.dtype, coefficients.memory, rows)) {
+    if (const auto found = overlap(o, dtypes, coefficients.memory, rows)) {
       raise(PyExc_ValueError, "fused_step_: " + *found);
     }
-    const bool rounding = truth(field(kVelocityRounding));
     if (base.device >= 0) {
       if (!launch_cuda) raise(PyExc_RuntimeError, "fused_step_: the extension's CUDA half is not loaded");
-      launch_cuda(o, *base.dtype, *v.dtype, rounding, base.device);
+      launch_cuda(o, dtypes, base.device);
       Py_RETURN_NONE;
     }
     if (base.device != View::kHost) refuse(PyExc_ValueError, kBase, " must be on the CPU or on CUDA");
     std::optional<pybind11::gil_scoped_release> released;  // worth its cost only for a large state
     if (numel > kGrain) released.emplace();
-    launch_cpu(o, *base.dtype, *v.dtype, rounding);
+    launch_cpu(o, dtypes);
     released.reset();
     Py_RETURN_NONE;
   });
@@ -150,7 +151,7 @@ PyMethodDef kFusedStep = {
     "fused_step_(operands)\n--\n\n"
     "flowmatch_kernels.ops.fused_step on the CPU or a CUDA device's current stream. Only v and u may be "
     "non-contiguous: each costs one copy. Raises TypeError and ValueError. Shapes, devices, the row and the dtypes of "
-    "others than base and v are not checked; overlaps are."};
+    "others than out, base and v are not checked; overlaps are."};
 
 // Whether two tensors lie in memory at different addresses; unknown counts as no.
 PyObject* apart(PyObject*, PyObject* const* p, Py_ssize_t count) {

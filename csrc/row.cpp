@@ -44,9 +44,11 @@ State& state_of(PyObject* object) {
 class Rows {
  public:
   Rows(PyObject* shape, int dtype, PyObject* coefficients, PyObject* times, Py_ssize_t slots, Py_ssize_t buffers,
-       int guidance, bool deferred)
+       int rounding, int guidance, bool sum_first, bool deferred)
       : coefficients_(Py_NewRef(coefficients)),
+        rounding_(static_cast<Rounding>(rounding)),
         guidance_(static_cast<Guidance>(guidance)),
+        sum_first_(sum_first),
         slots_(slots),
         deferred_(deferred) {
     const View rows(coefficients), grid(times);
@@ -68,8 +70,7 @@ class Rows {
     times_ = take(times_count_, *grid.dtype);
     std::memcpy(times_.memory(), grid.memory, times_count_ * size_of(*grid.dtype));
     if (slots) trajectory_ = take(numel_ * slots, x_.dtype);
-    const Dtype arithmetic = x_.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
-    for (Py_ssize_t k = 0; k < buffers; ++k) history_.push_back(take(numel_, arithmetic));
+    for (Py_ssize_t k = 0; k < buffers; ++k) history_.push_back(take(numel_, arithmetic_of(x_.dtype)));
   }
 
   // A tensor over fresh memory, which start() takes as it is.
@@ -149,7 +150,7 @@ class Rows {
     void* const remembered = write == Py_None ? nullptr : buffer(write);
     Object out(next(state, base, commit));
     slot_ += commit, at_base_ = commit;
-    const std::int64_t row_bytes = kColumns * (x_.dtype == Dtype::kFloat64 ? 8 : 4);
+    const std::int64_t row_bytes = kColumns * size_of(arithmetic_of(x_.dtype));
     const Operands o{.out = state_of(out.get()).block.memory(),
                      .base = state_of(base).block.memory(),
                      .v = first.memory,
@@ -162,11 +163,13 @@ class Rows {
                      .sample = sample_,
                      .slots = std::max<std::int64_t>(slots_, 1),
                      .slot = slot_,
-                     .guidance = guidance_};
+                     .guidance = guidance_,
+                     .rounding = rounding_,
+                     .sum_first = sum_first_};
     if (numel_ == 0) return out.release();
     std::optional<pybind11::gil_scoped_release> released;  // worth its cost only for a large state
     if (numel_ > kGrain) released.emplace();
-    launch_cpu(o, x_.dtype, *first.dtype, false);
+    launch_cpu(o, {x_.dtype, *first.dtype, x_.dtype});
     released.reset();
     return out.release();
   }
@@ -191,8 +194,7 @@ class Rows {
   }
 
   PyObject* history(Py_ssize_t k) const {
-    const Dtype arithmetic = x_.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
-    return tensor_over(history_.at(k).get(), Layout::contiguous(arithmetic, x_.shape));
+    return tensor_over(history_.at(k).get(), Layout::contiguous(arithmetic_of(x_.dtype), x_.shape));
   }
 
   std::int64_t slot() const { return slot_; }
@@ -253,7 +255,8 @@ class Rows {
            view.ndim == static_cast<int>(x_.shape.size()) && std::equal(x_.shape.begin(), x_.shape.end(), view.shape);
   }
   bool usable(PyObject* v, const View& view) const {
-    return fits(view) && dispatch(x_.dtype, *view.dtype, false, [](auto) {}) && view.contiguous() && !lazy(v);
+    return fits(view) && dispatch({x_.dtype, *view.dtype, x_.dtype}, rounding_, sum_first_, [](auto) {}) &&
+           view.contiguous() && !lazy(v);
   }
 
   void* buffer(PyObject* number) const { return history_.at(integer(number)).memory(); }
@@ -270,7 +273,9 @@ class Rows {
   Layout x_, time_;
   Use times_, trajectory_, empty_;
   std::vector<Use> history_;
+  Rounding rounding_;
   Guidance guidance_;
+  bool sum_first_;
   std::int64_t numel_, sample_, times_count_, slots_;
   std::int64_t slot_ = 0;  // of base
   bool deferred_;          // slots are written after the model has seen the state, not by the step
@@ -287,13 +292,14 @@ struct RowsObject {
 PyObject* rows_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
   return guard([&]() -> PyObject* {
     PyObject *shape, *coefficients, *times;
-    int dtype, guidance, deferred;
+    int dtype, rounding, guidance, sum_first, deferred;
     Py_ssize_t slots, buffers;
-    if (!PyArg_ParseTuple(arguments, "OiOOnnip:Rows", &shape, &dtype, &coefficients, &times, &slots, &buffers,
-                          &guidance, &deferred)) {
+    if (!PyArg_ParseTuple(arguments, "OiOOnniipp:Rows", &shape, &dtype, &coefficients, &times, &slots, &buffers,
+                          &rounding, &guidance, &sum_first, &deferred)) {
       return nullptr;
     }
-    auto rows = std::make_unique<Rows>(shape, dtype, coefficients, times, slots, buffers, guidance, deferred != 0);
+    auto rows = std::make_unique<Rows>(shape, dtype, coefficients, times, slots, buffers, rounding, guidance,
+                                       sum_first != 0, deferred != 0);
     Object made(type->tp_alloc(type, 0));
     reinterpret_cast<RowsObject*>(made.get())->rows = rows.release();
     return made.release();
@@ -358,8 +364,9 @@ PyType_Slot kRowsSlots[] = {
     {Py_tp_new, reinterpret_cast<void*>(rows_new)},
     {Py_tp_dealloc, reinterpret_cast<void*>(rows_dealloc)},
     {Py_tp_methods, kMethods},
-    {Py_tp_doc, const_cast<char*>("Rows(shape, dtype, coefficients, times, slots, buffers, guidance, deferred)\n--\n\n"
-                                  "The states of one sample() on the CPU, in memory that counts who holds it.")},
+    {Py_tp_doc,
+     const_cast<char*>("Rows(shape, dtype, coefficients, times, slots, buffers, rounding, guidance, sum_first, "
+                       "deferred)\n--\n\nThe states of one sample() on the CPU, in memory that counts who holds it.")},
     {0, nullptr}};
 PyType_Spec kRows = {"flowmatch_kernels._C.Rows", sizeof(RowsObject), 0, Py_TPFLAGS_DEFAULT, kRowsSlots};
 

@@ -28,6 +28,7 @@ OPTIONS = (
     "guidance_form",
     "combined_guidance",
     "skip_irrelevant_model",
+    "step_rounding",
     "backend",
 )
 """The arguments of sample() that shape the velocity."""

@@ -16,7 +16,18 @@ from torch import Tensor
 from . import __version__
 from .ops import native, reference
 from .ops.dispatch import BACKENDS, available_backends
-from .ops.fused_step import COLUMNS, FROM_GUIDED, FROM_UNGUIDED, VELOCITY_DTYPES, WEIGHTED, Operands, arithmetic_dtype
+from .ops.fused_step import (
+    COLUMNS,
+    EXACT,
+    FROM_GUIDED,
+    FROM_UNGUIDED,
+    PROMOTE,
+    ROUNDED,
+    VELOCITY_DTYPES,
+    WEIGHTED,
+    Operands,
+    arithmetic_dtype,
+)
 
 #: The integer dtype that shows a floating-point dtype's bits.
 _BITS = {
@@ -130,17 +141,15 @@ def self_test(name: str) -> SelfTest:
 
 def _cases(device: torch.device) -> Iterator[tuple[str, Operands]]:
     generator = torch.Generator().manual_seed(0)
-    sets: list[tuple[bool, int | None, int, bool]]
-    sets = [*itertools.product((False, True), (None, WEIGHTED), range(4), (False, True))]
-    sets += [(False, FROM_UNGUIDED, 1, True), (False, FROM_GUIDED, 0, True)]
+    sets: list[tuple[int, int | None, int, bool]]
+    sets = [*itertools.product((PROMOTE, EXACT, ROUNDED), (None, WEIGHTED), range(4), (False, True))]
+    sets += [(PROMOTE, FROM_UNGUIDED, 1, True), (PROMOTE, FROM_GUIDED, 0, True)]
     for state, velocities in VELOCITY_DTYPES.items():
-        for velocity, (velocity_rounding, guidance, terms, writes) in itertools.product(velocities, sets):
+        for velocity, (rounding, guidance, terms, writes) in itertools.product(velocities, sets):
             # An odd sample, so that slots are not aligned; more than a strip or a block in all.
-            operands = _operands(
-                (5, 257), state, velocity, velocity_rounding, guidance, terms, writes, device, generator
-            )
+            operands = _operands((5, 257), state, velocity, rounding, guidance, terms, writes, device, generator)
             yield (
-                f"state {state}, velocity {velocity}, velocity_rounding={velocity_rounding}, "
+                f"state {state}, velocity {velocity}, rounding={rounding}, "
                 f"guidance={guidance}, {terms} history terms, trajectory and history written={writes}",
                 operands,
             )
@@ -150,7 +159,7 @@ def _operands(
     shape: tuple[int, int],
     state: torch.dtype,
     velocity: torch.dtype,
-    velocity_rounding: bool,
+    rounding: int,
     guidance: int | None,
     terms: int,
     writes: bool,
@@ -180,8 +189,9 @@ def _operands(
         history[2],
         coefficients,
         1,
-        velocity_rounding,
+        rounding,
         guidance or WEIGHTED,
+        False,
         unwritten(state, shape[0], 3, shape[1]) if writes else None,
         1,
         unwritten(arithmetic, *shape) if writes else None,

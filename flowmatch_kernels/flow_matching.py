@@ -17,7 +17,7 @@ from .base import BaseDiffusion, StepFn
 from .guidance import Weight
 from .hooks import Hooks
 from .ops import dispatch
-from .ops.fused_step import VELOCITY_DTYPES, WEIGHTED, arithmetic_dtype
+from .ops.fused_step import EXACT, PROMOTE, ROUNDED, VELOCITY_DTYPES, WEIGHTED, arithmetic_dtype
 from .progress import bar as progress_bar
 from .rows import Setting, rows_for
 from .sampling import integrate
@@ -69,6 +69,10 @@ class FlowMatching(BaseDiffusion):
             not. A fitted solver evaluates at no end.
         train_drop_guidance: `construct_training_data` draws which conditions to drop, as "is_drop_guidance". False:
             it draws none, as Alpamayo R1 and 2 do, whatever use_classifier_free_guidance is.
+        step_rounding: What dt * v is rounded to where v has 16 bits and the state more. "promote": to the state's
+            dtype, as PyTorch multiplies a dt that has dimensions, [1, 1, 1] (Alpamayo). "exact": to v's, as with a dt
+            that is a Python number (lerobot, GR00T). "rounded": to v's, dt rounded to it first, as with a dt that is a
+            0-dim tensor on v's device (diffusers). In a 16-bit state "promote" is "exact".
         backend: "auto", "triton", "cuda", "cpu" or "reference".
 
     Raises:
@@ -104,6 +108,7 @@ class FlowMatching(BaseDiffusion):
         noise_at: int = 0,
         euler_at_final: bool = False,
         train_drop_guidance: bool = False,
+        step_rounding: str = "promote",
         backend: str = "auto",
     ) -> None:
         super().__init__(x_dims)
@@ -139,6 +144,8 @@ class FlowMatching(BaseDiffusion):
             time_grids.time_grid(time_grid)(1, noise_at=self.noise_at, **self.time_grid_options)
         elif self.time_grid_options:
             raise ValueError("time_grid_options are for a time_grid with a name: bind them to your function instead")
+        self.step_rounding = step_rounding
+        rounding(step_rounding)
         self.backend = dispatch.check_name(backend)
         self._warned: set[str] = set()
         """Of which arguments it has warned; copies share it."""
@@ -177,6 +184,7 @@ class FlowMatching(BaseDiffusion):
         callback: Callable[[int, Tensor, Tensor], bool | None] | None = None,
         progress: bool = False,
         differentiable: bool | None = None,
+        step_rounding: str | None = None,
         backend: str | None = None,
     ) -> Any:
         r"""Integrates dx/dt = v(x, t) from noise to data.
@@ -230,6 +238,7 @@ class FlowMatching(BaseDiffusion):
                 the noise and what step_fn uses, by autograd, torch.func and forward-mode AD; not with respect to times,
                 step sizes, weights or the temperature. False: the result is a constant. None: as False, but where a
                 derivative is asked for (torch.func.grad, jvp, ..., or noise that requires grad), it raises.
+            step_rounding: What dt * v is rounded to: "promote", "exact" or "rounded"; None: the constructor's.
             backend: None: the constructor's. A backend asked for by name runs or raises. With "auto", noise and
                 velocities of a tensor subclass that the backends do not know, as MaskedTensor, are stepped by
                 "reference"; a DTensor is stepped shard by shard, and keeps the noise's placements.
@@ -317,6 +326,7 @@ class FlowMatching(BaseDiffusion):
                     backend_,
                     eager,
                     return_all_steps,
+                    rounding(_or(step_rounding, self.step_rounding)),
                     WEIGHTED if guided is None else guided.form.kernel,
                     constraint is not None,
                     backend or self.backend,
@@ -714,6 +724,20 @@ def _beta_dist() -> torch.distributions.Beta:
 def _or(value: Any, default: Any) -> Any:
     """An argument of sample(), or the constructor's where it is None."""
     return default if value is None else value
+
+
+_ROUNDINGS = {"promote": PROMOTE, "exact": EXACT, "rounded": ROUNDED}
+
+
+def rounding(name: str) -> int:
+    """The fused step's argument for `step_rounding`.
+
+    Raises:
+        ValueError: there is no such rounding.
+    """
+    if not isinstance(name, str) or name not in _ROUNDINGS:
+        raise ValueError(f"step_rounding must be {', '.join(map(repr, _ROUNDINGS))}, got {name!r:.60}")
+    return _ROUNDINGS[name]
 
 
 def _differentiable(asked: bool | None, noise: Tensor | None, **constants: Any) -> bool:

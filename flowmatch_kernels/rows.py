@@ -34,8 +34,9 @@ class Setting(NamedTuple):
     eager: bool
     """Plain eager mode."""
     return_all_steps: bool
+    rounding: int
+    """The fused step's argument, as is guidance."""
     guidance: int
-    """The fused step's argument."""
     constrained: bool
     """A committed state changes after its step."""
     requested: str = "auto"
@@ -153,15 +154,16 @@ class Functional:
         if self._columns is not None:
             columns = self._columns[row]
             h0 = reference.velocity(v, u, columns, guidance)
-            out = reference.combine(base, (h0, *h), columns)
+            out = reference.combine(base, (h0, *h), columns, self._setting.rounding, table.sum_first)
         else:
             assert self._fused_step is not None
-            out = self._fused_step(base, v, u, *h, table.coefficients, row, False, guidance)
+            rounding, sum_first = self._setting.rounding, table.sum_first
+            out = self._fused_step(base, v, u, *h, table.coefficients, row, rounding, guidance, sum_first)
         if evaluation.write is not None:
             if self._columns is None:
                 columns = reference.Columns.of(table.coefficients, row, base.dim())
                 h0 = reference.velocity(v, u, columns, guidance)
-            self._history[evaluation.write] = reference.remember(base, h0, columns)
+            self._history[evaluation.write] = reference.remember(base, h0, columns, table.sum_first)
         if evaluation.commit and self._states is not None:
             self._states.append(out)
         return out
@@ -268,9 +270,13 @@ class Fresh:
         trajectory = self._trajectory if commit else None
         history = None if write is None else self._history[write]
         # By place: by name an Operands takes the host several times as long, and this is every row.
-        rounding, guidance, coefficients = False, setting.guidance, setting.table.coefficients
+        table, rounding, guidance = setting.table, setting.rounding, setting.guidance
+        coefficients, sum_first = table.coefficients, table.sum_first
         self._fused_step_(
-            Operands(out, base, v, u, h1, h2, h3, coefficients, row, rounding, guidance, trajectory, slot, history)
+            Operands(
+                *(out, base, v, u, h1, h2, h3, coefficients, row),
+                *(rounding, guidance, sum_first, trajectory, slot, history),
+            )
         )
         self._slot, self._at_base = slot, commit
         return out
@@ -317,7 +323,7 @@ class Counted:
         slots = table.steps + 1 if setting.return_all_steps else 0
         self._rows = made = rows(
             *(velocities.shape, native.DTYPES[velocities.dtype], table.coefficients, table.times),
-            *(slots, table.buffers, setting.guidance, deferred),
+            *(slots, table.buffers, setting.rounding, setting.guidance, table.sum_first, deferred),
         )
         # In C++ alone:
         self.empty, self.tensor, self.time, self.owns = made.empty, made.tensor, made.time, made.owns

@@ -65,7 +65,7 @@ x, v, row = torch.zeros(1023), torch.zeros(1024), torch.zeros(1, 8)
 out = torch.zeros(1026)
 if shift:
     host.load_word(v.data_ptr() + 4)
-host.fused_step_cuda(out.data_ptr(), x.data_ptr(), v.data_ptr(), 0, 0, 0, 0, row.data_ptr(), 0, 0, 0, False, 0,
+host.fused_step_cuda(out.data_ptr(), x.data_ptr(), v.data_ptr(), 0, 0, 0, 0, row.data_ptr(), 0, 0, 0, 0, 0, 0, False,
                      0, 1, 0, 0, numel, numel, 0)
 """
     done = subprocess.run(

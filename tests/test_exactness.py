@@ -14,6 +14,7 @@ import build_cache
 import numpy
 import pytest
 import torch
+import triton_cases
 from operands import (
     FORMS,
     FORMULAS,
@@ -30,9 +31,19 @@ from operands import (
 )
 
 from flowmatch_kernels.ops import native, reference
-from flowmatch_kernels.ops.fused_step import VELOCITY_DTYPES, WEIGHTED, Operands, arithmetic_dtype
+from flowmatch_kernels.ops.fused_step import (
+    EXACT,
+    PROMOTE,
+    ROUNDED,
+    VELOCITY_DTYPES,
+    WEIGHTED,
+    Operands,
+    arithmetic_dtype,
+    check_operands,
+)
 
 PAIRS = [(state, velocity) for state, narrower in VELOCITY_DTYPES.items() for velocity in narrower]
+NARROW = [*itertools.product([torch.float32, torch.bfloat16, torch.float16], repeat=2)]
 SHAPES = [(0,), (1,), (31,), (1023,), (1024,), (1025,), (0, 3), (6, 0), (1, 7), (6, 64, 2), (3, 5, 7, 11)]
 SHAPES += [(3, 700), (2, 1025), (2, 1, 3, 1, 5), (5, 3, 2, 2, 2, 3)]
 PRIME = 1_000_003
@@ -73,6 +84,7 @@ def run(step, shape, state, velocity, rounding, combination, row=1, slot=None, l
         row,
         rounding,
         guidance if guided else FORMS[seed % 3],  # without u it counts for nothing
+        False,
         None if trajectory is None else trajectory.tensor,
         slot,
         None if kept is None else kept.tensor,
@@ -105,7 +117,7 @@ def compare(*arguments, **keywords):
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["out", "out_is_base"])
-@pytest.mark.parametrize("rounding", [False, True], ids=["state_rounding", "velocity_rounding"])
+@pytest.mark.parametrize("rounding", [PROMOTE, EXACT, ROUNDED], ids=["promote", "exact", "rounded"])
 @pytest.mark.parametrize("state, velocity", PAIRS, ids=name)
 def test_every_combination(state, velocity, rounding, in_place):
     for seed, combination in enumerate(combinations()):
@@ -247,7 +259,11 @@ def test_definition_guidance_of_special_values(velocity, formula, step):
         w0, w1 = weights(w)
         table = plain_row(arithmetic, b0=1.0, w0=w0, w1=w1)
         out, kept = torch.full_like(v, float("nan")), torch.full(v.shape, float("nan"), dtype=arithmetic)
-        step(Operands(out, torch.full_like(v, -0.0), v, u, None, None, None, table, 0, False, guidance, None, 0, kept))
+        step(
+            Operands(
+                out, torch.full_like(v, -0.0), v, u, None, None, None, table, 0, PROMOTE, guidance, False, None, 0, kept
+            )
+        )
         wanted = combined(u, v, w)
         assert_same_bits(out, wanted, f"w {w}")
         assert_same_bits(kept, wanted.to(arithmetic), f"w {w}")
@@ -297,7 +313,7 @@ def test_definition_diffusers(velocity, dt):
     step = torch.tensor(dt)
     product = step.to(velocity) * v
     wanted = (sample.float() + product).to(velocity)
-    got = reference_step(sample.float(), v, plain_row(b0=dt), velocity_rounding=True)
+    got = reference_step(sample.float(), v, plain_row(b0=dt), rounding=ROUNDED)
     assert_same_bits(got.to(velocity), wanted)
     naive = (sample.float() + step.view(1, 1) * v).to(velocity)
     assert (bits(naive) != bits(wanted)).any(), "these operands cannot tell the two roundings apart"
@@ -400,7 +416,7 @@ def test_narrow_double(velocity):
     results = []
     for step in (native.fused_step_, reference.fused_step_):
         out = torch.full(h.shape, float("nan"), dtype=torch.float64)
-        step(Operands(out, zero, v, None, h, None, None, table, 0, True))
+        step(Operands(out, zero, v, None, h, None, None, table, 0, ROUNDED))
         results.append(out)
     assert_same_bits(results[0], results[1])
     assert_same_bits(results[1], 0.0 + h.to(velocity).double())
@@ -417,11 +433,11 @@ def test_coefficients_of_every_kind(state, velocity):
     specials = special_values(arithmetic)
     for seed in range(64):
         table = specials[torch.randint(len(specials), (1, 8), generator=generator)]
-        for rounding in (False, True):
+        for rounding in (PROMOTE, EXACT, ROUNDED):
             results = []
             for step in (native.fused_step_, reference.fused_step_):
                 out, kept = torch.full_like(x, float("nan")), torch.full_like(h[0], float("nan"))
-                step(Operands(out, x, v, u, *h, table, 0, rounding, FORMS[seed % 3], None, 0, kept))
+                step(Operands(out, x, v, u, *h, table, 0, rounding, FORMS[seed % 3], False, None, 0, kept))
                 results.append((out, kept))
             assert_same_bits(results[0][0], results[1][0])
             assert_same_bits(results[0][1], results[1][1])
@@ -435,6 +451,95 @@ def test_flush_denormal(state, velocity):
         pytest.skip("this CPU cannot flush denormals")
     for combination in ((None, 0, None, None, True), *((guidance, 2, 3, "new", True) for guidance in FORMS)):
         compare((3, 1025), state, velocity, False, combination)
+
+
+# ---- step roundings, out of the velocity's dtype, and the sums first ----
+
+
+@pytest.mark.parametrize(
+    "numel, aligned", [(0, False), (1, False), (31, False), (1024, True), (1025, True), (40_000, True)]
+)
+def test_sum_first_and_out_of_the_velocity_dtype(numel, aligned):
+    def registered(o):
+        torch.ops.flowmatch_kernels.fused_step_(*o)
+
+    for case in triton_cases.special(numel, aligned):
+        assert triton_cases.failures(native.fused_step_, case) == []
+        assert triton_cases.failures(registered, case) == []
+
+
+@pytest.mark.parametrize("dt", [0.1, -0.0343, 1 / 3])
+@pytest.mark.parametrize(
+    "state, velocity", [*itertools.product([torch.float32, torch.bfloat16, torch.float16], repeat=2)]
+)
+def test_a_step_in_the_velocity_dtype_is_eager_pytorchs(state, velocity, dt):
+    """float(sample) + dt * v, cast to v's dtype: dt a Python number, and a 0-dim tensor, as diffusers writes it."""
+    generator = torch.Generator().manual_seed(0)
+    sample, v = values((4099,), state, generator), values((4099,), velocity, generator)
+    for rounding, factor in ((EXACT, dt), (ROUNDED, torch.tensor(dt))):
+        wanted = (sample.float() + factor * v).to(velocity)
+        for step in (native.fused_step_, reference.fused_step_):
+            out = torch.full_like(v, float("nan"))
+            step(Operands(out, sample, v, None, None, None, None, plain_row(b0=dt), 0, rounding))
+            assert_same_bits(out, wanted, f"{rounding} {step}")
+
+
+@pytest.mark.parametrize("dtype", VELOCITY_DTYPES, ids=name)
+def test_the_sum_first_is_eager_pytorchs(dtype):
+    """The expressions of torchdiffeq's fixed-grid methods, in their order; dt a 0-dim tensor of the state's dtype."""
+    generator = torch.Generator().manual_seed(0)
+    y, k1, k2, k3, k4 = (values((4099,), dtype, generator) for _ in range(5))
+    dt, third = torch.tensor(0.37, dtype=dtype), 1 / 3
+    arithmetic = arithmetic_dtype(dtype)
+    for wanted, terms, row in (
+        (y + dt * k1 * third, (k1,), {"b0": 1.0, "c": third}),
+        (y + dt * (k2 - k1 * third), (k2, k1), {"b0": 1.0, "b1": -third, "c": 1.0}),
+        (y + dt * (k1 - k2 + k3), (k3, k2, k1), {"b0": 1.0, "b1": -1.0, "b2": 1.0, "c": 1.0}),
+        (
+            y + (k1 + 3 * (k2 + k3) + k4) * dt * 0.125,
+            (k4, k3, k2, k1),
+            {"b0": 1.0, "b1": 3.0, "b2": float("nan"), "b3": 1.0, "c": 0.125},
+        ),
+        (y + dt * (k1 * 0.25 + k2 * 0.0 + k3 * 0.75), (k3, k2, k1), {"b0": 0.75, "b1": 0.0, "b2": 0.25, "c": 1.0}),
+    ):
+        table = plain_row(arithmetic, **row | {"a": float(dt)})
+        v, *h = terms
+        h = [*[term.to(arithmetic) for term in h], None, None, None][:3]
+        for step in (native.fused_step_, reference.fused_step_):
+            out = torch.full_like(y, float("nan"))
+            step(Operands(out, y, v, None, *h, table, 0, sum_first=True))
+            assert_same_bits(out, wanted, f"{row} {step}")
+
+
+def test_dtypes_that_do_not_go_together():
+    """Every C++ entry and the check in Python, in the same words."""
+    x, y, z = torch.zeros(3), torch.zeros(3, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.float64)
+    for out, base, v, rounding, sum_first, error, words in (
+        (y, x, x, EXACT, False, TypeError, "out must be torch.float32"),
+        (y, y, x, PROMOTE, False, TypeError, "wider than the state's torch.bfloat16"),
+        (y, x, y, PROMOTE, False, TypeError, "out of v's dtype needs rounding 1 or 2, got 0"),
+        (x, z, x, EXACT, False, TypeError, "base's dtype where base or v is torch.float64"),
+        (x, x, y, EXACT, True, TypeError, "sum_first needs base, v and out of one dtype"),
+        (x, x, x, 3, False, ValueError, "rounding must be 0, 1 or 2, got 3"),
+    ):
+        o = Operands(
+            out,
+            base,
+            v,
+            None,
+            None,
+            None,
+            None,
+            plain_row(arithmetic_dtype(base.dtype)),
+            0,
+            rounding,
+            WEIGHTED,
+            sum_first,
+        )
+        with pytest.raises(error, match=re.escape(words)):
+            check_operands(o)
+        with pytest.raises(error, match=re.escape(words)):
+            torch.ops.flowmatch_kernels.fused_step_(*o)
 
 
 # ---- every instruction set, though the module picks one ----
@@ -456,13 +561,13 @@ static bool told(const char* feature) {
 #include "fused_step_cpu.cpp"
 extern "C" const char* set_name() { return flowmatch_kernels::instruction_set(); }
 extern "C" int step(void* out, void* base, void* v, void* u, void* h1, void* h2, void* h3, void* row,
-                    void* trajectory, void* history, long numel, long sample, long slots, long slot, int state,
-                    int velocity, int rounding, int guidance) {
-  const flowmatch_kernels::Operands o{out,        base,    v,     u,      {h1, h2, h3}, row,
-                                      trajectory, history, numel, sample, slots,        slot,
-                                      static_cast<flowmatch_kernels::Guidance>(guidance)};
-  return flowmatch_kernels::fused_step_cpu(o, static_cast<flowmatch_kernels::Dtype>(state),
-                                           static_cast<flowmatch_kernels::Dtype>(velocity), rounding, 0, numel);
+                    void* trajectory, void* history, long numel, long sample, long slots, long slot, int base_dtype,
+                    int velocity, int out_dtype, int rounding, int guidance, int sum_first) {
+  using namespace flowmatch_kernels;
+  const Operands o{out, base, v, u, {h1, h2, h3}, row, trajectory, history, numel, sample, slots, slot,
+                   static_cast<Guidance>(guidance), static_cast<Rounding>(rounding), sum_first != 0};
+  const Dtypes dtypes{static_cast<Dtype>(base_dtype), static_cast<Dtype>(velocity), static_cast<Dtype>(out_dtype)};
+  return fused_step_cpu(o, dtypes, 0, numel);
 }
 """
 
@@ -515,7 +620,7 @@ def test_every_instruction_set(kernel_library, instruction_set, monkeypatch, tmp
         return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
     def step(operands):
-        out, base, v, u, h1, h2, h3, table, row, rounding, guidance, trajectory, slot, history = operands
+        out, base, v, u, h1, h2, h3, table, row, rounding, guidance, sum_first, trajectory, slot, history = operands
         if base.numel() == 0:
             return
         long, dtypes = ctypes.c_long, native.DTYPES
@@ -527,12 +632,14 @@ def test_every_instruction_set(kernel_library, instruction_set, monkeypatch, tmp
             long(slot),
             dtypes[base.dtype],
             dtypes[v.dtype],
-            int(rounding),
+            dtypes[out.dtype],
+            rounding,
             guidance,
+            int(sum_first),
         )
 
     for (state, velocity), rounding, shape in itertools.product(
-        PAIRS, (False, True), [(1,), (31,), (3, 700), (2, 1025)]
+        PAIRS, (PROMOTE, EXACT, ROUNDED), [(1,), (31,), (3, 700), (2, 1025)]
     ):
         for seed, combination in enumerate(combinations()):
             if seed % 11:
@@ -542,6 +649,9 @@ def test_every_instruction_set(kernel_library, instruction_set, monkeypatch, tmp
             wanted = run(reference.fused_step_, *arguments, in_place=bool(seed % 2), seed=seed)
             for key in wanted:
                 assert_same_bits(got[key], wanted[key], f"{key} of {instruction_set} {arguments}")
+    assert [
+        failure for case in triton_cases.special(1025, False) for failure in triton_cases.failures(step, case)
+    ] == []
 
 
 def test_module_uses_the_widest_set():

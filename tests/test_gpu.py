@@ -32,6 +32,8 @@ from flowmatch_kernels.ops import dispatch, reference
 from flowmatch_kernels.ops.fused_step import (
     COLUMNS,
     FROM_UNGUIDED,
+    PROMOTE,
+    ROUNDED,
     VELOCITY_DTYPES,
     WEIGHTED,
     Operands,
@@ -93,7 +95,7 @@ def check(place, *arguments, **keywords):
 def check_combinations(place, state, velocity, chosen):
     for seed in chosen:
         n = seed + seed // len(COMBINATIONS)  # the second time round each combination meets other circumstances
-        aligned, rounding, in_place = n % 4 != 0, bool(n // 4 % 2), n % 7 == 0
+        aligned, rounding, in_place = n % 4 != 0, n // 4 % 3, n % 7 == 0
         check(
             place,
             (ALIGNED if aligned else UNALIGNED)[n % 3],
@@ -119,7 +121,7 @@ def test_combinations(place, state, velocity):
 @placed(PLACES)
 @pytest.mark.parametrize("state, velocity", PAIRS, ids=name)
 def test_every_combination(place, state, velocity):
-    """Each ten times: aligned and not, with either rounding, in place and not."""
+    """Each ten times: aligned and not, with each rounding, in place and not."""
     check_combinations(place, state, velocity, range(len(COMBINATIONS) * (10 if place.gpu else 1)))
 
 
@@ -162,10 +164,10 @@ def row(dtype, device, **columns):
     return table.to(device)
 
 
-def stepped(place, base, v, table, u=None, h=(), velocity_rounding=False, guidance=WEIGHTED):
+def stepped(place, base, v, table, u=None, h=(), rounding=PROMOTE, guidance=WEIGHTED):
     out = torch.full_like(base, torch.nan)
     terms = [*h, *[None] * (3 - len(h))]
-    place.fused_step_(Operands(out, base, v, u, *terms, table, 0, velocity_rounding, guidance, None, 0, None))
+    place.fused_step_(Operands(out, base, v, u, *terms, table, 0, rounding, guidance, False, None, 0, None))
     return out.cpu()
 
 
@@ -218,7 +220,7 @@ def test_eager_diffusers(place, dtype):
         step = torch.tensor(dt, device=place.device)
         wanted = (sample.float() + (step * v)).to(dtype)
         table = row(torch.float32, place.device, b0=dt)
-        got = stepped(place, sample.float(), v, table, velocity_rounding=True).to(dtype)
+        got = stepped(place, sample.float(), v, table, rounding=ROUNDED).to(dtype)
         assert_same_bits(got, wanted.cpu(), f"dt {dt}")
 
 
@@ -673,7 +675,7 @@ def test_over_2_to_the_31(place, rest):
     base, v, out = random(), random(), torch.full((2, sample), torch.nan, dtype=torch.float16, device=place.device)
     trajectory = torch.full((2, 1, sample), torch.nan, dtype=torch.float16, device=place.device)
     table = row(torch.float32, place.device, b0=0.1)
-    place.fused_step_(Operands(out, base, v, None, None, None, None, table, 0, False, 0, trajectory, 0, None))
+    place.fused_step_(Operands(out, base, v, None, None, None, None, table, 0, PROMOTE, 0, False, trajectory, 0, None))
     flat = [x.view(-1) for x in (out, trajectory, base, v)]
     for start in range(0, numel, part):
         got, slot, x, velocity = (tensor[start : start + part] for tensor in flat)

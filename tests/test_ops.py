@@ -15,6 +15,7 @@ from flowmatch_kernels.ops import dispatch, native, reference
 from flowmatch_kernels.ops.fused_step import (
     FROM_GUIDED,
     FROM_UNGUIDED,
+    PROMOTE,
     VELOCITY_DTYPES,
     WEIGHTED,
     Operands,
@@ -37,7 +38,13 @@ def operands(state=torch.float32, velocity=None, guidance=WEIGHTED, terms=3, sha
     table = torch.randn(3, 8, generator=generator, dtype=arithmetic)
     names = {"base": draw(state), "v": draw(velocity), "u": None if guidance is None else draw(velocity)}
     names |= {f"h{k + 1}": draw(arithmetic) if k < terms else None for k in range(3)}
-    names |= {"coefficients": table, "row": 1, "velocity_rounding": False, "guidance": guidance or WEIGHTED}
+    names |= {
+        "coefficients": table,
+        "row": 1,
+        "rounding": PROMOTE,
+        "guidance": guidance or WEIGHTED,
+        "sum_first": False,
+    }
     return names | replaced
 
 
@@ -229,7 +236,7 @@ def test_gradient_equals_the_expression(guidance):
     base, u, h1 = (names[k].requires_grad_() for k in ("base", "u", "h1"))
     v = torch.randn(3, 1, dtype=torch.bfloat16, requires_grad=True)
     weights = torch.randn(2, 3, 5)
-    arguments = base, v.expand(2, 3, 5), u, h1, None, None, table, row, False, guidance
+    arguments = base, v.expand(2, 3, 5), u, h1, None, None, table, row, PROMOTE, guidance
     got = torch.autograd.grad((OP(*arguments) * weights).sum(), (base, v, u, h1))
     wanted = torch.autograd.grad((reference.fused_step(*arguments) * weights).sum(), (base, v, u, h1))
     for x, y in zip(got, wanted, strict=True):
@@ -372,7 +379,7 @@ def test_bad_operands_functional(bad):
 
 DIRECT = {
     "no operands": (lambda names: 3, TypeError, "takes one argument, the Operands, got int"),
-    "too few": (lambda names: (names["out"],), TypeError, "Operands of 14 fields, got 1"),
+    "too few": (lambda names: (names["out"],), TypeError, "Operands of 15 fields, got 1"),
     "v wider": (lambda names: {"v": names["v"].double()}, TypeError, "v is torch.float64, wider than.*torch.float32"),
     "base integer": (lambda names: {"base": names["base"].int()}, TypeError, "base must be float32.*got torch.int32"),
     "v integer": (lambda names: {"v": names["v"].int()}, TypeError, "v must be float32, .*got torch.int32"),

@@ -148,7 +148,7 @@ x = torch.randn(4, 3, 2)
 op = torch.ops.flowmatch_kernels.fused_step
 torch.library.opcheck(op.default, (x, x, x, None, None, None, table, 1, False))
 out, slots = torch.empty_like(x), torch.zeros(4, 2, 3, 2)
-torch.ops.flowmatch_kernels.fused_step_(out, x, x, x, None, None, None, table, 1, False, 0, slots, 1, None)
+torch.ops.flowmatch_kernels.fused_step_(out, x, x, x, None, None, None, table, 1, 0, 0, False, slots, 1, None)
 assert torch.equal(out, op(x, x, x, None, None, None, table, 1, False)) and torch.equal(slots[:, 1], out)
 for bad in ((x, x.double()), (x, x[0]), (x.int(), x)):
     try:
@@ -231,6 +231,7 @@ def test_signatures():
         "noise_at": 0,
         "euler_at_final": False,
         "train_drop_guidance": False,
+        "step_rounding": "promote",
         "backend": "auto",
     }
     assert [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == list(parameters)[:3]
@@ -257,6 +258,7 @@ def test_signatures():
         "callback": None,
         "progress": False,
         "differentiable": None,
+        "step_rounding": None,
         "backend": None,
     }
 

@@ -256,7 +256,7 @@ def test_the_cuda_half_is_taken_when_it_loads(stream):
     torch_double = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 0; }' if stream else ""
     kernel = (
         '#include "fused_step_cuda.h"\n'
-        "void flowmatch_kernels::fused_step_cuda(const Operands&, Dtype, Dtype, bool, int, void*) {}\n"
+        "void flowmatch_kernels::fused_step_cuda(const Operands&, Dtypes, int, void*) {}\n"
     )
     headers = [Path(torch.__file__).parent / "include", Path(sysconfig.get_paths()["include"]), ROOT / "csrc"]
     sources = [ROOT / "csrc" / name for name in ("launch_cuda.cpp", "launch.h", "fused_step_cuda.h", "fused_step.h")]

@@ -8,7 +8,7 @@ import build_cache
 import pytest
 
 from bench import static, static_cuda
-from flowmatch_kernels.ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, VELOCITY_DTYPES, WEIGHTED
+from flowmatch_kernels.ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, PROMOTE, VELOCITY_DTYPES, WEIGHTED
 
 reason = static_cuda.unavailable()
 pytestmark = pytest.mark.skipif(reason is not None, reason=f"the CUDA kernel is not compiled: {reason}")
@@ -20,8 +20,8 @@ SPECIALISATIONS = [
     static.Specialisation(state, velocity, *operands)
     for state, velocities in VELOCITY_DTYPES.items()
     for velocity in velocities
-    # guidance, terms, trajectory, history, velocity_rounding, aligned
-    for operands in product((None, WEIGHTED), range(4), *[(False, True)] * 2, (False,), (False, True))
+    # guidance, terms, trajectory, history, rounding, aligned
+    for operands in product((None, WEIGHTED), range(4), *[(False, True)] * 2, (PROMOTE,), (False, True))
 ]
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed: its kernel is not
 
 from bench import static
 from bench.static import Row, Specialisation, compile_triton, instructions, measure, picked_by_sample
-from flowmatch_kernels.ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, WEIGHTED, arithmetic_dtype
+from flowmatch_kernels.ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, PROMOTE, WEIGHTED, arithmetic_dtype
 
 pytestmark = pytest.mark.usefixtures("kept_disassemblies")
 
@@ -127,7 +127,7 @@ def test_wider_accesses_of_sm_100() -> None:
     from flowmatch_kernels.ops import triton as backend
 
     constants = dict.fromkeys(("u", "h1", "h2", "h3", "trajectory", "history"))
-    constants |= {"velocity_rounding": False, "guidance": WEIGHTED, "VECTOR": 8, "BLOCK": 1024}
+    constants |= {"rounding": PROMOTE, "guidance": WEIGHTED, "sum_first": False, "VECTOR": 8, "BLOCK": 1024}
     signature = {
         name: "constexpr" if name in constants else "*fp32" if name in ("out", "base", "v", "coefficients") else "i64"
         for name in backend.fused_step_kernel.arg_names

@@ -20,8 +20,11 @@ from bench import static
 from bench.static import Code, Specialisation, compile_triton, contractions
 from flowmatch_kernels.ops import triton as backend
 from flowmatch_kernels.ops.fused_step import (
+    EXACT,
     FROM_GUIDED,
     FROM_UNGUIDED,
+    PROMOTE,
+    ROUNDED,
     VELOCITY_DTYPES,
     WEIGHTED,
     Operands,
@@ -111,10 +114,12 @@ def test_operands_and_dtypes_do_specialise(driver: RecordingDriver) -> None:
         launch(u=torch.zeros(1, 1024))
         launch(h1=torch.zeros(1, 1024))
         launch(velocity=BF16)
-        launch(velocity_rounding=True)
+        launch(rounding=ROUNDED)
+        launch(rounding=EXACT)
+        launch(sum_first=True)
         launch(u=torch.zeros(1, 1024), guidance=FROM_UNGUIDED)
         launch(u=torch.zeros(1, 1024), guidance=FROM_GUIDED)
-    assert compilations() == 7
+    assert compilations() == 9
 
 
 def test_guidance_without_an_unguided_velocity_does_not_specialise(driver: RecordingDriver) -> None:
@@ -140,14 +145,14 @@ def test_grid_covers_every_element(state: torch.dtype, velocity: torch.dtype, dr
 def test_arguments(driver: RecordingDriver) -> None:
     trajectory = torch.zeros(4, 11, 256)
     history = torch.zeros(4, 256)
-    given = {"row": 9, "velocity_rounding": True, "u": torch.zeros(4, 256), "guidance": FROM_GUIDED, "slot": 10}
+    given = {"row": 9, "rounding": ROUNDED, "u": torch.zeros(4, 256), "guidance": FROM_GUIDED, "slot": 10}
     tensors = launch(1024, batch=4, trajectory=trajectory, history=history, **given)
     (record,) = driver.launches
     for name in ("out", "base", "v", "u", "h1", "h2", "h3", "coefficients", "trajectory", "history"):
         assert record.arguments[name] is tensors[name]
     for name, value in {"row": 9, "numel": 1024, "sample": 256, "slots": 11, "slot": 10}.items():
         assert record.arguments[name] == value
-    assert record.arguments["velocity_rounding"] is True
+    assert record.arguments["rounding"] == ROUNDED
     assert record.arguments["guidance"] == FROM_GUIDED
 
 
@@ -281,14 +286,14 @@ def check_evictions(code: Code, state: torch.dtype, velocity: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch.startswith("sm_")])
-@pytest.mark.parametrize("velocity_rounding", [False, True])
-def test_rounding_to_16_bits_is_to_nearest_even(arch: str, velocity_rounding: bool) -> None:
+@pytest.mark.parametrize("rounding", [PROMOTE, ROUNDED])
+def test_rounding_to_16_bits_is_to_nearest_even(arch: str, rounding: int) -> None:
     for state, velocity, name in ((BF16, BF16, "bf16"), (F16, F16, "f16"), (F32, BF16, "bf16"), (F64, BF16, "bf16")):
-        code = compile_triton(everything(state, velocity, velocity_rounding=velocity_rounding), arch)
+        code = compile_triton(everything(state, velocity, rounding=rounding), arch)
         casts = re.findall(rf"\bcvt\.(\w+)\.{name}(?:x2)?\.(f\d\d)\b", code.assembly)
         assert casts
         assert set(casts) == {("rn", "f32")}  # a float64 goes by way of float32, as in PyTorch
-    code = compile_triton(everything(F64, F16, velocity_rounding=velocity_rounding), arch)
+    code = compile_triton(everything(F64, F16, rounding=rounding), arch)
     assert set(re.findall(r"\bcvt\.(\w+)\.f16(?:x2)?\.(f\d\d)\b", code.assembly)) == {("rn", "f32")}
 
 

@@ -22,8 +22,11 @@ from triton_recorder import Launch, recording
 from flowmatch_kernels.ops import triton as backend
 from flowmatch_kernels.ops import triton_launcher
 from flowmatch_kernels.ops.fused_step import (
+    EXACT,
     FROM_GUIDED,
     FROM_UNGUIDED,
+    PROMOTE,
+    ROUNDED,
     WEIGHTED,
     Operands,
     arithmetic_dtype,
@@ -126,15 +129,17 @@ def test_launches_of_one_variant_are_one_to_the_jit(
     keys: dict[Any, str] = {}
     for turn, (present, numel) in enumerate(product(PRESENT, SIZES)):
         forms = (WEIGHTED, FROM_UNGUIDED, FROM_GUIDED)
-        for guidance, rounding, shifted in product(forms, (False, True), ((), ("out",), (present or ("v",))[-1:])):
+        for guidance, rounding, shifted in product(
+            forms, (PROMOTE, EXACT, ROUNDED), ((), ("out",), (present or ("v",))[-1:])
+        ):
             integers = INTEGERS[(turn + guidance) % len(INTEGERS)]
-            given = {"velocity_rounding": rounding, "guidance": guidance} | integers
+            given = {"rounding": rounding, "guidance": guidance} | integers
             backend.launch(operands(numel, state, velocity, present, shifted, **given))
             variant, arguments = seen.pop()
             key = jit_key(arguments, binder)
             assert keys.setdefault(variant, key) == key, (variant, arguments)
-    # Every set of operands with both roundings and alignments; the forms of guidance are of those with u.
-    assert len(keys) == len(set(keys.values())) == (16 + 16 * 3) * 2 * 2
+    # Every set of operands with each rounding and alignments; the forms of guidance are of those with u.
+    assert len(keys) == len(set(keys.values())) == (16 + 16 * 3) * 3 * 2
 
 
 def test_dtypes_that_break_the_contract_are_other_variants(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +165,7 @@ def cases() -> Iterator[dict[str, Any]]:
     yield {"present": ("u", "h1", "h2", "h3", "trajectory", "history"), "guidance": FROM_UNGUIDED}
     yield {"present": ("u", "trajectory"), "guidance": FROM_GUIDED, "velocity": BF16}
     yield {"present": ("trajectory",), "shifted": ("trajectory",)}
-    yield {"present": ("h1", "history"), "velocity_rounding": True}
+    yield {"present": ("h1", "history"), "rounding": ROUNDED}
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=lambda case: " ".join(map(str, case.values())))

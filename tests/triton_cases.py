@@ -17,8 +17,11 @@ from torch import Tensor
 from flowmatch_kernels.ops import reference
 from flowmatch_kernels.ops.fused_step import (
     COLUMNS,
+    EXACT,
     FROM_GUIDED,
     FROM_UNGUIDED,
+    PROMOTE,
+    ROUNDED,
     VELOCITY_DTYPES,
     WEIGHTED,
     Operands,
@@ -26,6 +29,12 @@ from flowmatch_kernels.ops.fused_step import (
 )
 
 PAIRS = [(state, velocity) for state, velocities in VELOCITY_DTYPES.items() for velocity in velocities]
+#: state and velocity dtypes that may have out in the velocity's
+TAKEN = [
+    (state, velocity)
+    for state, velocity in product((torch.float32, torch.bfloat16, torch.float16), repeat=2)
+    if state != velocity
+]
 FORMS = (WEIGHTED, FROM_UNGUIDED, FROM_GUIDED)
 PRIME = 100_003
 _CANARY = 0xA5
@@ -45,9 +54,12 @@ class Case(NamedTuple):
     trajectory: bool
     history: bool
     """Is the history written?"""
-    velocity_rounding: bool
+    rounding: int
     numel: int
     aligned: bool
+    sum_first: bool = False
+    taken: bool = False
+    """out has the velocity's dtype."""
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}".replace("torch.", "") for name, value in self._asdict().items())
@@ -58,11 +70,24 @@ def combinations(state: torch.dtype, velocity: torch.dtype, numel: int, aligned:
 
     All without guidance and with its weighted form; the two forms by differences take turns at what is written.
     """
-    for guidance, *switches in product((None, *FORMS), range(4), (False, True), (False, True), (False, True)):
-        case = Case(state, velocity, guidance, *switches, numel, aligned)
-        turn = (case.terms + (guidance or 0)) % 4
+    for guidance, *switches, to_velocity in product((None, *FORMS), range(4), *[(False, True)] * 3):
+        turn = (switches[0] + (guidance or 0)) % 4
+        rounding = (EXACT, ROUNDED)[(turn + switches[1]) % 2] if to_velocity else PROMOTE
+        case = Case(state, velocity, guidance, *switches, rounding, numel, aligned)
         if guidance in (None, WEIGHTED) or (case.trajectory, case.history) == (turn % 2 == 1, turn > 1):
             yield case
+
+
+def special(numel: int, aligned: bool) -> Iterator[Case]:
+    """The sums first, for each dtype and number of terms; and out of the velocity's dtype: 72 sets of operands."""
+    for k, (dtype, terms) in enumerate(product(VELOCITY_DTYPES, range(4))):
+        for j in range(2):
+            guidance = (None, *FORMS)[(k + terms + j) % 4]
+            switches = ((k + j) % 2 == 0, (k // 2 + j) % 2 == 0)
+            yield Case(dtype, dtype, guidance, terms, *switches, PROMOTE, numel, aligned, sum_first=True)
+    for k, ((state, velocity), rounding, j) in enumerate(product(TAKEN, (EXACT, ROUNDED), range(4))):
+        guidance, terms = (None, *FORMS)[j], (k + k // 4) % 4
+        yield Case(state, velocity, guidance, terms, k % 3 > 0, k % 5 > 2, rounding, numel, aligned, taken=True)
 
 
 class Guarded:
@@ -137,8 +162,9 @@ def operands(case: Case) -> tuple[Operands, dict[str, Guarded]]:
         coefficients[row, COLUMNS.index("a")] = 1.0
     if choose.random() < 0.5:
         coefficients[row, COLUMNS.index("c")] = 0.0
+    out = case.velocity if case.taken else case.state
     result = Operands(
-        out=buffer("out", case.state).fill_(torch.nan),
+        out=buffer("out", out).fill_(torch.nan),
         base=read("base", case.state),
         v=read("v", case.velocity),
         u=None if case.guidance is None else read("u", case.velocity),
@@ -147,18 +173,17 @@ def operands(case: Case) -> tuple[Operands, dict[str, Guarded]]:
         h3=h[2],
         coefficients=coefficients,
         row=row,
-        velocity_rounding=case.velocity_rounding,
+        rounding=case.rounding,
+        sum_first=case.sum_first,
         guidance=choose.choice(FORMS) if case.guidance is None else case.guidance,  # without u it counts for nothing
-        trajectory=(
-            buffer("trajectory", case.state, (shape[0], slots, shape[1])).fill_(-7.0) if case.trajectory else None
-        ),
+        trajectory=(buffer("trajectory", out, (shape[0], slots, shape[1])).fill_(-7.0) if case.trajectory else None),
         slot=choose.randrange(slots) if case.trajectory else 0,
         history=buffer("history", arithmetic).fill_(torch.nan) if case.history else None,
     )
     if case.terms and case.history and choose.random() < 0.5:  # the oldest velocity gives way to the newest
         buffers.pop("history")
         result = result._replace(history=h[case.terms - 1])
-    if choose.random() < 0.25:
+    if choose.random() < 0.25 and not case.taken:
         buffers.pop("out")
         result = result._replace(out=result.base)
     return result, buffers

@@ -21,12 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
-from triton_cases import FORMS, PAIRS, PRIME, Case, combinations, differing, failures, values
+from triton_cases import FORMS, PAIRS, PRIME, Case, combinations, differing, failures, special, values
 
 from flowmatch_kernels import FlowMatching
 from flowmatch_kernels.ops import reference
 from flowmatch_kernels.ops import triton as backend
-from flowmatch_kernels.ops.fused_step import Operands
+from flowmatch_kernels.ops.fused_step import PROMOTE, Operands
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     raise RuntimeError("run tests/test_triton_interpreter.py: this file needs TRITON_INTERPRET=1 from the start")
@@ -82,6 +82,11 @@ def test_around_a_block(state: torch.dtype, velocity: torch.dtype) -> None:
         for numel, aligned in [choose.choice(sizes)]
         if choose.random() < 0.4
     )
+
+
+@pytest.mark.parametrize(("numel", "aligned"), [(31, False), (1024, True)])
+def test_sum_first_and_out_of_the_velocity_dtype(numel: int, aligned: bool) -> None:
+    check(special(numel, aligned))
 
 
 @every_pair
@@ -150,7 +155,7 @@ def test_weights_are_cast_to_the_velocity_dtype(guidance: int) -> None:
     x, v, u = torch.zeros(64, dtype=torch.float64), torch.randn(64), torch.randn(64)
     coefficients = torch.tensor([[1.0, 1.0, 0, 0, 0, 1 - 7.1, 7.1, 0]], dtype=torch.float64)
     out = torch.empty_like(x)
-    backend.fused_step_(Operands(out, x, v, u, None, None, None, coefficients, 0, False, guidance))
+    backend.fused_step_(Operands(out, x, v, u, None, None, None, coefficients, 0, PROMOTE, guidance))
     expected = ((1 - 7.1) * u + 7.1 * v, u + 7.1 * (v - u), v + 7.1 * (v - u))[guidance]
     assert torch.equal(out, expected.double())
 
@@ -250,7 +255,7 @@ def test_beyond_32_bits(edge: int, aligned: bool, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(interpreter_builder, "create_get_program_id", program_id)
     backend.fused_step_kernel[(blocks,)](
         *(out, base, v, None, None, None, None, rows, trajectory, None),
-        *(0, numel, sample, slots, slot, False, 0, vector, block),
+        *(0, numel, sample, slots, slot, PROMOTE, 0, False, vector, block),
     )
     expected = reference.fused_step(base[window], v[window], None, None, None, None, rows, 0)
     assert torch.equal(out[window], expected)

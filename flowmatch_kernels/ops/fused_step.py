@@ -11,13 +11,25 @@ Types. S is the state's dtype (base, out, trajectory), V the velocity's (v, u), 
 (h1..h3, history, coefficients): float64 for a float64 state, else float32. V may not be wider than S.
 The weights w0, w1 are cast to V's own arithmetic dtype first (float32 unless V is float64).
 
-Rounding. Each product and each partial sum is rounded to S. With `velocity_rounding`, each product
-b_k*h_k is rounded to V instead, its coefficient rounded to V first; a*base stays in S.
+Rounding. Each product and each partial sum is rounded to S; a product b_k*h_k as the argument `rounding` says:
+PROMOTE, to S, as PyTorch multiplies a step size that has dimensions;
+EXACT, to V, as a step size that is a Python number;
+ROUNDED, to V, b_k rounded to V first, as a step size that is a 0-dim tensor.
+
+Out of v's dtype. With EXACT or ROUNDED, out and the trajectory may have v's dtype instead, and v any, among float32,
+bfloat16 and float16: S is then the dtype that base's and out's promote to, and the last sum is rounded to out's.
+
+Sum first. With `sum_first`, base, v and out being of one dtype, the terms are added before they are multiplied, from
+the oldest on, as torchdiffeq does; a and c are the factors, and history is h0:
+
+    out = base + ((b2*h2 + b1*h1 + b0*h0) * a) * c              up to two history terms
+    out = base + ((b3*h3 + b1*(h2 + h1) + b0*h0) * a) * c       three
 
 Overlaps. What is written (out, the trajectory's slot, history) lies in memory of its own. Two exceptions: out may be
-base, and history may be one of h1..h3, each the same memory to the byte. Whatever is only read may overlap. A v or u
-that is not contiguous counts for nothing here: a backend copies it before it writes. Everything else raises a
-ValueError, in every backend's `fused_step_` and in the registered op; a fake tensor has no memory to compare.
+base, where they have one dtype, and history may be one of h1..h3, each the same memory to the byte. Whatever is only
+read may overlap. A v or u that is not contiguous counts for nothing here: a backend copies it before it writes.
+Everything else raises a ValueError, in every backend's `fused_step_` and in the registered op; a fake tensor has no
+memory to compare.
 
 Errors. TypeError: a wrong dtype, or no tensor. ValueError: a wrong shape, device, layout, row, slot, or an overlap.
 `torch.ops` raises them too, save what torch's dispatcher refuses in its own words: tensors of two devices.
@@ -42,6 +54,9 @@ COLUMNS = ("a", "b0", "b1", "b2", "b3", "w0", "w1", "c")
 #: How the two velocities of guidance are combined: the argument `guidance`.
 WEIGHTED, FROM_UNGUIDED, FROM_GUIDED = range(3)
 
+#: What a product b_k*h_k is rounded to: the argument `rounding`.
+PROMOTE, EXACT, ROUNDED = range(3)
+
 #: state dtype -> the velocity dtypes that do not widen it
 VELOCITY_DTYPES = {
     torch.float64: (torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -55,7 +70,7 @@ class Operands(NamedTuple):
     """What one fused step reads and writes. Every backend takes one; the schemas below are its fields."""
 
     out: Tensor
-    """S, [B, *x_dims], contiguous; written; may be base itself, and overlaps nothing else."""
+    """S or V, [B, *x_dims], contiguous; written; may be base itself, and overlaps nothing else."""
     base: Tensor
     """S, [B, *x_dims], contiguous."""
     v: Tensor
@@ -69,10 +84,11 @@ class Operands(NamedTuple):
     coefficients: Tensor
     """A, [rows, 8], contiguous."""
     row: int
-    velocity_rounding: bool = False
+    rounding: int = PROMOTE
     guidance: int = WEIGHTED
+    sum_first: bool = False
     trajectory: Tensor | None = None
-    """S, [B, slots, *x_dims], contiguous; its slot is written, and overlaps nothing else."""
+    """As out, [B, slots, *x_dims], contiguous; its slot is written, and overlaps nothing else."""
     slot: int = 0
     history: Tensor | None = None
     """A, [B, *x_dims], contiguous; written; may be one of h1..h3 itself, and overlaps nothing else."""
@@ -139,21 +155,19 @@ def check_operands(operands: Operands) -> None:
         TypeError: a dtype is wrong.
         ValueError: a shape, a device, a layout, the row or the slot is wrong.
     """
-    out, base, v, u, h1, h2, h3, coefficients, row, _, guidance, trajectory, slot, history = operands
-    state = base.dtype
-    if state not in VELOCITY_DTYPES:
-        raise TypeError(f"base must be float32, float64, bfloat16 or float16, got {state}")
-    if v.dtype not in VELOCITY_DTYPES[state]:
-        raise TypeError(f"v is {v.dtype}, wider than the state's {state}: cast v, or choose a wider state")
-    arithmetic = arithmetic_dtype(state)
+    out, base, v, u, h1, h2, h3, coefficients, row, rounding, guidance, sum_first, trajectory, slot, history = operands
+    if rounding not in (PROMOTE, EXACT, ROUNDED):
+        raise ValueError(f"rounding must be {PROMOTE}, {EXACT} or {ROUNDED}, got {rounding}")
+    check_dtypes(base.dtype, v.dtype, out.dtype, rounding, sum_first)
+    arithmetic = arithmetic_dtype(base.dtype)
     if (h2 is not None and h1 is None) or (h3 is not None and h2 is None):
         raise ValueError("history terms fill up from h1: h2 needs h1, h3 needs h2")
     if guidance not in (WEIGHTED, FROM_UNGUIDED, FROM_GUIDED):
         raise ValueError(f"guidance must be {WEIGHTED}, {FROM_UNGUIDED} or {FROM_GUIDED}, got {guidance}")
     shape, device = base.shape, base.device
     for name, tensor, dtype in (
-        ("base", base, state),
-        ("out", out, state),
+        ("base", base, base.dtype),
+        ("out", out, out.dtype),
         ("v", v, v.dtype),
         ("u", u, v.dtype),
         ("h1", h1, arithmetic),
@@ -180,8 +194,8 @@ def check_operands(operands: Operands) -> None:
     if not 0 <= row < coefficients.shape[0]:
         raise ValueError(f"row must be in [0, {coefficients.shape[0]}), got {row}")
     if trajectory is not None:
-        if trajectory.dtype != state:
-            raise TypeError(f"trajectory must be {state}, got {trajectory.dtype}")
+        if trajectory.dtype != out.dtype:
+            raise TypeError(f"trajectory must be {out.dtype}, got {trajectory.dtype}")
         if (
             base.dim() == 0
             or trajectory.dim() != base.dim() + 1
@@ -198,6 +212,31 @@ def check_operands(operands: Operands) -> None:
             raise ValueError(f"slot must be in [0, {trajectory.shape[1]}), got {slot}")
 
 
+def check_dtypes(
+    base: torch.dtype, velocity: torch.dtype, out: torch.dtype, rounding: int = PROMOTE, sum_first: bool = False
+) -> None:
+    """Raises where dtypes do not go together; the C++ ops hold the same checks, in the same words.
+
+    Raises:
+        TypeError: they do not, or not with this rounding.
+    """
+    for name, dtype in (("base", base), ("v", velocity), ("out", out)):
+        if dtype not in VELOCITY_DTYPES:
+            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {dtype}")
+    if out not in (base, velocity):
+        raise TypeError(f"out must be {base}, as base, or {velocity}, as v; got {out}")
+    if out == base and velocity not in VELOCITY_DTYPES[base]:
+        raise TypeError(f"v is {velocity}, wider than the state's {base}: cast v, or choose a wider state")
+    if sum_first and not base == velocity == out:
+        raise TypeError(f"sum_first needs base, v and out of one dtype, got {base}, {velocity} and {out}")
+    if out == base:
+        return
+    if torch.float64 in (base, velocity):
+        raise TypeError(f"out must have base's dtype where base or v is torch.float64; got {out}")
+    if rounding == PROMOTE:
+        raise TypeError(f"out of v's dtype needs rounding {EXACT} or {ROUNDED}, got {rounding}")
+
+
 def check_overlap(operands: Operands) -> None:
     """Raises where what is written overlaps what it may not: csrc/overlap.cpp holds the same rule, in the same words.
 
@@ -206,7 +245,7 @@ def check_overlap(operands: Operands) -> None:
     Raises:
         ValueError: two operands overlap; says which, and how.
     """
-    out, base, v, u, h1, h2, h3, coefficients, _, _, _, trajectory, slot, history = operands
+    out, base, v, u, h1, h2, h3, coefficients, _, _, _, _, trajectory, slot, history = operands
     numel = base.numel()
     if not numel:
         return
@@ -240,7 +279,8 @@ def check_overlap(operands: Operands) -> None:
         for other, its_begin, its_end in regions[k + 1 :]:
             if end <= its_begin or its_end <= begin:
                 continue
-            if begin != its_begin or other not in _MAY_BE[name][0]:
+            allowed = other in _MAY_BE[name][0] and (other != "base" or out.dtype == base.dtype)
+            if begin != its_begin or not allowed:
                 raise ValueError(
                     f"{name} overlaps {other}: it begins {abs(begin - its_begin)} bytes "
                     f"{'after' if begin >= its_begin else 'before'} {other} does; wanted memory of its own"
@@ -267,11 +307,11 @@ def _fused_step_inplace_fake(*operands: Any) -> None:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    base, v, u, h1, h2, h3, coefficients, row, _, guidance = inputs
+    base, v, u, h1, h2, h3, coefficients, row, _, guidance, sum_first = inputs
     if coefficients.requires_grad:
         raise NotImplementedError("fused_step has no gradient for its coefficients: detach them")
     ctx.save_for_backward(coefficients)
-    ctx.row, ctx.guidance = row, guidance
+    ctx.row, ctx.guidance, ctx.sum_first = row, guidance, sum_first
     ctx.dtypes = base.dtype, v.dtype
     ctx.present = u is not None, h1 is not None, h2 is not None, h3 is not None
 
@@ -281,7 +321,10 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     (coefficients,) = ctx.saved_tensors
     state, velocity = ctx.dtypes
     guided, *history = ctx.present
-    a, b0, b1, b2, b3, w0, w1, _ = coefficients.select(0, ctx.row).unbind()
+    a, b0, b1, b2, b3, w0, w1, c = coefficients.select(0, ctx.row).unbind()
+    if ctx.sum_first:
+        b2 = b1 if history[2] else b2
+        b0, b1, b2, b3, a = b0 * a * c, b1 * a * c, b2 * a * c, b3 * a * c, torch.ones_like(a)
     gradient = gradient.to(coefficients.dtype)
     to_h0 = b0 * gradient
     if ctx.guidance != WEIGHTED:  # w1*(v - u), added to one of the two
@@ -292,10 +335,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (w1 * to_h0 if guided else to_h0).to(velocity),
         (w0 * to_h0).to(velocity) if guided else None,
         *to_history,
-        None,
-        None,
-        None,
-        None,
+        *(None,) * 5,  # coefficients, row, rounding, guidance, sum_first
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .fused_step import FROM_UNGUIDED, WEIGHTED, Operands, arithmetic_dtype, check_overlap
+from .fused_step import FROM_UNGUIDED, PROMOTE, ROUNDED, WEIGHTED, Operands, arithmetic_dtype, check_overlap
 
 #: Tensor.copy_, which asks for the device even of a FakeTensor, without that question.
 copy_ = torch.ops.aten.copy_.default
@@ -43,10 +44,7 @@ def fused_step(base: Tensor, *operands: Any, **named: Any) -> Tensor:
     Takes the operands of the functional op. Moves each operand once for every elementary operation, as eager PyTorch
     does.
     """
-    o = Operands(base, base, *operands, **named)
-    columns = Columns.of(o.coefficients, o.row, base.dim())
-    h0 = velocity(o.v, o.u, columns, o.guidance)
-    return combine(base, (h0, o.h1, o.h2, o.h3), columns, o.v.dtype if o.velocity_rounding else None)
+    return _result(Operands(base, base, *operands, **named))[0]
 
 
 def fused_step_(o: Operands) -> None:
@@ -56,14 +54,18 @@ def fused_step_(o: Operands) -> None:
         ValueError: operands overlap that may not, as `check_overlap` says.
     """
     check_overlap(o)
-    columns = Columns.of(o.coefficients, o.row, o.base.dim())
-    h0 = velocity(o.v, o.u, columns, o.guidance)
-    result = combine(o.base, (h0, o.h1, o.h2, o.h3), columns, o.v.dtype if o.velocity_rounding else None)
+    result, h0, columns = _result(o)
     if o.history is not None:
-        copy_(o.history, remember(o.base, h0, columns))
+        copy_(o.history, remember(o.base, h0, columns, o.sum_first))
     copy_(o.out, result)
     if o.trajectory is not None:
         copy_(o.trajectory.select(1, o.slot), result)
+
+
+def _result(o: Operands) -> tuple[Tensor, Tensor, Columns]:
+    columns = Columns.of(o.coefficients, o.row, o.base.dim())
+    h0 = velocity(o.v, o.u, columns, o.guidance)
+    return combine(o.base, (h0, o.h1, o.h2, o.h3), columns, o.rounding, o.sum_first, o.out.dtype), h0, columns
 
 
 def velocity(v: Tensor, u: Tensor | None, columns: Columns, guidance: int) -> Tensor:
@@ -82,30 +84,71 @@ def velocity(v: Tensor, u: Tensor | None, columns: Columns, guidance: int) -> Te
 
 
 def combine(
-    base: Tensor, terms: tuple[Tensor | None, ...], columns: Columns, product_dtype: torch.dtype | None = None
+    base: Tensor,
+    terms: Sequence[Tensor | None],
+    columns: Columns,
+    rounding: int = PROMOTE,
+    sum_first: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """a*base + b0*h0 + ..., left to right; each product rounded to `product_dtype`, by default the state's."""
+    """a*base + b0*h0 + ..., left to right, or the sum first; rounded as `ops.fused_step` says.
+
+    Args:
+        base: The state at the start of the step.
+        terms: h0, h1, h2, h3.
+        columns: The row.
+        rounding, sum_first: The fused step's arguments.
+        out_dtype: None: base's.
+    """
     S = base.dtype
-    if S is arithmetic_dtype(S) and product_dtype is None:  # nothing is rounded by a cast
+    if out_dtype is not None and out_dtype is not S:
+        S = torch.promote_types(S, out_dtype)
+    A = arithmetic_dtype(S)
+    assert terms[0] is not None
+    velocity_dtype = terms[0].dtype
+    if sum_first:
+        out = _sum_first(base, terms, columns)
+    elif S is A and base.dtype is S is (out_dtype or S) and (rounding == PROMOTE or velocity_dtype is S):
+        # Nothing is rounded by a cast.
         out = base if columns.a is None else columns.a * base
         for b, term in zip(columns.b, terms, strict=True):
             if term is not None:
                 out = out + b * term
     else:
-        A = arithmetic_dtype(S)
-        out = base if columns.a is None else (columns.a * base).to(S)
+        product_dtype = S if rounding == PROMOTE else velocity_dtype
+        out = base.to(S) if columns.a is None else (columns.a * base.to(A)).to(S)
         for b, term in zip(columns.b, terms, strict=True):
             if term is not None:
-                entered = b if product_dtype is None else b.to(product_dtype).to(A)
-                product = (entered * term.to(A)).to(product_dtype or S)
+                entered = b.to(product_dtype).to(A) if rounding == ROUNDED else b
+                product = (entered * term.to(A)).to(product_dtype)
                 out = (out.to(A) + product.to(A)).to(S)
+        if out_dtype is not None:
+            out = out.to(out_dtype)
     return out if base.dim() and out.is_contiguous() else out.reshape(base.shape).contiguous()
 
 
-def remember(base: Tensor, h0: Tensor, columns: Columns) -> Tensor:
+def _sum_first(base: Tensor, terms: Sequence[Tensor | None], columns: Columns) -> Tensor:
+    """base + ((b2*h2 + b1*h1 + b0*h0) * a) * c; with h3 the sum is b3*h3 + b1*(h2 + h1) + b0*h0."""
+    S = base.dtype
+    A = arithmetic_dtype(S)
+    present = [(b, term.to(A)) for b, term in zip(columns.b, terms, strict=True) if term is not None]
+    if len(present) == 4:
+        first, second, third, fourth = present
+        present = [first, (second[0], (third[1] + second[1]).to(S).to(A)), fourth]
+    *newer, (b, oldest) = present
+    out = (b * oldest).to(S)
+    for b, term in reversed(newer):
+        out = (out.to(A) + (b * term).to(S).to(A)).to(S)
+    for factor in (columns.a, columns.c):
+        if factor is not None:
+            out = (factor * out.to(A)).to(S)
+    return (base.to(A) + out.to(A)).to(S)
+
+
+def remember(base: Tensor, h0: Tensor, columns: Columns, sum_first: bool = False) -> Tensor:
     """h0 + c*base, or h0 alone where c is 0, in the arithmetic dtype: what a history buffer takes; a new tensor."""
     A = columns.w0.dtype
-    if columns.c is None:
+    if columns.c is None or sum_first:
         return h0.to(A, copy=True)
     h0 = h0.to(A)
     return torch.where(columns.c != 0, h0 + columns.c * base.to(A), h0).reshape(base.shape)

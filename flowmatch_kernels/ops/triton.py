@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .fused_step import FROM_UNGUIDED, WEIGHTED, Operands, check_overlap, dense
+from .fused_step import FROM_UNGUIDED, PROMOTE, ROUNDED, WEIGHTED, Operands, check_overlap, dense
 from .triton_launcher import Launcher
 
 #: Elements of a block without 16-byte accesses, and threads of every block.
@@ -32,6 +32,8 @@ def launch_options(warp_size: int) -> dict[str, object]:
 _LAUNCH_OPTIONS = launch_options(64 if torch.version.hip else 32)
 
 _WEIGHTED, _FROM_UNGUIDED = tl.constexpr(WEIGHTED), tl.constexpr(FROM_UNGUIDED)
+
+_PROMOTE, _ROUNDED = tl.constexpr(PROMOTE), tl.constexpr(ROUNDED)
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -117,9 +119,9 @@ def _sum(x, product, A: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _as_entered(b, V: tl.constexpr, A: tl.constexpr, velocity_rounding: tl.constexpr):
-    """b_k as it enters the product: rounded to the velocity's dtype first with `velocity_rounding`."""
-    if velocity_rounding:
+def _as_entered(b, V: tl.constexpr, A: tl.constexpr, rounding: tl.constexpr):
+    """b_k as it enters the product: rounded to the velocity's dtype first with ROUNDED."""
+    if rounding == _ROUNDED:
         b = _widened(_rounded(b, V), A)
     return b
 
@@ -177,8 +179,9 @@ def fused_step_kernel(
     sample: tl.int64,
     slots: tl.int64,
     slot: tl.int64,
-    velocity_rounding: tl.constexpr,
+    rounding: tl.constexpr,
     guidance: tl.constexpr,
+    sum_first: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -189,24 +192,28 @@ def fused_step_kernel(
     with a bfloat16 velocity: 10, guided 12, guided with a trajectory 16. Once a block, the coefficients used.
 
     Args:
-        out, base: S[numel], S the state's dtype; may be one buffer.
+        out: OUT[numel]; may be base.
+        base: B[numel]; S is the dtype that B and OUT promote to, most often both.
         v, u: V[numel]; u may be None.
         h1, h2, h3: A[numel], or None; A is the coefficients' dtype.
         coefficients: A[rows, 8].
-        trajectory: S[numel / sample, slots, sample], or None.
+        trajectory: OUT[numel / sample, slots, sample], or None.
         history: A[numel], or None; may be one of h1..h3.
         row, slot: Which row of coefficients, which slot of the trajectory.
         numel, sample, slots: Elements of the state, elements of one sample, slots of the trajectory.
-        velocity_rounding: Products b_k*h_k are rounded to V, else to S.
+        rounding: What products b_k*h_k are rounded to: PROMOTE, EXACT or ROUNDED.
         guidance: How u and v are combined: WEIGHTED, FROM_UNGUIDED or FROM_GUIDED.
+        sum_first: The terms are added before they are multiplied, by a and c.
         VECTOR: The alignment class: elements of one access, or 1. With more than 1, numel and sample are
             multiples of VECTOR, and each pointer of VECTOR elements.
         BLOCK: Elements of a block, a power of two up to 1024.
     """
-    S: tl.constexpr = out.dtype.element_ty
+    OUT: tl.constexpr = out.dtype.element_ty
+    B: tl.constexpr = base.dtype.element_ty
     V: tl.constexpr = v.dtype.element_ty
     A: tl.constexpr = coefficients.dtype.element_ty
-    P: tl.constexpr = V if velocity_rounding else S
+    S: tl.constexpr = OUT if OUT == B else tl.float32
+    P: tl.constexpr = S if rounding == _PROMOTE else V
 
     start = tl.program_id(0).to(tl.int64) * BLOCK  # int64: a state may hold over 2^31 elements
     offset = start + tl.arange(0, BLOCK)
@@ -236,7 +243,7 @@ def fused_step_kernel(
     if h3 is not None:
         h3_ = tl.load(_elements(h3, offset, VECTOR), mask)
         b3 = tl.load(row_of + 4)
-    if history is not None:
+    if history is not None or sum_first:
         c = tl.load(row_of + 7)
     if trajectory is not None:  # its two divisions pass while the loads are on their way
         place = _trajectory_offset(start, sample, slots, slot, BLOCK)
@@ -251,22 +258,39 @@ def fused_step_kernel(
             from_ = h0_unguided if guidance == _FROM_UNGUIDED else h0
             h0 = _sum(from_, _product(w1.to(W), difference, W, V), W, V)
 
-    result = _rounded(a * _widened(x, A), S)
-    result = _sum(result, _product(_as_entered(b0, V, A, velocity_rounding), h0, A, P), A, S)
-    if h1 is not None:
-        result = _sum(result, _product(_as_entered(b1, V, A, velocity_rounding), h1_, A, P), A, S)
-    if h2 is not None:
-        result = _sum(result, _product(_as_entered(b2, V, A, velocity_rounding), h2_, A, P), A, S)
-    if h3 is not None:
-        result = _sum(result, _product(_as_entered(b3, V, A, velocity_rounding), h3_, A, P), A, S)
+    if sum_first:
+        if h3 is not None:
+            result = _rounded(b3 * h3_, S)
+            pair = _rounded(h2_ + h1_, S)
+            result = _sum(result, _product(b1, pair, A, S), A, S)
+        elif h2 is not None:
+            result = _rounded(b2 * h2_, S)
+            result = _sum(result, _product(b1, h1_, A, S), A, S)
+        elif h1 is not None:
+            result = _rounded(b1 * h1_, S)
+        newest = _product(b0, h0, A, S)
+        result = _rounded(newest, S) if h1 is None else _sum(result, newest, A, S)
+        result = _sum(x, _product(c, _rounded(a * _widened(result, A), S), A, S), A, S)
+    else:
+        result = _rounded(a * _widened(x, A), S)
+        result = _sum(result, _product(_as_entered(b0, V, A, rounding), h0, A, P), A, S)
+        if h1 is not None:
+            result = _sum(result, _product(_as_entered(b1, V, A, rounding), h1_, A, P), A, S)
+        if h2 is not None:
+            result = _sum(result, _product(_as_entered(b2, V, A, rounding), h2_, A, P), A, S)
+        if h3 is not None:
+            result = _sum(result, _product(_as_entered(b3, V, A, rounding), h3_, A, P), A, S)
+    if OUT != S:
+        result = _rounded(_widened(result, A), OUT)
 
     tl.store(_elements(out, offset, VECTOR), result, mask)
     if trajectory is not None:
         tl.store(_elements(trajectory, place, VECTOR), result, mask, eviction_policy="evict_first")
     if history is not None:
         # h0 alone where c is 0: 0*base is NaN where base is infinite, and h0 + 0 loses -0.0.
-        h0_ = _widened(h0, A)
-        remembered = tl.where(c != 0, h0_ + c * _widened(x, A), h0_)
+        remembered = _widened(h0, A)
+        if not sum_first:
+            remembered = tl.where(c != 0, remembered + c * _widened(x, A), remembered)
         tl.store(_elements(history, offset, VECTOR), remembered, mask)
 
 
@@ -300,7 +324,7 @@ def fused_step_(o: Operands) -> None:
 
 def launch(o: Operands) -> None:
     """`fused_step_` unchecked: for operands that are checked already, or that the caller made."""
-    out, base, v, u, h1, h2, h3, coefficients, row, velocity_rounding, guidance, trajectory, slot, history = o
+    out, base, v, u, h1, h2, h3, coefficients, row, rounding, guidance, sum_first, trajectory, slot, history = o
     numel = sample = base.numel()
     if numel == 0:
         return
@@ -320,7 +344,7 @@ def launch(o: Operands) -> None:
         else:
             dtypes.append(optional.dtype)
             addresses |= optional.data_ptr()
-    operands = (*dtypes, velocity_rounding, guidance)
+    operands = (*dtypes, rounding, guidance, sum_first)
     vector = _vectors.get(operands)
     if vector is None:
         vector = _vectors[operands] = elements_per_access(dtypes)
@@ -330,7 +354,7 @@ def launch(o: Operands) -> None:
     variant, blocks = (operands, vector), -(-numel // block_size)
     arguments = (
         *(out, base, v, u, h1, h2, h3, coefficients, trajectory, history, row, numel, sample, slots, slot),
-        *(velocity_rounding, guidance, vector, block_size),
+        *(rounding, guidance, sum_first, vector, block_size),
     )
     device = out.get_device()  # -1: the CPU
     if device >= 0 and device != torch.cuda.current_device():

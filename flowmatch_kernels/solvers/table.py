@@ -55,6 +55,8 @@ class Table(NamedTuple):
     """N."""
     buffers: int
     """How many history buffers the evaluations name."""
+    sum_first: bool = False
+    """The fused step's argument: its terms are added before they are multiplied."""
     weights: tuple[float, ...] = ()
     """With guidance, its weight for each evaluation."""
     units: tuple[tuple[bool, bool], ...] | None = None
@@ -67,7 +69,8 @@ class Table(NamedTuple):
         if not is_readable(self.coefficients):
             return self
         rows = self.coefficients.tolist()
-        return self._replace(units=tuple((row[0] == 1.0, row[7] == 0.0) for row in rows), views={})
+        units = tuple((row[0] == 1.0, row[7] == 0.0 and not self.sum_first) for row in rows)
+        return self._replace(units=units, views={})
 
     def columns(self, dims: int) -> Sequence[reference.Columns]:
         """The rows as plain PyTorch combines states of so many dimensions with them."""

@@ -15,13 +15,14 @@ namespace {
 // As flowmatch_kernels._C.fused_step_cuda, with the stream told.
 void fused_step_cuda(std::uintptr_t out, std::uintptr_t base, std::uintptr_t v, std::uintptr_t u, std::uintptr_t h1,
                      std::uintptr_t h2, std::uintptr_t h3, std::uintptr_t coefficients, std::int64_t row,
-                     int state_dtype, int velocity, bool velocity_rounding, int guidance, std::uintptr_t trajectory,
-                     std::int64_t slots, std::int64_t slot, std::uintptr_t history, std::int64_t numel,
-                     std::int64_t sample, int device, std::uintptr_t stream) {
+                     int base_dtype, int velocity_dtype, int out_dtype, int rounding, int guidance, bool sum_first,
+                     std::uintptr_t trajectory, std::int64_t slots, std::int64_t slot, std::uintptr_t history,
+                     std::int64_t numel, std::int64_t sample, int device, std::uintptr_t stream) {
   using namespace flowmatch_kernels;
   const auto pointer = [](std::uintptr_t address) { return reinterpret_cast<void*>(address); };
-  const Dtype dtype = static_cast<Dtype>(state_dtype);
-  const std::int64_t row_bytes = kColumns * (dtype == Dtype::kFloat64 ? 8 : 4);
+  const Dtypes dtypes{static_cast<Dtype>(base_dtype), static_cast<Dtype>(velocity_dtype),
+                      static_cast<Dtype>(out_dtype)};
+  const std::int64_t row_bytes = kColumns * size_of(arithmetic_of(dtypes.base));
   const Operands o{.out = pointer(out),
                    .base = pointer(base),
                    .v = pointer(v),
@@ -34,17 +35,18 @@ void fused_step_cuda(std::uintptr_t out, std::uintptr_t base, std::uintptr_t v, 
                    .sample = sample,
                    .slots = slots,
                    .slot = slot,
-                   .guidance = static_cast<Guidance>(guidance)};
-  flowmatch_kernels::fused_step_cuda(o, dtype, static_cast<Dtype>(velocity), velocity_rounding, device,
-                                     pointer(stream));
+                   .guidance = static_cast<Guidance>(guidance),
+                   .rounding = static_cast<Rounding>(rounding),
+                   .sum_first = sum_first};
+  flowmatch_kernels::fused_step_cuda(o, dtypes, device, pointer(stream));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_host_cuda, m) {
   m.def("fused_step_cuda", &fused_step_cuda, py::arg("out"), py::arg("base"), py::arg("v"), py::arg("u"), py::arg("h1"),
-        py::arg("h2"), py::arg("h3"), py::arg("coefficients"), py::arg("row"), py::arg("state"), py::arg("velocity"),
-        py::arg("velocity_rounding"), py::arg("guidance"), py::arg("trajectory"), py::arg("slots"), py::arg("slot"),
+        py::arg("h2"), py::arg("h3"), py::arg("coefficients"), py::arg("row"), py::arg("base_dtype"), py::arg("velocity_dtype"),
+        py::arg("out_dtype"), py::arg("rounding"), py::arg("guidance"), py::arg("sum_first"), py::arg("trajectory"), py::arg("slots"), py::arg("slot"),
         py::arg("history"), py::arg("numel"), py::arg("sample"), py::arg("device"), py::arg("stream") = 0);
   m.def("quotient", [](std::int64_t i, std::int64_t divisor) {
     return flowmatch_kernels::Divisor(static_cast<std::uint64_t>(divisor)).quotient(i);

@@ -15,11 +15,19 @@ import pytest
 import torch
 import triton_cases as cases
 from torch import Tensor
-from triton_cases import FORMS, PAIRS, PRIME, Case, combinations, copied, differing, failures, operands
+from triton_cases import FORMS, PAIRS, PRIME, Case, combinations, copied, differing, failures, operands, special
 
 from flowmatch_kernels import FlowMatching
 from flowmatch_kernels.ops import dispatch, native, reference
-from flowmatch_kernels.ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, WEIGHTED, Operands, arithmetic_dtype, dense
+from flowmatch_kernels.ops.fused_step import (
+    FROM_GUIDED,
+    FROM_UNGUIDED,
+    PROMOTE,
+    WEIGHTED,
+    Operands,
+    arithmetic_dtype,
+    dense,
+)
 
 _host = host_cuda.load()
 Run = _host.Double.Run
@@ -68,7 +76,7 @@ def step(o: Operands) -> None:
     tensors = (o.out, o.base, v, u, o.h1, o.h2, o.h3, o.coefficients)
     _host.fused_step_cuda(
         *(0 if x is None else x.data_ptr() for x in tensors),
-        *(o.row, native.DTYPES[o.base.dtype], native.DTYPES[v.dtype], o.velocity_rounding, o.guidance),
+        *(o.row, *(native.DTYPES[x.dtype] for x in (o.base, v, o.out)), o.rounding, o.guidance, o.sum_first),
         *(0 if o.trajectory is None else o.trajectory.data_ptr(), slots, o.slot),
         *(0 if o.history is None else o.history.data_ptr(), numel, sample, 0),
     )
@@ -108,6 +116,12 @@ def test_around_a_block(state: torch.dtype, velocity: torch.dtype, aligned: bool
 def test_prime(state: torch.dtype, velocity: torch.dtype, aligned: bool) -> None:
     choose = random.Random(str((state, velocity, aligned)))
     check([choose.choice(list(combinations(state, velocity, PRIME, aligned)))])
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("numel", [1, 1024, 1025])
+def test_sum_first_and_out_of_the_velocity_dtype(numel: int, aligned: bool) -> None:
+    check(special(numel, aligned))
 
 
 @pytest.mark.full
@@ -150,7 +164,7 @@ def test_weights_are_cast_to_the_velocity_dtype(guidance: int) -> None:
     x, v, u = torch.zeros(64, dtype=F64), torch.randn(64), torch.randn(64)
     coefficients = torch.tensor([[1.0, 1.0, 0, 0, 0, 1 - 7.1, 7.1, 0]], dtype=F64)
     out = torch.empty_like(x)
-    step(Operands(out, x, v, u, None, None, None, coefficients, 0, False, guidance))
+    step(Operands(out, x, v, u, None, None, None, coefficients, 0, PROMOTE, guidance))
     expected = ((1 - 7.1) * u + 7.1 * v, u + 7.1 * (v - u), v + 7.1 * (v - u))[guidance]
     assert torch.equal(out, expected.double())
 
@@ -189,10 +203,12 @@ def launch(
         **{name: addresses.get(name, 0) for name in names},
         coefficients=1 << 48,
         row=2,
-        state=native.DTYPES[state],
-        velocity=native.DTYPES[velocity],
-        velocity_rounding=False,
+        base_dtype=native.DTYPES[state],
+        velocity_dtype=native.DTYPES[velocity],
+        out_dtype=native.DTYPES[state],
+        rounding=PROMOTE,
         guidance=guidance,
+        sum_first=False,
         device=0,
         **sizes,
     )

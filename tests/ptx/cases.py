@@ -28,9 +28,9 @@ def steps() -> list[Case]:
     """
     chosen = []
     for i, (state, velocity) in enumerate(PAIRS):
-        trajectory, history, rounding = i % 2 == 0, i // 2 % 2 == 0 and i < 8, i % 3 == 0
+        trajectory, history, rounding = i % 2 == 0, i // 2 % 2 == 0 and i < 8, i % 3
         first = (None, *FORMS)[i % 4], i % 4, trajectory, history, rounding
-        second = (None, *FORMS)[(i + 2) % 4], 3 - i % 4, not trajectory, not history, not rounding
+        second = (None, *FORMS)[(i + 2) % 4], 3 - i % 4, not trajectory, not history, (rounding + 1) % 3
         for operands in (first, second):
             chosen += [Case(state, velocity, *operands, numel, aligned) for numel, aligned in SIZES]
     return [*chosen, chosen[0]._replace(numel=PRIME)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,6 +108,29 @@ def finite(value: Any, name: str, wanted: str = "a number") -> float:
     if -_INFINITY < found < _INFINITY or torch.compiler.is_compiling():
         return found
     raise ValueError(f"{name} must be finite, got {found}")
+
+
+def held(value: float, name: str, dtype: torch.dtype) -> float:
+    """A finite number that float32, or float64 for a state of float64, can hold: PyTorch would make it infinite.
+
+    Args:
+        value: The number; while compiling it may be symbolic, and is not compared.
+        name: The argument's.
+        dtype: The state's.
+
+    Raises:
+        ValueError: it is too large.
+    """
+    if torch.compiler.is_compiling() or dtype is torch.float64 or -1e38 < value < 1e38:
+        return value
+    try:
+        struct.pack("<f", value)  # rounds as a cast does; the native "f" makes it infinite
+    except OverflowError:
+        raise ValueError(
+            f"{name} must be a number that float32 can hold, got {value}: it would be infinite; "
+            "a state of dtype=torch.float64 takes it"
+        ) from None
+    return value
 
 
 def share(value: Any, name: str) -> float:

@@ -276,7 +276,9 @@ def fit(
     arguments: Mapping[str, Any],
 ) -> list[FittedSolver]:
     """`FlowMatching.fit_solver`, for each number of evaluations."""
-    grid = None if time_steps is None else solvers.checked_grid(time_steps, "time_steps").tensor
+    grid = None
+    if time_steps is not None:
+        grid = solvers.checked_grid(time_steps, "time_steps", available_device(device)).tensor
     search_grid, search_batches = count(search_grid, "search_grid"), count(search_batches, "search_batches")
     weight = guidance_weight(flow_matching, arguments)
     weights = weight if isinstance(weight, tuple) else None

@@ -12,7 +12,19 @@ import torch
 from torch import Tensor
 
 from . import fitting, guidance, layouts, solver_comparison, solvers, time_grids, tracing
-from .arguments import LARGEST, available_device, check_dense, count, end_of_time, finite, flag, share, shown, unread
+from .arguments import (
+    LARGEST,
+    available_device,
+    check_dense,
+    count,
+    end_of_time,
+    finite,
+    flag,
+    held,
+    share,
+    shown,
+    unread,
+)
 from .base import BaseDiffusion, StepFn
 from .guidance import Weight
 from .hooks import Hooks
@@ -217,7 +229,7 @@ class FlowMatching(BaseDiffusion):
             skip_irrelevant_model: Where the weight makes one of the two models irrelevant (the unguided: w = 1,
                 s = 1, s = 0 or r = 0, by form; the guided: w = 0, s = 0, s = -1 or r = -1), do not call it, and take
                 the other's velocity as it is.
-            temperature: Multiplies the noise. Finite.
+            temperature: Multiplies the noise. Finite, in float32 too where the state is not float64.
             noise: [B, *x_dims], floating point, dense, on `device`: the start, instead of a draw. Never written.
                 Where it is batch first in another dense format than contiguous, as channels_last, each x and the result
                 keep its format, as in the loop above. Other noise, and tensor subclasses, are sampled contiguous. A
@@ -303,6 +315,8 @@ class FlowMatching(BaseDiffusion):
         hooks = None if constraint is None and callback is None else Hooks(constraint, callback)
         shape = (batch_size, *self.x_dims)
         dtype = _state_dtype(dtype, noise, shape, device)
+        if temperature != 1.0 and type(temperature) is float:
+            held(temperature, "temperature", dtype)
         eager = tracing.is_eager()
         if eager and batch_size > LARGEST:
             count(batch_size, "batch_size")  # which raises; a symbolic one stays without a bound
@@ -650,7 +664,7 @@ class FlowMatching(BaseDiffusion):
             raise ValueError(f"pred must have x's shape {list(x.shape)}, got {list(pred.shape)}")
         return torch.nn.functional.mse_loss((x - noise).to(pred.dtype), pred)
 
-    def _check_times(self, solver: FittedSolver, time_steps: Any, step_sizes: Any) -> None:
+    def _check_times(self, solver: FittedSolver, time_steps: Any, step_sizes: Any, device: torch.device) -> None:
         """Raises where arguments of sample() contradict the times of a fitted solver."""
         if solver.noise_at != self.noise_at:
             raise ValueError(f"noise_at is {self.noise_at}, and the solver was fitted with noise_at={solver.noise_at}")
@@ -658,7 +672,7 @@ class FlowMatching(BaseDiffusion):
             raise ValueError("step_sizes and a fitted solver: its coefficients are its step sizes. Leave them out")
         if time_steps is None:
             return
-        grid, wanted = solvers.checked_grid(time_steps, "time_steps"), solver.times
+        grid, wanted = solvers.checked_grid(time_steps, "time_steps", device), solver.times
         if grid.entries is None:
             raise ValueError("time_steps and a fitted solver, which has its own: leave time_steps out")
         if len(grid.entries) != len(wanted) or max(map(abs, map(sub, grid.entries, wanted))) > 1e-6:
@@ -683,7 +697,7 @@ class FlowMatching(BaseDiffusion):
         solver, steps = self._steps(int_method, inference_step)
         time_grid, options = self.time_grid, self.time_grid_options
         if isinstance(solver, FittedSolver):
-            self._check_times(solver, time_steps, step_sizes)
+            self._check_times(solver, time_steps, step_sizes, device)
             time_grid, options, time_steps = "uniform", {}, None  # it brings its own times
         predicts = None
         if self.prediction_type != "velocity":

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import BYTES, finite, shown, tensor, unread
+from .arguments import BYTES, finite, held, shown, tensor, unread
 from .ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, WEIGHTED
 from .tracing import is_readable
 
@@ -99,21 +99,29 @@ def column(weight: Weight, weights: Sequence[float | Tensor]) -> Tensor:
     return tensor([weight], torch.float64).expand(len(weights))
 
 
-def weights(weight: Weight, steps: Iterable[int], times: Callable[[], Iterable[float]]) -> tuple[Any, ...]:
+def weights(
+    weight: Weight, steps: Iterable[int], times: Callable[[], Iterable[float]], dtype: torch.dtype
+) -> tuple[Any, ...]:
     """The weight of each evaluation.
 
     Args:
         weight: As `checked` returns it.
         steps: For each evaluation, the step it belongs to.
         times: Gives for each evaluation the time; asked only where the weight is a function of it.
+        dtype: Of the coefficients.
 
     Raises:
-        ValueError: another number of weights than of steps, or the function returned one that is not finite.
+        ValueError: another number of weights than of steps, the function returned one that is not finite, or one is too
+            large for `dtype`.
         TypeError: the function returned no number.
     """
     steps = tuple(steps)
     if callable(weight):
-        return tuple(finite(weight(t), "what inference_guidance_weight(t) returned") for t in times())
+        name = "what inference_guidance_weight(t) returned"
+        return tuple(held(finite(weight(t), name), name, dtype) for t in times())
+    for entry in weight if isinstance(weight, tuple) else (weight,):
+        if type(entry) is float:
+            held(entry, "inference_guidance_weight", dtype)
     if isinstance(weight, tuple):
         taken = steps[-1] + 1 if steps else 0
         if len(weight) != taken:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import count, number
+from .arguments import count, end_of_time, number
 
 TimeGrid = Callable[..., Tensor]
 """Called as (steps, *, noise_at=0, dtype=None, ...), with options of its own."""
@@ -42,7 +42,7 @@ def uniform(steps: int, *, noise_at: int = 0, dtype: torch.dtype | None = None) 
         TypeError: steps is not an int.
         ValueError: steps is negative, or noise_at neither 0 nor 1.
     """
-    n, end = count(steps, "steps"), _noise_at(noise_at)
+    n, end = count(steps, "steps"), end_of_time(noise_at)
     return torch.linspace(float(end), 1.0 - end, n + 1, dtype=dtype, device="cpu")
 
 
@@ -77,7 +77,7 @@ def shifted(steps: int, *, shift: float = 3.0, noise_at: int = 0, dtype: torch.d
     Source: Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, arXiv 2403.03206, eq. 23, whose
         sqrt(m / n) is s.
     """
-    n, end, s = count(steps, "steps"), _noise_at(noise_at), _positive(shift, "shift")
+    n, end, s = count(steps, "steps"), end_of_time(noise_at), _positive(shift, "shift")
 
     def entry(k: int) -> float:
         data, noise = k, s * (n - k)
@@ -105,7 +105,7 @@ def cosine(steps: int, *, noise_at: int = 0, dtype: torch.dtype | None = None) -
 
     Sources: CosyVoice, arXiv 2407.05407. F5-TTS, arXiv 2410.06885.
     """
-    n, end = count(steps, "steps"), _noise_at(noise_at)
+    n, end = count(steps, "steps"), end_of_time(noise_at)
 
     def entry(k: int) -> float:
         if end:
@@ -133,7 +133,7 @@ def power(steps: int, *, power: float = 2.0, noise_at: int = 0, dtype: torch.dty
         ValueError: steps is negative, power not above 0 and finite, noise_at neither 0 nor 1; or `dtype` cannot tell
             all entries apart.
     """
-    n, end, p = count(steps, "steps"), _noise_at(noise_at), _positive(power, "power")
+    n, end, p = count(steps, "steps"), end_of_time(noise_at), _positive(power, "power")
 
     def entry(k: int) -> float:
         t = (k / n) ** p
@@ -178,12 +178,6 @@ def _grid(n: int, noise_at: int, entry: Callable[[int], float], dtype: torch.dty
     if not all(after - before > eps * after for before, after in itertools.pairwise(up)):
         raise ValueError(f"{what} puts entries of {n} steps so close together that {dtype} cannot tell them apart")
     return torch.tensor(entries, dtype=dtype, device="cpu")
-
-
-def _noise_at(value: Any) -> int:
-    if value not in (0, 1):
-        raise ValueError(f"noise_at must be 0 or 1, got {value!r:.60}")
-    return int(value)
 
 
 def _positive(value: Any, name: str) -> float:

@@ -624,6 +624,26 @@ def test_kinds_of_bad_values(kind):
     assert torch.equal(before, torch.get_rng_state()), "noise was drawn before the arguments were checked"
 
 
+BEYOND_FLOAT32 = {
+    "temperature": lambda value: {"temperature": value},
+    "temperature, with a noise": lambda value: {"temperature": value, "noise": V},
+    "inference_guidance_weight": lambda value: GUIDED | {"inference_guidance_weight": value},
+    "inference_guidance_weight, each step": lambda value: GUIDED | {"inference_guidance_weight": [1.5] * 9 + [value]},
+    "inference_guidance_weight(t) returned": lambda value: GUIDED | {"inference_guidance_weight": lambda t: value},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("entry", BEYOND_FLOAT32)
+def test_numbers_beyond_float32(entry, dtype):
+    """They would become infinite, and the samples NaN."""
+    before = torch.get_rng_state()
+    for value in (1e39, -1e39, 3.4028236e38, 10**200):
+        with pytest.raises(ValueError, match=rf"{re.escape(entry.partition(',')[0])} must be a number that float32"):
+            sample(dtype=dtype, **BEYOND_FLOAT32[entry](value))
+    assert torch.equal(before, torch.get_rng_state())
+
+
 LARGE = {"x_dims": ((2**40, 2**40), 2), "batch_size": (2, 2**61), "both": ((2**30,), 2**31), "product": (2**32, 2**32)}
 
 
@@ -652,10 +672,14 @@ def test_good_values_of_every_kind():
     for rate in (0, 1, 0.0, 1.0, torch.tensor(0.5), np.float32(0.5)):
         fm = FlowMatching(torch.tensor(2), train_ignore_guidance_rate=rate, train_drop_guidance=True)
         assert fm.x_dims == [2] and fm.construct_training_data(V)["is_drop_guidance"].dtype == torch.bool
-    for weight in (-3.0, 0, 1e39, [1.5] * 4, torch.ones(4), np.ones(4), lambda t: np.float64(t), range(4)):
+    for weight in (-3.0, 0, 3.4028235e38, [1.5] * 4, torch.ones(4), np.ones(4), lambda t: np.float64(t), range(4)):
         FlowMatching((3, 2), num_inference_steps=4, inference_guidance_weight=weight).sample(
             4, good, unguided_step_fn=good, use_classifier_free_guidance=True
         )
+    x = FlowMatching((3, 2), num_inference_steps=1).sample(
+        4, good, noise=noise.double(), temperature=1e39, inference_guidance_weight=1e39, **GUIDED
+    )
+    assert x.isfinite().all()  # float64 holds them
     for cpu in ("cpu", "cpu:0", torch.device("cpu"), torch.device("cpu", 0)):
         assert FlowMatching((3, 2)).sample(4, good, cpu, noise=V).device == torch.device("cpu")
     assert FlowMatching(2, noise_at=np.int64(1)).noise_at == 1

@@ -3,7 +3,9 @@
 import json
 import math
 import struct
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from conftest import BACKENDS
@@ -180,16 +182,29 @@ BAD = {
     "times not monotonic": ((0.0, 0.5, 0.5), ((1.0, 0.5), (1.0, 0.5)), ValueError, "strictly monotonic"),
     "times that turn": ((0.0, 0.5, 0.2), ((1.0, 0.5), (1.0, 0.5)), ValueError, "strictly monotonic"),
     "one time": ((0.0,), (), ValueError, "strictly monotonic, two or more"),
-    "NaN time": ((0.0, float("nan")), ((1.0, 1.0),), ValueError, "times must be finite, got nan"),
-    "infinite number": ((0.0, 1.0), ((1.0, float("inf")),), ValueError, r"coefficients\[0\] must be finite, got inf"),
-    "a huge int": ((0.0, 1.0), ((1.0, 10**400),), ValueError, r"coefficients\[0\] must be finite"),
+    "NaN time": ((0.0, float("nan")), ((1.0, 1.0),), ValueError, r"times\[1\] must be finite, got nan"),
+    "infinite number": (
+        (0.0, 1.0),
+        ((1.0, float("inf")),),
+        ValueError,
+        r"coefficients\[0\]\[1\] must be finite, got inf",
+    ),
+    "a huge int": ((0.0, 1.0), ((1.0, 10**400),), ValueError, r"coefficients\[0\]\[1\] must be a number that a float"),
     "a row missing": ((0.0, 0.5, 1.0), ((1.0, 0.5),), ValueError, "a row for each of the 2 steps, got 1"),
     "no rows": ((0.0, 1.0), None, ValueError, "a row for each of the 1 steps, got None"),
     "a row too short": ((0.0, 1.0), ((1.0,),), ValueError, r"coefficients\[0\] must have 2 to 2 numbers.*got 1"),
     "history at the start": ((0.0, 1.0), ((1.0, 0.5, 0.5),), ValueError, r"coefficients\[0\] must have 2 to 2.*got 3"),
-    "text": ((0.0, 1.0), (("1", "2"),), TypeError, r"coefficients\[0\] must be numbers, got '1'"),
-    "a bool": ((0.0, True), ((1.0, 1.0),), TypeError, "times must be numbers, got True"),
+    "text": ((0.0, 1.0), (("1", "2"),), TypeError, r"coefficients\[0\]\[0\] must be a number, got '1'"),
+    "a bool": ((0.0, True), ((1.0, 1.0),), TypeError, r"times\[1\] must be a number, got True"),
     "a string for times": ("01", ((1.0, 1.0),), TypeError, "times must be a sequence of numbers"),
+    "bytes for times": (b"\0\1", ((1.0, 1.0),), TypeError, "times must be a sequence of numbers"),
+    "a bytearray for a row": (
+        (0.0, 1.0),
+        (bytearray(2),),
+        TypeError,
+        r"coefficients\[0\] must be a sequence of numbers",
+    ),
+    "a memoryview for a row": ((0.0, 1.0), (memoryview(b"\1\1"),), TypeError, r"coefficients\[0\] must be a sequence"),
 }
 
 
@@ -198,6 +213,16 @@ def test_bad_numbers_raise(case):
     times, coefficients, error, message = BAD[case]
     with pytest.raises(error, match=message):
         FittedSolver(times, coefficients)
+
+
+def test_numbers_of_other_types():
+    plain = FittedSolver((0.0, 1.0), ((1.0, 0.5),), noise_at=0, errors={"fitted": 0.25})
+    other = FittedSolver(
+        (0, Fraction(1)), [(np.int64(1), np.float32(0.5))], noise_at=np.int64(0), errors={"fitted": np.float16(0.25)}
+    )
+    assert other == plain and bits(other) == bits(plain) and other.errors == plain.errors
+    assert {type(number) for number in (*other.times, *other.coefficients[0])} == {float}
+    assert type(other.noise_at) is int
 
 
 # ---- the file ----
@@ -275,11 +300,11 @@ DAMAGED = {
     "no version": (without("version"), "version None"),
     "no times": (without("times"), "it has no times"),
     "no errors": (without("errors"), "it has no errors"),
-    "NaN": (changed(times=[0, 0.25, float("nan"), 0.75, 0.8, 1]), "times must be finite, got nan"),
-    "infinity": (changed(coefficients=[[1, float("inf")]] * 5), r"coefficients\[0\] must be finite"),
-    "1e999": (lambda content: json.dumps(content).replace("0.13", "1e999"), r"coefficients\[0\] must be finite"),
+    "NaN": (changed(times=[0, 0.25, float("nan"), 0.75, 0.8, 1]), r"times\[2\] must be finite, got nan"),
+    "infinity": (changed(coefficients=[[1, float("inf")]] * 5), r"coefficients\[0\]\[1\] must be finite"),
+    "1e999": (lambda content: json.dumps(content).replace("0.13", "1e999"), r"coefficients\[0\]\[1\] must be finite"),
     "times that turn": (changed(times=[0, 0.5, 0.25, 0.75, 0.8, 1]), "strictly monotonic"),
-    "times of text": (changed(times=["0"] * 6), "times must be numbers, got '0'"),
+    "times of text": (changed(times=["0"] * 6), r"times\[0\] must be a number, got '0'"),
     "a row too many": (changed(coefficients=[[1, 0.5]] * 6), "a row for each of the 5 steps, got 6"),
     "a row too long": (changed(coefficients=[[1, 0.1, 0.1]] + [[1, 0.5]] * 4), r"coefficients\[0\] must have 2 to 2"),
     "coefficients of null": (changed(coefficients=None), "a row for each"),
@@ -289,7 +314,7 @@ DAMAGED = {
     "rows of numbers": (changed(rows=5), "rows must name each"),
     "noise_at": (changed(noise_at=2), "noise_at must be 0 or 1, got 2"),
     "errors": (changed(errors=[]), "errors must be a dict"),
-    "error values": (changed(errors={"fitted": "small"}), "errors must be numbers"),
+    "error values": (changed(errors={"fitted": "small"}), r"errors\['fitted'\] must be a number, got 'small'"),
     "fitted_with": (changed(fitted_with=3), "fitted_with must be a dict"),
 }
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import build_cache
 import pytest
 import torch
+from forked import Forks
 
 from flowmatch_kernels.ops import native
 
@@ -23,12 +24,33 @@ BUILT = native._C is not None
 needs_extension = pytest.mark.skipif(not BUILT, reason="the extension is not built")
 
 
-def run(*command, cwd=ROOT, **environment):
-    """Runs a command without the variables that choose a build, but for those given."""
-    kept = {k: v for k, v in os.environ.items() if k not in VARIABLES and not k.startswith("FLOWMATCH_KERNELS")}
+_forks: Forks  # of this module, by the fixture
+
+
+def neutral():
+    """The environment without the variables that choose a build."""
+    return {k: v for k, v in os.environ.items() if k not in VARIABLES and not k.startswith("FLOWMATCH_KERNELS")}
+
+
+def run(*command, **environment):
+    """Runs a command in the neutral environment with these variables."""
     return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, env=kept | environment, capture_output=True, text=True
+        [sys.executable, *map(str, command)], cwd=ROOT, env=neutral() | environment, capture_output=True, text=True
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forks():
+    """One process that has imported torch, for all that import it: 22 imports took half of this file's time."""
+    global _forks
+    _forks = Forks(neutral())
+    yield
+    _forks.close()
+
+
+def run_code(code, cwd=ROOT, **environment):
+    """Runs Python code in the neutral environment with these variables, in a process of its own."""
+    return _forks.run(code, cwd, neutral() | environment)
 
 
 @pytest.fixture
@@ -62,7 +84,7 @@ runpy.run_path("setup.py", run_name="__main__")
 
 
 def setup(cuda, *arguments, capture=False, cwd=ROOT, **environment):
-    return run("-c", SETUP.format(cuda=cuda, arguments=arguments, capture=capture), cwd=cwd, **environment)
+    return run_code(SETUP.format(cuda=cuda, arguments=arguments, capture=capture), cwd, **environment)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +148,7 @@ def test_a_cuda_half_that_fails_leaves_the_cpu_half(project, toolkit):
     assert "installed without its CUDA half: it was not built" in done.stderr
     assert built(project) == ["_C.so", "_C_cuda.py"]
     code = "import importlib\nimportlib.import_module('flowmatch_kernels._C')\nimport flowmatch_kernels._C_cuda"
-    imported = run("-c", code, cwd=project)
+    imported = run_code(code, project)
     assert "ModuleNotFoundError: it was not built" in imported.stderr, imported.stderr
     # A build for the CPU takes the explanation away.
     done = setup(None, "--quiet", "build_ext", "--inplace", cwd=project, CUDA_HOME=str(toolkit))
@@ -195,7 +217,7 @@ NOT_BUILT = "ModuleNotFoundError('it was not built: there is no C++ compiler')"
 
 def info(*prelude):
     code = "".join(prelude) + "import sys\nfrom flowmatch_kernels.__main__ import main\nsys.exit(main(['info']))"
-    return run("-c", code, PYTHONPATH=str(ROOT))
+    return run_code(code, PYTHONPATH=str(ROOT))
 
 
 @pytest.mark.parametrize("error", [MISSING, UNDEFINED], ids=["library", "symbol"])

@@ -14,7 +14,7 @@ import torch
 from operands import assert_same_bits
 from small_problem import BATCH, DIMS, EVERY_SOLVER, STEPS, TIMES, eager, field, sampler, start
 
-from flowmatch_kernels import FlowMatching, solvers, time_grids
+from flowmatch_kernels import FittedSolver, FlowMatching, solvers, time_grids
 from flowmatch_kernels.time_grids import TIME_GRIDS, cosine, power, shifted, uniform
 
 # name -> options, t of u = k/N
@@ -175,7 +175,7 @@ def test_steps_and_noise_end(name, options, equation):
             grid(wrong, **options)
     with pytest.raises(ValueError, match="steps must not be negative, got -1"):
         grid(-1, **options)
-    for wrong in (2, -1, "0", None):
+    for wrong in (2, -1, "0", None, True, False, 1.0, 0.0):
         with pytest.raises(ValueError, match=f"noise_at must be 0 or 1, got {wrong!r}"):
             grid(4, noise_at=wrong, **options)
 
@@ -493,6 +493,32 @@ def test_grids_given_on_other_devices(device):
         assert FlowMatching(DIMS).sample(BATCH, field, device, **keywords).device.type == device
     fm = sampler("ab2", time_grid=lambda n: torch.linspace(0, 1, n + 1))
     assert fm.sample(BATCH, field, device).device.type == device
+
+
+META_GRIDS = {
+    "time_steps": lambda meta: {"time_steps": meta},
+    "step_sizes": lambda meta: {"time_steps": [0.0, 0.25, 0.5, 1.0], "step_sizes": meta[1:]},
+    "time_grid": lambda meta: {"time_grid": lambda n: meta},
+}
+
+
+@pytest.mark.parametrize("case", META_GRIDS)
+@pytest.mark.parametrize("solver", ["euler", "rk4", "dpmpp_2m"])
+def test_grids_on_the_meta_device(solver, case):
+    """Without values they serve a state on the meta device, and no other."""
+    given = META_GRIDS[case](torch.empty(4, device="meta"))
+    fm = FlowMatching(DIMS, solver, 3, **{k: given.pop(k) for k in ("time_grid",) if k in given})
+    with pytest.raises(ValueError, match=f"{case}.*on the meta device, where it has no values.*state is on cpu"):
+        fm.sample(BATCH, field, **given)
+    assert fm.sample(BATCH, field, "meta", **given).shape == (BATCH, *DIMS)
+
+
+def test_a_fitted_solver_and_a_grid_on_the_meta_device():
+    grid, solver = torch.empty(2, device="meta"), FittedSolver((0.0, 1.0), ((1.0, 1.0),))
+    with pytest.raises(ValueError, match="time_steps is on the meta device"):
+        FlowMatching(DIMS, solver).sample(BATCH, field, time_steps=grid)
+    with pytest.raises(ValueError, match="time_steps is on the meta device"):
+        FlowMatching(DIMS).fit_solver(field, batch_size=16, time_steps=grid)
 
 
 FRACTIONS = {

@@ -1,9 +1,8 @@
 """Solvers: each turns a time grid into a table, one row for each evaluation of the velocity field.
 
 stages.py says what a solver takes and returns, ode.py has the solvers with a name, fitted.py those that were fitted to
-a model, predictions.py changes their columns for a model
-that predicts the data or the noise, table.py makes the rows, grid.py
-checks times and step sizes, and requests.py keeps the tables.
+a model, predictions.py changes their columns for a model that predicts the data or the noise, table.py makes the rows,
+grid.py checks times and step sizes, and requests.py keeps the tables.
 """
 
 from .fitted import FittedSolver

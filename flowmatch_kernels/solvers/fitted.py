@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import struct
-import sys
 from collections.abc import Mapping, Sequence
 from operator import gt, lt
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import BYTES, end_of_time, finite, shown
 from .stages import Earlier, Segment, Stage, Steps
 
 FORMAT = "flowmatch_kernels.FittedSolver"
@@ -70,8 +70,7 @@ class FittedSolver:
             most = 2 + min(i, EARLIER)
             if not 2 <= len(row) <= most:
                 raise ValueError(f"coefficients[{i}] must have 2 to {most} numbers (a, b0, b1, ...), got {len(row)}")
-        if type(self.noise_at) is not int or self.noise_at not in (0, 1):
-            raise ValueError(f"noise_at must be 0 or 1, got {self.noise_at!r:.60}")
+        noise_at = end_of_time(self.noise_at)
         names = self.rows or ("fitted",) * steps
         if (
             not isinstance(names, (list, tuple))
@@ -82,9 +81,9 @@ class FittedSolver:
         for name in ("errors", "fitted_with"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{name} must be a dict, got {getattr(self, name)!r:.60}")
-        errors = dict(zip(self.errors, _floats(tuple(self.errors.values()), "errors"), strict=True))
-        values = (times, rows, tuple(names), errors, dict(self.fitted_with))
-        for name, value in zip(("times", "coefficients", "rows", "errors", "fitted_with"), values, strict=True):
+        errors = {key: finite(value, f"errors[{shown(key)}]") for key, value in self.errors.items()}
+        values = (times, rows, tuple(names), noise_at, errors, dict(self.fitted_with))
+        for name, value in zip([field.name for field in dataclasses.fields(self)], values, strict=True):
             object.__setattr__(self, name, value)
 
     @property
@@ -165,11 +164,6 @@ class FittedSolver:
 
 def _floats(values: Any, name: str) -> tuple[float, ...]:
     """A sequence of finite numbers as floats."""
-    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
-        raise TypeError(f"{name} must be a sequence of numbers, got {values!r:.60}")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be numbers, got {value!r:.60}")
-        if not -sys.float_info.max <= value <= sys.float_info.max:  # of an int too: float(10**400) raises
-            raise ValueError(f"{name} must be finite, got {value!r:.60}")
-    return tuple(map(float, values))
+    if not isinstance(values, Sequence) or isinstance(values, (str, *BYTES)):
+        raise TypeError(f"{name} must be a sequence of numbers, got {shown(values)}")
+    return tuple(finite(value, f"{name}[{k}]") for k, value in enumerate(values))

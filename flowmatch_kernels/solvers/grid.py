@@ -30,14 +30,20 @@ def on_host(x: Tensor) -> Tensor:
     return x.cpu() if is_readable(x) or x.device.type not in FLOAT64_DEVICES else x
 
 
-def checked_grid(time_steps: Any, name: str) -> Grid:
+def checked_grid(time_steps: Any, name: str, device: torch.device) -> Grid:
     """A time grid. Its values are checked where they can be read; those of a list always.
+
+    Args:
+        time_steps: What was given.
+        name: The argument's.
+        device: The state's.
 
     Raises:
         TypeError: it is neither a floating-point tensor nor a sequence of numbers.
-        ValueError: it is not 1-D with two or more entries, finite and strictly monotonic.
+        ValueError: it is not 1-D with two or more entries, finite and strictly monotonic; or it is on the meta device,
+            where it has no values, and the state is not.
     """
-    grid = _checked(time_steps, name, torch.get_default_dtype())
+    grid = _checked(time_steps, name, torch.get_default_dtype(), device)
     if grid.tensor.dim() != 1 or grid.tensor.shape[0] < 2:
         raise ValueError(f"{name} must be 1-D with two or more entries, got shape {list(grid.tensor.shape)}")
     entries = grid.entries
@@ -51,14 +57,14 @@ def checked_grid(time_steps: Any, name: str) -> Grid:
     return grid
 
 
-def checked_sizes(step_sizes: Any, steps: int) -> Grid:
+def checked_sizes(step_sizes: Any, steps: int, device: torch.device) -> Grid:
     """Step sizes, [steps]; a list becomes float64.
 
     Raises:
         TypeError: they are neither a floating-point tensor nor a sequence of numbers.
-        ValueError: there is another number of them, or one is not finite.
+        ValueError: there is another number of them, or one is not finite; or as for `checked_grid`.
     """
-    sizes = _checked(step_sizes, "step_sizes", torch.float64)
+    sizes = _checked(step_sizes, "step_sizes", torch.float64, device)
     if list(sizes.tensor.shape) != [steps]:
         raise ValueError(
             f"step_sizes must hold {steps} entries, one fewer than the time grid, got shape {list(sizes.tensor.shape)}"
@@ -68,7 +74,7 @@ def checked_sizes(step_sizes: Any, steps: int) -> Grid:
     return sizes
 
 
-def _checked(given: Any, name: str, dtype: torch.dtype) -> Grid:
+def _checked(given: Any, name: str, dtype: torch.dtype, device: torch.device) -> Grid:
     """A floating-point tensor as it is, or a sequence of numbers as a tensor of `dtype`."""
     if isinstance(given, (list, tuple)) and not any(isinstance(entry, (list, tuple)) for entry in given):
         numbers = tuple(number(entry, f"{name}[{k}]") for k, entry in enumerate(given))
@@ -81,6 +87,8 @@ def _checked(given: Any, name: str, dtype: torch.dtype) -> Grid:
     if not grid.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {grid.dtype}")
     check_dense(grid, name)
+    if grid.device.type == "meta" and device.type != "meta":
+        raise ValueError(f"{name} is on the meta device, where it has no values, and the state is on {device}")
     return Grid(grid, tuple(grid.tolist()) if grid.dim() == 1 and is_readable(grid) else None)
 
 

@@ -75,7 +75,9 @@ class Request(NamedTuple):
             ValueError: their shape or a value is wrong, or the solver cannot use the grid.
         """
         grid = self._grid()
-        sizes = None if self.step_sizes is None else checked_sizes(self.step_sizes, grid.tensor.shape[0] - 1)
+        sizes = None
+        if self.step_sizes is not None:
+            sizes = checked_sizes(self.step_sizes, grid.tensor.shape[0] - 1, self.device)
         given = self.time_steps is not None or sizes is not None or callable(self.time_grid)
         if given and (self.predicts is not None or self.int_method in ABSOLUTE):
             who = str(self.int_method) if self.predicts is None else "prediction_type"
@@ -102,9 +104,9 @@ class Request(NamedTuple):
         if isinstance(self.int_method, FittedSolver):
             return Grid(self.int_method.grid(self.grid_dtype), self.int_method.times)
         if self.time_steps is not None:
-            return checked_grid(self.time_steps, "time_steps")
+            return checked_grid(self.time_steps, "time_steps", self.device)
         if callable(self.time_grid) and self.steps:
-            grid = checked_grid(self.time_grid(self.steps), "what time_grid returned")
+            grid = checked_grid(self.time_grid(self.steps), "what time_grid returned", self.device)
             if (entries := grid.tensor.shape[0]) != self.steps + 1:
                 raise ValueError(
                     f"time_grid returned {entries} entries for {self.steps} steps; wanted {self.steps + 1}"

@@ -101,7 +101,7 @@ class Table(NamedTuple):
             on_host = self.times.tolist() if times is None or is_readable(self.times) else times()
             return [on_host[evaluation.time] for evaluation in self.evaluations]
 
-        weights = guidance.weights(weight, steps, evaluated)
+        weights = guidance.weights(weight, steps, evaluated, self.coefficients.dtype)
         rows = self.coefficients
         if not weights:
             return self._replace(views=self.views and {})
@@ -142,6 +142,8 @@ def build(
             solver evaluates.
     """
     times = on_host(grid.tensor)
+    if sizes is not None and sizes.tensor.is_meta:  # as the state is
+        times = times.to("meta")
     n = int(times.shape[0]) - 1
     dt = torch.diff(times) if sizes is None else sizes.tensor.to(times.device)
     steps = Steps(0, n, part(times, 0, n), part(times, 1, n + 1), dt.double(), noise_at)

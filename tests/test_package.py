@@ -20,6 +20,7 @@ from flowmatch_kernels import (
     solvers,
     time_grids,
 )
+from flowmatch_kernels.integrations import alpamayo, replacement
 from flowmatch_kernels.ops import dispatch, fused_step, native, reference
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -299,6 +300,8 @@ def test_base_is_abstract():
         fused_step,
         native,
         reference,
+        alpamayo,
+        replacement,
     ],
     ids=lambda module: module.__name__,
 )

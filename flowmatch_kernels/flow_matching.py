@@ -23,6 +23,7 @@ from .rows import Setting, rows_for
 from .sampling import integrate
 from .solver_comparison import SolverComparison
 from .solvers import FittedSolver, IntMethod, Table
+from .step_functions import Numbered, StepFunction, counted, numbered
 from .velocities import Guidance, Velocities, model
 
 
@@ -192,7 +193,8 @@ class FlowMatching(BaseDiffusion):
             batch_size: B.
             step_fn: The velocity field, called as step_fn(x=x, t=t) with x [B, *x_dims] and t
                 [B, 1, ..., 1]; returns [B, *x_dims] or what expands to it, in the state's dtype or a
-                narrower one. It may keep x, write to it, or return it.
+                narrower one. It may keep x, write to it, or return it. For a model that wants t in another form, or
+                the number of the step: `flowmatch_kernels.StepFunction`.
             device: Where to sample.
             return_all_steps: Return the trajectory too.
             inference_step: Steps; None or 0: num_inference_steps, or those of a fitted solver given here.
@@ -262,6 +264,9 @@ class FlowMatching(BaseDiffusion):
         device = available_device(device)
         if not callable(step_fn):
             raise TypeError(f"step_fn must be callable, got {step_fn!r:.60}")
+        numbers: list[Numbered] = []  # of the step functions that are given the number of the evaluation
+        if isinstance(step_fn, StepFunction) or isinstance(unguided_step_fn, StepFunction):
+            step_fn, unguided_step_fn = numbered(step_fn, numbers), numbered(unguided_step_fn, numbers)
         differentiable = _differentiable(
             differentiable,
             noise,
@@ -307,6 +312,7 @@ class FlowMatching(BaseDiffusion):
         if layout is not None and noise is not None:
             noise = layout.stored(noise)
             step_fn, velocities, hooks = layout.applied(step_fn, velocities, hooks)
+        evaluate = model(step_fn, velocities, eager)
         grad = torch.is_grad_enabled()
         torch._C._set_grad_enabled(grad and differentiable)  # a context manager takes ten times as long
         try:
@@ -327,7 +333,7 @@ class FlowMatching(BaseDiffusion):
                 table,
                 rows,
                 _start(rows, noise, generator, temperature, velocities, eager),  # no name keeps it
-                model(step_fn, velocities, eager),
+                counted(evaluate, numbers) if numbers else evaluate,
                 hooks,
                 bar,
             )

@@ -18,6 +18,7 @@ from flowmatch_kernels import (
     guidance,
     sampling,
     solvers,
+    step_functions,
     time_grids,
 )
 from flowmatch_kernels.integrations import alpamayo, replacement
@@ -205,6 +206,7 @@ print("ok")
 
 def test_public_names():
     wanted = ["BaseDiffusion", "FittedSolver", "FlowMatching", "Sample", "SolverComparison", "StepFn"]
+    wanted += ["StepFunction"]
     wanted += ["available_backends", "empty_cache", "inpaint", "use_backend"]
     assert sorted(flowmatch_kernels.__all__) == sorted(wanted)
     for name in wanted:
@@ -295,6 +297,7 @@ def test_base_is_abstract():
         guidance,
         sampling,
         solvers,
+        step_functions,
         time_grids,
         dispatch,
         fused_step,

@@ -21,7 +21,7 @@ from flowmatch_kernels import (
     step_functions,
     time_grids,
 )
-from flowmatch_kernels.integrations import alpamayo, replacement
+from flowmatch_kernels.integrations import alpamayo, lerobot, replacement
 from flowmatch_kernels.ops import dispatch, fused_step, native, reference
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -304,6 +304,7 @@ def test_base_is_abstract():
         native,
         reference,
         alpamayo,
+        lerobot,
         replacement,
     ],
     ids=lambda module: module.__name__,

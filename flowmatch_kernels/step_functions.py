@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -141,6 +142,9 @@ def counted(model: Model, functions: Sequence[Numbered]) -> Model:
 
 
 def _takes_step(model: Callable[..., Any]) -> bool:
+    if type(model) is FunctionType and not vars(model):  # as below, in 1 us instead of 15
+        code = model.__code__
+        return "step" in code.co_varnames[code.co_posonlyargcount : code.co_argcount + code.co_kwonlyargcount]
     try:
         parameters = inspect.signature(model.forward if isinstance(model, torch.nn.Module) else model).parameters
     except (TypeError, ValueError):  # a callable without a signature, as some that are written in C

@@ -21,7 +21,7 @@ from flowmatch_kernels import (
     step_functions,
     time_grids,
 )
-from flowmatch_kernels.integrations import alpamayo, lerobot, replacement
+from flowmatch_kernels.integrations import alpamayo, lerobot, openpi, replacement
 from flowmatch_kernels.ops import dispatch, fused_step, native, reference
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -305,6 +305,7 @@ def test_base_is_abstract():
         reference,
         alpamayo,
         lerobot,
+        openpi,
         replacement,
     ],
     ids=lambda module: module.__name__,

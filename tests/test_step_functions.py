@@ -164,6 +164,7 @@ def test_who_takes_the_step():
     assert StepFunction(takes).takes_step
     assert StepFunction(Network(takes)).takes_step
     assert StepFunction(functools.partial(lambda a, x, t, step: x, 1)).takes_step
+    assert StepFunction(torch.no_grad()(takes)).takes_step
     for model in (without, swallows, Network(without), functools.partial(without), torch.add):
         assert not StepFunction(model).takes_step
     assert not StepFunction(lambda step, /, x, t: x).takes_step

@@ -12,6 +12,7 @@ prefix of real-time chunking).
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -112,7 +113,7 @@ def euler_integrate(
             rtc_processor.track(time=times[step], x_t=x, v_t=v)
 
     tracked = rtc_processor is not None and rtc_processor.is_debug_enabled()
-    x = FlowMatching(noise.shape[1:]).sample(
+    x = _sampler(tuple(noise.shape[1:])).sample(
         noise.shape[0],
         StepFunction(velocity, time_as="batch"),
         noise.device,
@@ -124,6 +125,15 @@ def euler_integrate(
         differentiable=torch.is_grad_enabled(),
     )
     return x.x if tracked else x
+
+
+def _sampler(x_dims: tuple[int, ...]) -> FlowMatching:
+    return FlowMatching(x_dims) if torch.compiler.is_compiling() else _kept_sampler(x_dims)
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_sampler(x_dims: tuple[int, ...]) -> FlowMatching:
+    return FlowMatching(x_dims)
 
 
 def patch() -> Replacement:

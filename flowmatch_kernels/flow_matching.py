@@ -24,6 +24,7 @@ from .sampling import integrate
 from .solver_comparison import SolverComparison
 from .solvers import FittedSolver, IntMethod, Table
 from .step_functions import Numbered, StepFunction, counted, numbered
+from .training import TIME_SAMPLERS, check_time_sampler
 from .velocities import Guidance, Velocities, model
 
 
@@ -49,7 +50,8 @@ class FlowMatching(BaseDiffusion):
         int_method: The solver: a name (see `flowmatch_kernels.solvers`), a `FittedSolver`, or the path of its file,
             which ends in .json. A fitted solver brings its own times.
         num_inference_steps: Steps on the time grid; 0 returns the noise. None: 10, or those of a fitted solver.
-        train_timestep_sampler: "beta" (t = 0.999 - 0.999 * Beta(1.5, 1), as in pi-zero) or "uniform".
+        train_timestep_sampler: How training draws its times: "beta" (t = 0.999 - 0.999 * Beta(1.5, 1), as in pi-zero,
+            arXiv 2410.24164), "uniform", "logit_normal" or "cosine" (as in SD3; see `flowmatch_kernels.training`).
         train_ignore_guidance_rate: How often training drops the condition, where train_drop_guidance is True: between
             0 and 1.
         inference_guidance_weight: w in v = (1 - w) * v_unguided + w * v_guided, or the weight of another form: one
@@ -118,9 +120,7 @@ class FlowMatching(BaseDiffusion):
             num_inference_steps = self.int_method.evaluations if isinstance(self.int_method, FittedSolver) else 10
         self.num_inference_steps = count(num_inference_steps, "num_inference_steps")
         self._steps(None, None)
-        if train_timestep_sampler not in ("beta", "uniform"):
-            raise ValueError(f"train_timestep_sampler must be 'beta' or 'uniform', got {train_timestep_sampler!r}")
-        self.train_timestep_sampler = train_timestep_sampler
+        self.train_timestep_sampler = check_time_sampler(train_timestep_sampler)
         self.train_ignore_guidance_rate = share(train_ignore_guidance_rate, "train_ignore_guidance_rate")
         guidance.checked(inference_guidance_weight)
         self.train_drop_guidance = flag(train_drop_guidance, "train_drop_guidance")
@@ -584,7 +584,7 @@ class FlowMatching(BaseDiffusion):
         """The training pair of conditional flow matching: noisy_x = t*x + (1 - t)*noise.
 
         Draws t, then the noise, then, with train_drop_guidance, which conditions to drop; each from the
-        default generator of its device ("beta": t on the CPU).
+        default generator of its device ("beta": t on the CPU). How t is drawn: train_timestep_sampler.
 
         Args:
             x: Data, [B, *x_dims], floating point.
@@ -592,7 +592,8 @@ class FlowMatching(BaseDiffusion):
         Raises:
             TypeError: x is no floating-point tensor, or is sparse or nested; or a default changed afterwards is of the
                 wrong type.
-            ValueError: x has no dimension, or train_ignore_guidance_rate, changed afterwards, is not in [0, 1].
+            ValueError: x has no dimension, or train_ignore_guidance_rate or train_timestep_sampler, changed afterwards,
+                cannot be used.
 
         Returns:
             "x"; "noisy_x" [B, *x_dims]; "timesteps" [B, 1, ..., 1]; "noise" [B, *x_dims];
@@ -609,8 +610,8 @@ class FlowMatching(BaseDiffusion):
             raise ValueError("x must be [B, *x_dims], got a tensor of no dimension")
         draws = flag(self.train_drop_guidance, "train_drop_guidance")
         rate = share(self.train_ignore_guidance_rate, "train_ignore_guidance_rate")
-        if self.train_timestep_sampler == "uniform":
-            t = torch.rand((x.shape[0],), device=x.device)
+        if check_time_sampler(self.train_timestep_sampler) != "beta":
+            t = TIME_SAMPLERS[self.train_timestep_sampler](x.shape[0], x.device)
         else:
             # Fake and real tensors do not mix, and the real distribution is kept for the next call.
             distribution = _beta_dist() if tracing.is_fake() else self.beta_dist

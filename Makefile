@@ -51,7 +51,7 @@ test: lint
 	$(PYTEST) $(ARGS)
 
 test-full: lint
-	$(PYTEST) -m "" $(ARGS)
+	$(PYTEST) -m "not integrations" $(ARGS)
 
 # In an environment of their own: lerobot asks for Python 3.12 and for another torch than constraints.txt.
 test-integrations:

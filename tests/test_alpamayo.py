@@ -273,7 +273,7 @@ def test_patch(theirs, generation, monkeypatch):
 
 
 def test_patch_without_alpamayo(monkeypatch):
-    monkeypatch.setattr(alpamayo, "_is_installed", lambda package: False)
+    monkeypatch.setattr(alpamayo, "is_installed", lambda package: False)
     with pytest.raises(ImportError, match=r"none of alpamayo_r1, alpamayo1_5, alpamayo2_super is installed"):
         alpamayo.patch()
 

@@ -82,6 +82,30 @@ def test_scaled_time(rows, steps):
         assert {t.dtype for t in seen.times} == {dtype or times.dtype}
 
 
+@pytest.mark.parametrize("steps", [4, 10, 50])
+def test_loop_of_gr00t(rows, steps):
+    """A bfloat16 state, dt a Python float, t an integer bucket computed in Python: int(k / N * 1000), [B]."""
+    noise = torch.randn(3, 16, 8).bfloat16()
+    weight = torch.randn(8, 8).bfloat16() / 4
+
+    def model(x, t):
+        assert (t.dtype, t.shape) == (torch.int64, (3,))
+        return torch.sin(x @ weight) + (t.to(x.dtype) / 1000)[:, None, None]
+
+    x = noise
+    for k in range(steps):
+        buckets = torch.full((3,), int(k / float(steps) * 1000))
+        x = x + (1.0 / steps) * model(x, buckets)
+    got = FlowMatching((16, 8), backend=rows).sample(
+        3,
+        StepFunction(model, time_as="batch", time_scale=1000, time_dtype=torch.int64),
+        noise=noise,
+        time_steps=torch.arange(steps + 1, dtype=torch.float64) / steps,
+        step_sizes=[1.0 / steps] * steps,
+    )
+    assert_same_bits(got, x)
+
+
 def test_rounds_down():
     seen = Seen()
     step_fn = StepFunction(seen, time_as="scalar", time_dtype=torch.int32)

@@ -24,7 +24,6 @@ Source: github.com/NVlabs/alpamayo (1cba38c), NVlabs/alpamayo1.5 (f42e594), NVla
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import sys
 import warnings
@@ -38,7 +37,7 @@ from torch import nn
 from .. import flow_matching
 from ..base import StepFn
 from ..solvers import FittedSolver, IntMethod, loaded
-from .replacement import Replacement
+from .replacement import Replacement, is_installed
 
 PACKAGES = ("alpamayo_r1", "alpamayo1_5", "alpamayo2_super")
 """The packages of the generations R1, 1.5 and 2."""
@@ -251,7 +250,7 @@ def patch() -> Replacement:
         >>> with alpamayo.patch():  # doctest: +SKIP
         ...     model = Alpamayo1_5.from_pretrained("nvidia/Alpamayo-1.5-10B")
     """
-    modules = [importlib.import_module(f"{name}.diffusion.flow_matching") for name in PACKAGES if _is_installed(name)]
+    modules = [importlib.import_module(f"{name}.diffusion.flow_matching") for name in PACKAGES if is_installed(name)]
     if not modules:
         raise ImportError(f"none of {', '.join(PACKAGES)} is installed: see github.com/NVlabs/alpamayo")
     replacement = Replacement()
@@ -285,10 +284,6 @@ def _owner(model: Any) -> tuple[Any, str]:
 def _is_published(cls: type) -> bool:
     """Whether this is the sampler of an Alpamayo package, and no subclass of it."""
     return cls.__name__ == "FlowMatching" and cls.__module__ in [f"{p}.diffusion.flow_matching" for p in PACKAGES]
-
-
-def _is_installed(package: str) -> bool:
-    return package in sys.modules or importlib.util.find_spec(package) is not None
 
 
 def _register() -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from ..flow_matching import FlowMatching
 from ..step_functions import StepFunction
-from .replacement import Replacement
+from .replacement import Replacement, is_installed
 
 MODULE = "lerobot.policies.common.flow_matching"
 """Where lerobot defines the function."""
@@ -153,7 +152,7 @@ def patch() -> Replacement:
         >>> with lerobot.patch():  # doctest: +SKIP
         ...     action = policy.select_action(batch)
     """
-    if importlib.util.find_spec("lerobot") is None:
+    if not is_installed("lerobot"):
         raise ImportError("lerobot is not installed: pip install 'lerobot>=0.6.1'")
     try:
         module = importlib.import_module(MODULE)

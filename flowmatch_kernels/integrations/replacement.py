@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from types import ModuleType, TracebackType
 from typing import Any
@@ -77,6 +78,11 @@ class Replacement:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.undo()
+
+
+def is_installed(package: str) -> bool:
+    """Whether a top-level package is loaded, or could be; imports nothing."""
+    return package in sys.modules or importlib.util.find_spec(package) is not None
 
 
 def _modules() -> list[ModuleType]:

@@ -67,7 +67,7 @@ class FlowMatching(flow_matching.FlowMatching):
 
     What differs from the base class: positional arguments come in Alpamayo 1.5's order; unknown arguments are ignored,
     as upstream ignores them, with one warning that names them; and an instance counts as an instance of the
-    `BaseDiffusion` of each Alpamayo package that is loaded (it is registered there as a virtual subclass).
+    `BaseDiffusion` of each Alpamayo package that is loaded when it is made (as a registered virtual subclass).
 
     Args:
         int_method: The solver: "euler", as published, or any other of the base class.

@@ -3,6 +3,7 @@
 #   make demo        train on flight trajectories, fit solvers to the network, compare and draw
 #   make test        lint, types and tests
 #   make test-full   the same, with the long matrix
+#   make test-integrations  the tests of the integrations with the projects themselves; needs Python 3.12
 #   make bench       times against every peer, targets, counts: bench/results/bench.md; under ten minutes
 #   make gpu-static  what the GPU kernels become: their machine code, read without a GPU
 #   make gpu         on a machine with a GPU: tests and timings, in one JSON file
@@ -24,7 +25,7 @@ CUDA_TORCH ?= torch==2.14.1
 PROCESSES ?= 2
 CSRC = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
-.PHONY: setup demo test test-full bench gpu-static gpu gpu-memory cuda-build wheels lint format clean
+.PHONY: setup demo test test-full test-integrations bench gpu-static gpu gpu-memory cuda-build wheels lint format clean
 
 setup: .venv/extension.stamp
 
@@ -50,7 +51,14 @@ test: lint
 	$(PYTEST) $(ARGS)
 
 test-full: lint
-	$(PYTEST) -m "" $(ARGS)
+	$(PYTEST) -m "not integrations" $(ARGS)
+
+# In an environment of their own: lerobot asks for Python 3.12 and for another torch than constraints.txt.
+test-integrations:
+	$(PYTHON) -m venv build/integrations/venv
+	build/integrations/venv/bin/python -m pip install --disable-pip-version-check --quiet \
+		'lerobot[pi,smolvla,eo1]>=0.6.1' hypothesis numpy pytest
+	build/integrations/venv/bin/python -m pytest -m integrations tests/test_lerobot.py $(ARGS)
 
 bench: setup .venv/bench.stamp
 	$(BIN)/python -m bench $(ARGS)

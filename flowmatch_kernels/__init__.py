@@ -7,6 +7,7 @@ from .ops.dispatch import available_backends, use_backend
 from .ops.native import empty_cache
 from .solver_comparison import SolverComparison
 from .solvers import FittedSolver
+from .step_functions import StepFunction
 
 __all__ = [
     "BaseDiffusion",
@@ -15,6 +16,7 @@ __all__ = [
     "Sample",
     "SolverComparison",
     "StepFn",
+    "StepFunction",
     "available_backends",
     "empty_cache",
     "inpaint",

@@ -35,6 +35,8 @@ from .rows import Setting, rows_for
 from .sampling import integrate
 from .solver_comparison import SolverComparison
 from .solvers import FittedSolver, IntMethod, Table
+from .step_functions import Numbered, StepFunction, counted, numbered
+from .training import TIME_SAMPLERS, check_time_sampler
 from .velocities import Guidance, Velocities, model
 
 
@@ -60,7 +62,8 @@ class FlowMatching(BaseDiffusion):
         int_method: The solver: a name (see `flowmatch_kernels.solvers`), a `FittedSolver`, or the path of its file,
             which ends in .json. A fitted solver brings its own times.
         num_inference_steps: Steps on the time grid; 0 returns the noise. None: 10, or those of a fitted solver.
-        train_timestep_sampler: "beta" (t = 0.999 - 0.999 * Beta(1.5, 1), as in pi-zero) or "uniform".
+        train_timestep_sampler: How training draws its times: "beta" (t = 0.999 - 0.999 * Beta(1.5, 1), as in pi-zero,
+            arXiv 2410.24164), "uniform", "logit_normal" or "cosine" (as in SD3; see `flowmatch_kernels.training`).
         train_ignore_guidance_rate: How often training drops the condition, where train_drop_guidance is True: between
             0 and 1.
         inference_guidance_weight: w in v = (1 - w) * v_unguided + w * v_guided, or the weight of another form: one
@@ -134,9 +137,7 @@ class FlowMatching(BaseDiffusion):
             num_inference_steps = self.int_method.evaluations if isinstance(self.int_method, FittedSolver) else 10
         self.num_inference_steps = count(num_inference_steps, "num_inference_steps")
         self._steps(None, None)
-        if train_timestep_sampler not in ("beta", "uniform"):
-            raise ValueError(f"train_timestep_sampler must be 'beta' or 'uniform', got {train_timestep_sampler!r}")
-        self.train_timestep_sampler = train_timestep_sampler
+        self.train_timestep_sampler = check_time_sampler(train_timestep_sampler)
         self.train_ignore_guidance_rate = share(train_ignore_guidance_rate, "train_ignore_guidance_rate")
         guidance.checked(inference_guidance_weight)
         self.train_drop_guidance = flag(train_drop_guidance, "train_drop_guidance")
@@ -212,7 +213,8 @@ class FlowMatching(BaseDiffusion):
             batch_size: B.
             step_fn: The velocity field, called as step_fn(x=x, t=t) with x [B, *x_dims] and t
                 [B, 1, ..., 1]; returns [B, *x_dims] or what expands to it, in the state's dtype or a
-                narrower one. It may keep x, write to it, or return it.
+                narrower one. It may keep x, write to it, or return it. For a model that wants t in another form, or
+                the number of the step: `flowmatch_kernels.StepFunction`.
             device: Where to sample.
             return_all_steps: Return the trajectory too.
             inference_step: Steps; None or 0: num_inference_steps, or those of a fitted solver given here.
@@ -283,6 +285,9 @@ class FlowMatching(BaseDiffusion):
         device = available_device(device)
         if not callable(step_fn):
             raise TypeError(f"step_fn must be callable, got {step_fn!r:.60}")
+        numbers: list[Numbered] = []  # of the step functions that are given the number of the evaluation
+        if isinstance(step_fn, StepFunction) or isinstance(unguided_step_fn, StepFunction):
+            step_fn, unguided_step_fn = numbered(step_fn, numbers), numbered(unguided_step_fn, numbers)
         differentiable = _differentiable(
             differentiable,
             noise,
@@ -330,6 +335,7 @@ class FlowMatching(BaseDiffusion):
         if layout is not None and noise is not None:
             noise = layout.stored(noise)
             step_fn, velocities, hooks = layout.applied(step_fn, velocities, hooks)
+        evaluate = model(step_fn, velocities, eager)
         grad = torch.is_grad_enabled()
         torch._C._set_grad_enabled(grad and differentiable)  # a context manager takes ten times as long
         try:
@@ -351,7 +357,7 @@ class FlowMatching(BaseDiffusion):
                 table,
                 rows,
                 _start(rows, noise, generator, temperature, velocities, eager),  # no name keeps it
-                model(step_fn, velocities, eager),
+                counted(evaluate, numbers) if numbers else evaluate,
                 hooks,
                 bar,
             )
@@ -602,7 +608,7 @@ class FlowMatching(BaseDiffusion):
         """The training pair of conditional flow matching: noisy_x = t*x + (1 - t)*noise.
 
         Draws t, then the noise, then, with train_drop_guidance, which conditions to drop; each from the
-        default generator of its device ("beta": t on the CPU).
+        default generator of its device ("beta": t on the CPU). How t is drawn: train_timestep_sampler.
 
         Args:
             x: Data, [B, *x_dims], floating point.
@@ -610,7 +616,8 @@ class FlowMatching(BaseDiffusion):
         Raises:
             TypeError: x is no floating-point tensor, or is sparse or nested; or a default changed afterwards is of the
                 wrong type.
-            ValueError: x has no dimension, or train_ignore_guidance_rate, changed afterwards, is not in [0, 1].
+            ValueError: x has no dimension, or train_ignore_guidance_rate or train_timestep_sampler, changed afterwards,
+                cannot be used.
 
         Returns:
             "x"; "noisy_x" [B, *x_dims]; "timesteps" [B, 1, ..., 1]; "noise" [B, *x_dims];
@@ -627,8 +634,8 @@ class FlowMatching(BaseDiffusion):
             raise ValueError("x must be [B, *x_dims], got a tensor of no dimension")
         draws = flag(self.train_drop_guidance, "train_drop_guidance")
         rate = share(self.train_ignore_guidance_rate, "train_ignore_guidance_rate")
-        if self.train_timestep_sampler == "uniform":
-            t = torch.rand((x.shape[0],), device=x.device)
+        if check_time_sampler(self.train_timestep_sampler) != "beta":
+            t = TIME_SAMPLERS[self.train_timestep_sampler](x.shape[0], x.device)
         else:
             # Fake and real tensors do not mix, and the real distribution is kept for the next call.
             distribution = _beta_dist() if tracing.is_fake() else self.beta_dist

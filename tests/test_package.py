@@ -18,8 +18,10 @@ from flowmatch_kernels import (
     guidance,
     sampling,
     solvers,
+    step_functions,
     time_grids,
 )
+from flowmatch_kernels.integrations import alpamayo, lerobot, openpi, replacement
 from flowmatch_kernels.ops import dispatch, fused_step, native, reference
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -204,6 +206,7 @@ print("ok")
 
 def test_public_names():
     wanted = ["BaseDiffusion", "FittedSolver", "FlowMatching", "Sample", "SolverComparison", "StepFn"]
+    wanted += ["StepFunction"]
     wanted += ["available_backends", "empty_cache", "inpaint", "use_backend"]
     assert sorted(flowmatch_kernels.__all__) == sorted(wanted)
     for name in wanted:
@@ -296,11 +299,16 @@ def test_base_is_abstract():
         guidance,
         sampling,
         solvers,
+        step_functions,
         time_grids,
         dispatch,
         fused_step,
         native,
         reference,
+        alpamayo,
+        lerobot,
+        openpi,
+        replacement,
     ],
     ids=lambda module: module.__name__,
 )

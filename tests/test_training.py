@@ -76,6 +76,62 @@ def test_timesteps_are_where_they_belong():
     assert abs(uniform.mean().item() - 0.5) < 0.01
 
 
+#: The share of times below t, by the closed form of each sampler's density.
+CUMULATIVE = {
+    "beta": lambda t: 1 - ((0.999 - t) / 0.999).clamp(0, 1) ** 1.5,
+    "uniform": lambda t: t,
+    "logit_normal": lambda t: torch.special.ndtr(torch.logit(t)),
+    "cosine": lambda t: 0.5 + torch.atan(2 * t - 1) / (torch.pi / 2),
+}
+
+
+@pytest.mark.parametrize("sampler", list(CUMULATIVE))
+def test_density_of_the_times(sampler):
+    """The empirical distribution of 100,000 times is within the Kolmogorov-Smirnov bound for one in a million."""
+    x = torch.zeros(100_000, 1)
+    t = FlowMatching(1, train_timestep_sampler=sampler).construct_training_data(x)["timesteps"]
+    assert t.shape == (100_000, 1)
+    assert t.dtype == torch.float32
+    assert t.min() >= 0
+    assert t.max() <= 1
+    found = t.flatten().double().sort().values
+    share = torch.arange(1, 100_001, dtype=torch.float64) / 100_000
+    assert (CUMULATIVE[sampler](found) - share).abs().max() < 2.7 / 100_000**0.5
+
+
+@pytest.mark.parametrize("sampler", ["logit_normal", "cosine"])
+def test_sd3_times(sampler):
+    """By the formulas, of one draw before the noise's; the rest of the pair as ever."""
+    x = torch.randn(6, 4, 2)
+    torch.manual_seed(0)
+    data = FlowMatching((4, 2), train_timestep_sampler=sampler).construct_training_data(x)
+    torch.manual_seed(0)
+    cosine = sampler == "cosine"
+    t = 1 - 1 / (torch.tan(torch.pi / 2 * torch.rand(6)) + 1) if cosine else torch.sigmoid(torch.randn(6))
+    t, noise = t.view(6, 1, 1), torch.randn_like(x)
+    assert_same_bits(data["timesteps"], t)
+    assert_same_bits(data["noise"], noise)
+    assert_same_bits(data["noisy_x"], t * x + (1 - t) * noise)
+
+
+def test_cosine_at_the_ends(monkeypatch):
+    """The largest float32 below 1, where tan is negative, and 0."""
+    monkeypatch.setattr(torch, "rand", lambda *a, **k: torch.tensor([0.0, 1 - 2**-24, 1 - 2**-23]))
+    t = FlowMatching(1, train_timestep_sampler="cosine").construct_training_data(torch.zeros(3, 1))["timesteps"]
+    assert t[0] == 0
+    assert (t <= 1).all()
+    assert (t[1:] > 0.999999).all()
+
+
+def test_unknown_sampler_of_times():
+    with pytest.raises(ValueError, match=r"one of 'beta', 'uniform', 'logit_normal', 'cosine', got 'mode'"):
+        FlowMatching(1, train_timestep_sampler="mode")
+    fm = FlowMatching(1)
+    fm.train_timestep_sampler = "mode"
+    with pytest.raises(ValueError, match=r"got 'mode'"):
+        fm.construct_training_data(torch.zeros(3, 1))
+
+
 def test_ends_of_the_path(monkeypatch):
     """At t = 1 the pair is the data, at t = 0 the noise."""
     fm = FlowMatching((3, 2), train_timestep_sampler="uniform")

@@ -1,0 +1,89 @@
+"""Replacing a function or a class by name in every module that imported it, until it is undone."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType, TracebackType
+from typing import Any
+
+
+class Replacement:
+    """A name that stands for another object in the modules of a package.
+
+    The name is replaced in the module that defines it and in every loaded module that holds the same object under the
+    same name (`from module import name`). Modules that are imported later get the new object from the defining module.
+
+    Also a context manager: leaving it undoes the replacement.
+
+    Example:
+        >>> import types, sys
+        >>> module = types.ModuleType("a_package.sampling"); sys.modules["a_package.sampling"] = module
+        >>> module.integrate = old = lambda: "old"
+        >>> with Replacement():
+        ...     pass
+        >>> with Replacement().replace(module, "integrate", lambda: "new"):
+        ...     module.integrate()
+        'new'
+        >>> module.integrate()
+        'old'
+        >>> del sys.modules["a_package.sampling"]
+    """
+
+    def __init__(self) -> None:
+        self._done: list[tuple[ModuleType, str, Any, Any, list[ModuleType]]] = []
+
+    def replace(self, module: ModuleType, name: str, new: Any) -> Replacement:
+        """Replaces `name`, which `module` defines; nothing, where it already is `new`.
+
+        Args:
+            module: The module that defines the name.
+            name: The attribute.
+            new: What takes its place.
+
+        Raises:
+            AttributeError: the module has no such name.
+
+        Returns:
+            This object.
+        """
+        old = getattr(module, name)
+        if old is new:
+            return self
+        holders = [found for found in _modules() if vars(found).get(name) is old]
+        for holder in holders:
+            setattr(holder, name, new)
+        self._done.append((module, name, old, new, holders))
+        return self
+
+    def undo(self) -> None:
+        """Puts back what was there, also in the modules of the same package that were imported since."""
+        while self._done:
+            module, name, old, new, holders = self._done.pop()
+            package = module.__name__.partition(".")[0]
+            later = [found for found in _modules() if found.__name__.partition(".")[0] == package]
+            for holder in {id(found): found for found in (*holders, *later)}.values():
+                if vars(holder).get(name) is new:
+                    setattr(holder, name, old)
+
+    @property
+    def modules(self) -> list[str]:
+        """The names of the modules in which a name was replaced."""
+        return sorted({holder.__name__ for *_, holders in self._done for holder in holders})
+
+    def __enter__(self) -> Replacement:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+
+def is_installed(package: str) -> bool:
+    """Whether a top-level package is loaded, or could be; imports nothing."""
+    return package in sys.modules or importlib.util.find_spec(package) is not None
+
+
+def _modules() -> list[ModuleType]:
+    return [module for module in list(sys.modules.values()) if isinstance(module, ModuleType)]

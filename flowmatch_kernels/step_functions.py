@@ -1,0 +1,153 @@
+"""Models that want the time in another shape, scale or dtype than sample() passes it, or the step's number."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import finite
+from .velocities import Model
+
+TIMES = ("column", "batch", "scalar")
+
+
+class StepFunction:
+    """A step_fn for a model that wants its time in another form, or the number of the step.
+
+    sample() calls step_fn(x=, t=) with t [B, 1, ..., 1]. This calls model(x=, t=), where t is::
+
+        t                            time_as="column": [B, 1, ..., 1], as sample() passes it
+        t.view(B)                    time_as="batch": [B]
+        t.view(B)[0]                 time_as="scalar": 0-dim
+
+    multiplied by `time_scale` in its own dtype, and then cast to `time_dtype`; an integer dtype rounds down. A `model`
+    that has a parameter named `step` also gets step=, the number of the evaluation, 0 the first: with euler and the
+    multistep solvers that of the step.
+
+    t has the dtype of the time grid, float32 by default, and so has the product: `(t * 1000).long()` as eager PyTorch
+    computes it. Code that computes its times in Python, as int(k / N * 1000), means float64: pass the times so,
+    `time_steps=torch.arange(N + 1, dtype=torch.float64) / N`. From float32 times int(t * 1000) is another bucket at 2
+    of 10 steps.
+
+    Args:
+        model: A function or an nn.Module, called as model(x=, t=), or model(x=, t=, step=).
+        time_as: "column", "batch" or "scalar".
+        time_scale: Multiplies the time. Finite.
+        time_dtype: A floating-point or integer dtype; None: the time grid's.
+
+    Raises:
+        TypeError: model is not callable, time_scale no number, or time_dtype no dtype of numbers.
+        ValueError: time_as is unknown, or time_scale not finite.
+        RuntimeError: when called by other code than sample(), where the model takes the step's number.
+
+    Example:
+        >>> import torch
+        >>> from flowmatch_kernels import FlowMatching, StepFunction
+        >>> def policy(x, t, step):
+        ...     assert t.dtype == torch.int64 and t.shape == (6,)
+        ...     return x * 0.5 ** step
+        >>> step_fn = StepFunction(policy, time_as="batch", time_scale=1000, time_dtype=torch.int64)
+        >>> times = torch.arange(5, dtype=torch.float64) / 4
+        >>> FlowMatching((16, 7)).sample(6, step_fn, time_steps=times, step_sizes=[0.25] * 4).shape
+        torch.Size([6, 16, 7])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        time_as: str = "column",
+        time_scale: float = 1.0,
+        time_dtype: torch.dtype | None = None,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"model must be callable, got {model!r:.60}")
+        if time_as not in TIMES:
+            raise ValueError(f"time_as must be 'column', 'batch' or 'scalar', got {time_as!r:.60}")
+        if not isinstance(time_dtype, (torch.dtype, type(None))) or time_dtype == torch.bool:
+            raise TypeError(f"time_dtype must be a floating-point or integer torch.dtype, got {time_dtype!r:.60}")
+        self.model = model
+        self.time_as = time_as
+        self.time_scale = finite(time_scale, "time_scale")
+        self.time_dtype = time_dtype
+        self.takes_step = _takes_step(model)
+        """Whether the model has a parameter named `step`."""
+
+    def time(self, t: Tensor) -> Tensor:
+        """The time as the model wants it.
+
+        Args:
+            t: As sample() passes it, [B, 1, ..., 1], one value in all entries.
+
+        Raises:
+            ValueError: time_as is "scalar", and the batch is empty.
+        """
+        if self.time_as != "column":
+            t = t.view(t.shape[0])
+        if self.time_as == "scalar":
+            if not t.shape[0]:
+                raise ValueError("time_as='scalar' needs a batch of one sample or more")
+            t = t[0]
+        if self.time_scale != 1.0:
+            t = t * self.time_scale
+        if self.time_dtype is None:
+            return t
+        return (t if self.time_dtype.is_floating_point else t.floor()).to(self.time_dtype)
+
+    def __call__(self, *, x: Tensor, t: Tensor) -> Any:
+        """The velocity of a model that does not take the step's number."""
+        if self.takes_step:
+            raise RuntimeError("the model takes the number of the step, which sample() alone knows")
+        return self.model(x=x, t=self.time(t))
+
+
+class Numbered:
+    """A `StepFunction` within one sample(), which sets `step` before each call."""
+
+    def __init__(self, function: StepFunction) -> None:
+        self._function = function
+        self.step = 0
+
+    def __call__(self, *, x: Tensor, t: Tensor) -> Any:
+        return self._function.model(x=x, t=self._function.time(t), step=self.step)
+
+
+def numbered(step_fn: Any, into: list[Numbered]) -> Any:
+    """A step_fn for one sample().
+
+    Args:
+        step_fn: Any.
+        into: Gets the `Numbered` that is made where step_fn is a `StepFunction` whose model takes the step's number.
+    """
+    if not isinstance(step_fn, StepFunction) or not step_fn.takes_step:
+        return step_fn
+    into.append(Numbered(step_fn))
+    return into[-1]
+
+
+def counted(model: Model, functions: Sequence[Numbered]) -> Model:
+    """The model, with the number of each evaluation set in those of its step functions that take it."""
+
+    def evaluate(rows: Any, state: Any, time: int, row: int) -> tuple[Any, Any]:
+        for function in functions:
+            function.step = row
+        return model(rows, state, time, row)
+
+    return evaluate
+
+
+def _takes_step(model: Callable[..., Any]) -> bool:
+    if type(model) is FunctionType and not vars(model):  # as below, in 1 us instead of 15
+        code = model.__code__
+        return "step" in code.co_varnames[code.co_posonlyargcount : code.co_argcount + code.co_kwonlyargcount]
+    try:
+        parameters = inspect.signature(model.forward if isinstance(model, torch.nn.Module) else model).parameters
+    except (TypeError, ValueError):  # a callable without a signature, as some that are written in C
+        return False
+    step = parameters.get("step")
+    return step is not None and step.kind in (step.POSITIONAL_OR_KEYWORD, step.KEYWORD_ONLY)

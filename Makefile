@@ -71,11 +71,17 @@ bench: setup .venv/bench.stamp
 gpu-static: setup
 	$(BIN)/python -m bench.static $(ARGS)
 
-gpu: setup
+# Where nvcc is found, a CUDA half that cannot be built is an error here, and not one backend less.
+NVCC = $(shell command -v nvcc || ls "$(CUDA_HOME)/bin/nvcc" 2> /dev/null)
+.venv/gpu.stamp: .venv/extension.stamp
+	$(if $(NVCC),FORCE_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace)
+	touch $@
+
+gpu: .venv/gpu.stamp
 	$(BIN)/python -m bench.gpu $(ARGS)
 
 # Without torch's caching allocator, which hides what lies beyond a tensor. Graphs and the profiler need it.
-gpu-memory: setup
+gpu-memory: .venv/gpu.stamp
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 FLOWMATCH_KERNELS_REQUIRE_GPU=1 compute-sanitizer --tool memcheck \
 		--error-exitcode 1 $(BIN)/python -m pytest tests/test_gpu.py -m "gpu and not full" \
 		-k "sizes or layouts or eager or combinations" $(ARGS)

@@ -1,4 +1,4 @@
-"""What a row costs the host on a GPU's way, without a GPU: a driver of Triton's that does nothing takes the launches.
+"""What a row costs the host on a GPU's way, without a GPU: drivers that do nothing take the launches.
 
     python -m bench.host [--seconds 5]
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -21,9 +22,10 @@ from unittest import mock
 import torch
 
 from flowmatch_kernels import FlowMatching
-from flowmatch_kernels.ops import dispatch
+from flowmatch_kernels.ops import dispatch, native
 from flowmatch_kernels.ops.fused_step import WEIGHTED, Operands
 
+from .machine import ROOT
 from .measure import Timing
 from .measure import timing as timing_of
 
@@ -75,16 +77,43 @@ def idle() -> Iterator[Any]:
         caches.update(kept)
 
 
+def cuda_launch(x: torch.Tensor, v: torch.Tensor, coefficients: torch.Tensor) -> Callable[[], object] | None:
+    """One launch of the plain step by the `cuda` backend, through the tests' double of CUDA's runtime.
+
+    From `Operands` to cudaLaunchKernel all is the extension's own code; the tensors say that they are on `cuda`. None
+    where nvcc is not found, or the extension is not built.
+    """
+    sys.path.insert(0, str(ROOT / "tests"))
+    try:
+        from ptx import cuda_runtime  # type: ignore[import-not-found, unused-ignore]
+    finally:
+        sys.path.pop(0)
+    if cuda_runtime.unavailable() is not None:
+        return None
+    half = cuda_runtime.CudaHalf()
+    half.double.double_set_launch(None)
+    kept = [cuda_runtime.OnCuda(tensor, 0) for tensor in (torch.empty_like(x), x, v, coefficients)]
+    out, base, velocity, rows = (one.tensor for one in kept)
+    given = Operands(out, base, velocity, None, None, None, None, rows, 1, guidance=WEIGHTED)
+
+    def run(kept: object = (half, kept)) -> None:
+        native.fused_step_(given)
+
+    return run
+
+
 def launches(backend: Any) -> dict[str, Callable[[], object]]:
-    """One launch of the plain step by Triton's JIT, one without it; and eager PyTorch's two operators."""
+    """One launch of the plain step by Triton's JIT, without it, and of `cuda`; and eager PyTorch's two operators."""
     x, v, coefficients = torch.zeros(SHAPE), torch.zeros(SHAPE), torch.zeros(STEPS, 8)
     given = Operands(torch.empty_like(x), x, v, None, None, None, None, coefficients, 1, guidance=WEIGHTED)
     dt = torch.tensor(0.1)
-    return {
+    found: dict[str, Callable[[], object]] = {
         "eager, two operators": lambda: x + dt * v,
         "launch, Triton's JIT": _by_jit(backend, lambda: backend.launch(given)),
         "launch, direct": lambda: backend.launch(given),
     }
+    cuda = cuda_launch(x, v, coefficients)
+    return found if cuda is None else found | {"launch, cuda": cuda}
 
 
 def rows(backend: Any) -> dict[str, Callable[[], object]]:
@@ -149,7 +178,7 @@ def table(found: dict[str, dict[str, Timing]]) -> list[dict[str, Any]]:
     lines = []
     for what, timings in found.items():
         steps = STEPS if what == "sample" else 1
-        eager, jit, _ = (timing.median for timing in timings.values())
+        eager, jit, *_ = (timing.median for timing in timings.values())
         for name, timing in timings.items():
             microseconds = {q: round(getattr(timing, q) / steps * 1e6, 3) for q in ("low", "median", "high")}
             over = {"of_eager": round(timing.median / eager, 3), "of_jit": round(timing.median / jit, 3)}

@@ -7,6 +7,7 @@ is left out of its accesses; instructions are counted as they stand.
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import importlib.util
@@ -25,8 +26,20 @@ from .machine_code import Access, Code, Specialisation, sass_accesses
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "csrc" / "fused_step_cuda.cu"
-#: As setup.py compiles it.
-FLAGS = ("-std=c++20", "-O3", "--fmad=false")
+
+
+def of_setup(name: str) -> tuple[str, ...]:
+    """A list of flags, or of sources, as setup.py spells it: the one place where they stand."""
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if not isinstance(node, ast.Assign):
+            continue
+        for target in node.targets:
+            if isinstance(target, ast.Name) and target.id == name:
+                return tuple(ast.literal_eval(node.value))
+    raise KeyError(f"setup.py has no {name}")
+
+
+FLAGS = of_setup("NVCC_FLAGS")
 _TYPES = {
     torch.float32: "float",
     torch.float64: "double",

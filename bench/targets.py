@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 from flowmatch_kernels.ops.dispatch import BACKENDS, choose
 from flowmatch_kernels.ops.fused_step import COLUMNS, Operands
 
+from . import host
 from .contestants import ours
 from .measure import Timing, in_turn, peak_bytes
 from .work import Plan, Problem, Work
@@ -82,13 +84,13 @@ def works(plan: Plan) -> list[Work]:
 
 
 def table(plan: Plan, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every target; ratios are of the run's own `rows`, the last four are measured here.
+    """Every target; ratios are of the run's own `rows`, the last seven are measured here.
 
     Of a plan that is not whole the ratios of its works alone.
     """
     found = [measured(ratio, rows) for ratio in ratios(plan) if plan.whole or ratio.work in plan.works]
     if plan.whole:
-        found += [*triad(plan), trajectory_memory(plan.large), cost_per_step(plan)]
+        found += [*triad(plan), trajectory_memory(plan.large), cost_per_step(plan), *host_on_a_gpu(plan)]
     return [target.json() for target in found]
 
 
@@ -172,3 +174,23 @@ def cost_per_step(plan: Plan) -> Target:
     work = f"{list(plan.small)}: one step more, {plan.steps[0]} to {plan.steps[-1]:,} steps"
     least, most = min(more.values()), max(more.values())
     return Target(work, "the cheapest", 1.1, most / least if least > 0 else None, spans)  # else all was noise
+
+
+def host_on_a_gpu(plan: Plan) -> list[Target]:
+    """What a launch, and a row of sample(), cost the host with drivers that do nothing: `bench.host`."""
+    found: dict[str, dict[str, Timing]] = {}
+    if importlib.util.find_spec("triton") is not None:
+        found = host.measured(6 * plan.seconds)
+
+    def target(part: str, name: str, against: str, work: str, at_most: float) -> Target:
+        timings = found.get(part, {})
+        if name not in timings:
+            return Target(work, against, at_most, None)
+        mine, eager = timings[name].median, timings[against].median
+        steps = host.STEPS if part == "sample" else 1
+        return Target(work, against, at_most, mine / eager, f"{mine / steps * 1e6:.2f} us")
+
+    launch = "launch", "launch, cuda", "eager, two operators", "host, idle GPU driver: a launch by cuda", 1.15
+    direct = "launch", "launch, direct", "eager, two operators", "host, idle GPU driver: a launch by triton", 1.9
+    row = "sample", "sample(), direct", "eager loop", "host, idle GPU driver: a row of sample() by triton", 1.9
+    return [target(*one) for one in (launch, direct, row)]

@@ -246,13 +246,14 @@ class Fresh:
         return self._times[k]
 
     def evaluate(self, step_fn: StepFn, state: Tensor, time: int) -> Any:
-        before, x = state._version, state.detach()
+        counted = self._trajectory is not None and self._at_base
+        before, x = state._version if counted else 0, state.detach()
         v = step_fn(x=x, t=self._times[time])
-        replaced = not _same_memory(state, x)
+        replaced = not native.same_memory(state, x) and not _same_memory(state, x)
         if replaced:
             with self._ordinary:
                 settle(state, x)
-        if self._at_base and (replaced or state._version != before):
+        if counted and (replaced or state._version != before):
             self._keep(state)
         return v
 
@@ -261,7 +262,7 @@ class Fresh:
 
     def step(self, state: Tensor, base: Tensor, v: Any, u: Any, row: int, evaluation: Evaluation) -> Tensor | None:
         setting = self._setting
-        if not setting.velocities.plain(v, u):
+        if not native.readable(base, v, u) and not setting.velocities.plain(v, u):
             return None
         commit, write = evaluation.commit, evaluation.write
         slot = self._slot + commit
@@ -269,15 +270,10 @@ class Fresh:
         out = self._empty_like(base)
         trajectory = self._trajectory if commit else None
         history = None if write is None else self._history[write]
-        # By place: by name an Operands takes the host several times as long, and this is every row.
+        # As NamedTuple's own __new__ does it, without its call: this is every row.
         table, rounding, guidance = setting.table, setting.rounding, setting.guidance
-        coefficients, sum_first = table.coefficients, table.sum_first
-        self._fused_step_(
-            Operands(
-                *(out, base, v, u, h1, h2, h3, coefficients, row),
-                *(rounding, guidance, sum_first, trajectory, slot, history),
-            )
-        )
+        rest = (table.coefficients, row, rounding, guidance, table.sum_first, trajectory, slot, history)
+        self._fused_step_(tuple.__new__(Operands, (out, base, v, u, h1, h2, h3, *rest)))
         self._slot, self._at_base = slot, commit
         return out
 

@@ -149,6 +149,64 @@ def test_a_pinned_table_is_not_dropped(monkeypatch):
     assert list(solvers.cache._pinned.values()) == [table]
 
 
+def test_a_table_is_finished_before_another_stream_can_find_it(monkeypatch):
+    """It is waited for before it is in the cache; and every stream that gets it is told to the allocator.
+
+    Else a second stream reads coefficients that are not there yet, or a table that left the cache is overwritten
+    under a launch that reads it. Doubles note the calls: fake tensors have no streams.
+    """
+    events, streams = [], ["first", "second"]
+    second_device = torch.device("cuda", 1)
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def synchronize(self):
+            events.append(f"{self.name} synchronised, {len(solvers.cache._tables)} in the cache")
+
+    def current_stream(of):
+        assert of == second_device
+        return Stream(streams[0])
+
+    class OnDevice:
+        is_cuda, device = True, second_device
+
+        def __init__(self, name):
+            self.name = name
+
+        def record_stream(self, stream):
+            events.append(f"{self.name} used on {stream.name}")
+
+    class Made:
+        coefficients, times = OnDevice("coefficients"), OnDevice("times")
+
+        def readable(self):
+            return self
+
+    def make(self, check=False):
+        events.append("made")
+        return Made()
+
+    monkeypatch.setattr(solvers.Request, "make", make)
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    grid = ("uniform", (), torch.float32)
+    request = solvers.Request(
+        "euler", 2, torch.float32, second_device, 0, None, False, *grid, time_steps=[0.0, 0.5, 1.0]
+    )
+    table = solvers.cache.get(request)
+    assert events == [
+        "made",
+        "first synchronised, 0 in the cache",
+        "coefficients used on first",
+        "times used on first",
+    ]
+    events.clear()
+    del streams[0]
+    assert solvers.cache.get(request) is table
+    assert events == ["coefficients used on second", "times used on second"]
+
+
 def test_inpaint(monkeypatch):
     with FakeTensorMode():
         known, noise = torch.ones(6, 64, 2, device="cuda"), torch.ones(6, 64, 2, device="cuda")

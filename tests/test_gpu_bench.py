@@ -1,6 +1,8 @@
 """bench/gpu.py and bench/device_clock.py: the JSON from recorded data, and the way of a whole run, on the CPU."""
 
 import json
+import os
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -205,9 +207,66 @@ def test_whole_run(tmp_path, capsys, monkeypatch):
     assert {row["kernels"] for row in written["timings"] if "kernels" in row} == set()  # counted on a GPU alone
     assert "all well" in capsys.readouterr().out
     assert "| ours, reference |" in (tmp_path / "new folder" / "gpu.md").read_text()
-    monkeypatch.setattr(gpu, "measure", lambda *_, **options: written | options)
-    assert gpu.main(["--device", "cpu", "--tests", "", "--output", str(tmp_path / "other" / "a.json")]) == 0
-    assert json.loads((tmp_path / "other" / "a.json").read_text()) == written | {"small": True, "budget": 0.02}
+    kept = []
+
+    def cut_short(device, expression, small, budget, save):
+        assert (device.type, expression, small, budget) == ("cpu", "", True, 0.02)
+        grown = []
+        monkeypatch.setattr(gpu, "timings", lambda *_: iter(written["timings"][:3]))
+        measure(device, expression, small, budget, lambda found: grown.append(json.loads(json.dumps(found))))
+        kept.extend(grown)
+        save(grown[-2])
+        raise KeyboardInterrupt
+
+    measure = gpu.measure
+    monkeypatch.setattr(gpu, "measure", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["--device", "cpu", "--tests", "", "--output", str(tmp_path / "other" / "a.json")])
+    assert json.loads((tmp_path / "other" / "a.json").read_text()) == kept[-2]
+    assert [path.name for path in sorted((tmp_path / "other").iterdir())] == ["a.json", "a.md"]
+    assert [len(found["timings"]) for found in kept[-5:]] == [0, 1, 2, 3, 3]
+    assert kept[0]["copy_gb_per_s"] is None
+    assert gpu.markdown(kept[0]).count("a copy moves") == 0
+    assert {tuple(found["failures"]) for found in kept[:-1]} == {("the run did not finish",)}
+    assert kept[-1]["failures"] == []
+
+
+def test_tests_are_counted_as_they_come(tmp_path):
+    """Of a run that is stopped at its limit, what had ended; there is no XML then."""
+    file = tmp_path / "test_some.py"
+    file.write_text(
+        "import pytest, time\n"
+        "def test_a(): pass\n"
+        "def test_b(): assert 0\n"
+        "def test_c(): pytest.skip('no such GPU')\n"
+        "def test_d(): time.sleep(600)\n"
+    )
+    lines = []
+
+    def tell(line):
+        lines.append(line)
+
+    found = gpu.run_tests("not full", 15, tell, str(file))
+    assert found["pytest"] == "stopped after 15 seconds"
+    assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 1)
+    assert [entry["test"].split("::")[1] for entry in found["not_passed"]] == ["test_b", "test_c"]
+    assert any("test_a PASSED" in line for line in lines)
+    file.write_text("def test_a(): pass\n")
+    whole = gpu.run_tests("not full", 300, tell, str(file))
+    assert (whole["pytest"], whole["passed"], whole["failed"]) == (0, 1, 0)
+    assert whole["seconds"] is not None
+
+
+def test_where_nvcc_is_found_make_gpu_wants_cuda_built(tmp_path):
+    """Else a CUDA half that cannot be built is one backend less, in silence."""
+    (tmp_path / "nvcc").write_text("#!/bin/sh\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    for folder, wanted in ((tmp_path, True), (tmp_path / "empty", False)):
+        environment = os.environ | {"PATH": f"{folder}:/usr/bin:/bin", "CUDA_HOME": "", "CUDA_PATH": ""}
+        for target in ("gpu", "gpu-memory"):
+            command = ["make", "--dry-run", "--always-make", target]
+            done = subprocess.run(command, cwd=gpu.ROOT, env=environment, capture_output=True, text=True, check=True)
+            assert ("FORCE_CUDA=1" in done.stdout) is wanted, done.stdout
 
 
 def test_no_gpu(monkeypatch, capsys):

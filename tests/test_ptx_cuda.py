@@ -57,6 +57,12 @@ def test_one_operand_off_its_boundary(cuda: cuda_runtime.CudaHalf) -> None:
     assert cuda.launches[-1].grid[0] == 1
 
 
+def test_velocities_that_are_not_contiguous(cuda: cuda_runtime.CudaHalf) -> None:
+    """Transposed, expanded and sliced: v, u, and both."""
+    assert cases.not_contiguous(cuda.fused_step_) == []
+    assert len(cuda.launches) == 9
+
+
 def test_sample(cuda: cuda_runtime.CudaHalf, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole loops: every solver, guidance, trajectory, dtypes."""
     of = dispatch.BACKENDS["cuda"]

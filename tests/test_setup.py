@@ -14,6 +14,7 @@ import pytest
 import torch
 from forked import Forks
 
+from bench import static_cuda
 from flowmatch_kernels.ops import native
 
 ROOT = Path(__file__).parent.parent
@@ -172,6 +173,14 @@ def test_a_cpu_half_that_fails_takes_both(project, toolkit):
     assert "installed without its C++ extension" in done.stderr
     assert "_C.py" in built(project)
     assert "_C.so" not in built(project)
+
+
+def test_the_flags_of_nvcc_stand_in_one_place():
+    """setup.py; else the PTX that tests execute and read is not what users get."""
+    copies = [ROOT / "CMakeLists.txt", ROOT / "Makefile", *ROOT.glob("bench/*.py"), *ROOT.glob("tests/**/*.py")]
+    assert [p.name for p in copies if p != Path(__file__) and "--fmad" in p.read_text()] == []
+    assert "--fmad=false" in static_cuda.FLAGS
+    assert (ROOT / "setup.py").read_text().count("--fmad=false") == 1
 
 
 @pytest.mark.parametrize("version, said", [("76.1.0", True), ("68.0", True), ("77.0.1", False), ("80.9.0", False)])

@@ -164,6 +164,18 @@ def _apart(v: Any, u: Any) -> bool:
 apart: Callable[[Any, Any], bool] = _apart if _C is None else _C.apart
 
 
+def _unknown(*tensors: Any) -> bool:
+    return False
+
+
+#: (x, y) -> whether y is the contiguous x; unknown counts as no.
+same_memory: Callable[[Tensor, Any], bool] = _unknown if _C is None else _C.same_memory
+
+#: (base, v, u) -> whether v and u are plain tensors that a backend can read beside the state `base`; u may be None.
+#: Unknown counts as no: `Velocities.plain` is the question in full, at ten times the cost.
+readable: Callable[[Tensor, Any, Any], bool] = _unknown if _C is None else _C.readable
+
+
 class HostPool(NamedTuple):
     """Host memory for states and trajectories on the CPU, in bytes."""
 

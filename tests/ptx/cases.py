@@ -102,6 +102,35 @@ def shifted(fused_step_: FusedStep, name: str, shift: int) -> list[str]:
     return found + [f"{key}: written outside" for key, buffer in buffers.items() if buffer.touched()]
 
 
+# ---- velocities that are not contiguous ----
+
+
+def not_contiguous(fused_step_: FusedStep) -> list[str]:
+    """What a guided step does wrong with v, u or both transposed, expanded, or sliced: nine steps."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    base, dense, coefficients = tensor(4, 64), tensor(4, 64), tensor(1, len(COLUMNS))
+    layouts = {"transposed": tensor(64, 4).T, "expanded": tensor(1, 64).expand(4, 64), "sliced": tensor(4, 128)[:, ::2]}
+    found = []
+    for layout, x in layouts.items():
+        other = (2 * x.T).T  # of the same strides, but where x is expanded
+        for which, v, u in (("v", x, dense), ("u", dense, x), ("both", x, other)):
+            o = Operands(torch.full_like(base, torch.nan), base, v, u, None, None, None, coefficients, 0)
+            expected = copied(o)
+            reference.fused_step_(expected)
+            try:
+                fused_step_(o)
+            except (RuntimeError, AssertionError) as error:
+                found.append(f"{which} {layout}: {type(error).__name__}: {error}")
+                continue
+            if differing(o.out, expected.out):
+                found.append(f"{which} {layout}: out differs")
+    return found
+
+
 # ---- whole loops ----
 
 

@@ -7,7 +7,6 @@ in the memory of the host.
 
 from __future__ import annotations
 
-import ast
 import ctypes
 import importlib.util
 import os
@@ -16,6 +15,7 @@ import shlex
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -23,6 +23,7 @@ from unittest import mock
 import build_cache
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from bench import static_cuda
 from flowmatch_kernels.ops import native
@@ -47,14 +48,6 @@ def unavailable() -> str | None:
     return None
 
 
-def of_setup(name: str) -> list[str]:
-    """A list of flags, or of sources, as setup.py spells it."""
-    for node in ast.parse((ROOT / "setup.py").read_text()).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == name:
-            return list(ast.literal_eval(node.value))
-    raise KeyError(f"setup.py has no {name}")
-
-
 def _run(*command: str | Path) -> None:
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode:
@@ -77,8 +70,8 @@ def _kernels() -> Path:
     """
     nvcc = static_cuda.tools()["nvcc"]
     assert nvcc is not None
-    _, source = (ROOT / name for name in of_setup("CUDA_SOURCES"))
-    flags = [*of_setup("NVCC_FLAGS"), "-Xcompiler=-fPIC", "-Xcompiler=-O0", "--threads=2"]
+    _, source = (ROOT / name for name in static_cuda.of_setup("CUDA_SOURCES"))
+    flags = [*static_cuda.FLAGS, "-Xcompiler=-fPIC", "-Xcompiler=-O0", "--threads=2"]
     flags += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHS]
 
     def make(folder: Path) -> None:
@@ -93,8 +86,8 @@ def _kernels() -> Path:
 
 def _module(kernels: Path) -> Path:
     """The CUDA half: the kernels' host code, csrc/launch_cuda.cpp, and the double in the place of CUDA's runtime."""
-    source, _ = (ROOT / name for name in of_setup("CUDA_SOURCES"))
-    flags = [*of_setup("CXX_FLAGS"), "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    source, _ = (ROOT / name for name in static_cuda.of_setup("CUDA_SOURCES"))
+    flags = [*static_cuda.of_setup("CXX_FLAGS"), "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     includes = [CSRC, Path(torch.__file__).parent / "include", sysconfig.get_paths()["include"]]
 
     def make(module: Path) -> None:
@@ -141,13 +134,15 @@ class OnCuda:
     """A tensor that says that it is on a CUDA device, over the memory of one on the CPU.
 
     Attributes:
+        host: The one on the CPU.
         tensor: Of which C++ sees address, sizes, dtype and device; no operation of torch's runs on it.
     """
 
     def __init__(self, x: Tensor, device: int) -> None:
         sizes = ctypes.c_int64 * x.dim()
         code = _BFLOAT if x.dtype == torch.bfloat16 else _FLOAT
-        self._kept = sizes(*x.shape), sizes(*x.stride()), x
+        self.host = x
+        self._kept = sizes(*x.shape), sizes(*x.stride())
         described = _DLTensor(
             *(x.data_ptr(), _CUDA, device, x.dim(), code, 8 * x.element_size(), 1),
             *(self._kept[0], self._kept[1], 0),
@@ -207,6 +202,7 @@ class CudaHalf:
         self.launches: list[Launch] = []
         self._entries = {arch: _entries((kernels / f"compute_{arch}.ptx").read_text()) for arch in ARCHS}
         self._kernels: dict[tuple[int, str], Kernel] = {}
+        self._operands: dict[str, Tensor] = {}
         self._memory: Memory | None = None
         self._error: BaseException | None = None
 
@@ -226,7 +222,7 @@ class CudaHalf:
             assert (block.x, block.y, block.z, shared) == (kernel.threads, 1, 1, 0)
             sizes = [size for _, size in kernel.entry.parameters]
             arguments = [ctypes.string_at(parameters[i], size) for i, size in enumerate(sizes)]
-            assert self._memory is not None
+            self._memory = operand_memory.of(self._operands)
             kernel.launch(made.grid, self._memory, arguments)
             return 0
         except BaseException as error:  # goes past C++, and is raised behind it
@@ -239,10 +235,12 @@ class CudaHalf:
         moved: dict[int, OnCuda] = {}
         for tensor in tensors.values():
             moved.setdefault(id(tensor), OnCuda(tensor, self.device))
-        self._memory, self._error = operand_memory.of(tensors), None
+        given = {name: moved[id(tensor)].tensor for name, tensor in tensors.items()}
+        self._operands, self._memory, self._error = tensors, None, None
         before = len(self.launches)
         try:
-            native.fused_step_(o._replace(**{name: moved[id(tensor)].tensor for name, tensor in tensors.items()}))
+            with _Copies(given, tensors, self.device):
+                native.fused_step_(o._replace(**given))
         finally:
             if self._error is not None:
                 raise self._error
@@ -252,7 +250,31 @@ class CudaHalf:
             wanted = self.device, 0x1000 * (self.device + 1)
             assert on == wanted, f"launched on device and stream {on}, wanted {wanted}"
             assert self.double.double_device() == 0, "the former device is current again"
+            assert self._memory is not None
             operand_memory.check(self._memory, tensors)
+
+
+class _Copies(TorchFunctionMode):
+    """Makes the contiguous copies that C++ asks for, of which a build of torch for the CPU has none on CUDA.
+
+    Args:
+        given: What C++ gets, by the operand's name.
+        tensors: The same in the host's memory; a copy takes its operand's place.
+        device: Where the copies are said to be.
+    """
+
+    def __init__(self, given: Mapping[str, Tensor], tensors: dict[str, Tensor], device: int) -> None:
+        super().__init__()
+        self._given, self._tensors, self._device = given, tensors, device
+        self._kept: list[OnCuda] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.contiguous or args[0].is_contiguous():
+            return func(*args, **(kwargs or {}))
+        names = [name for name, tensor in self._given.items() if tensor is args[0]]
+        self._kept.append(OnCuda(self._tensors[names[0]].contiguous(), self._device))
+        self._tensors.update(dict.fromkeys(names, self._kept[-1].host))
+        return self._kept[-1].tensor
 
 
 def _entries(module: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ typedef struct {
 } dim3;
 typedef int Launch(const char* name, dim3 grid, dim3 block, void** parameters, size_t shared, void* stream, int device);
 
-static Launch* launch;
+static Launch* launch;  // null: launches do nothing
 static struct {
   const void* function;
   const char* name;
@@ -61,7 +61,7 @@ static int failed(int error) {
 int cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** parameters, size_t shared, void* stream) {
   for (int i = 0; i < kernel_count; ++i) {
     if (kernels[i].function != function) continue;
-    return failed(launch(kernels[i].name, grid, block, parameters, shared, stream, device));
+    return launch ? failed(launch(kernels[i].name, grid, block, parameters, shared, stream, device)) : 0;
   }
   return failed(kInvalidDeviceFunction);
 }

@@ -193,7 +193,8 @@ PyObject* readable(PyObject*, PyObject* const* p, Py_ssize_t count) {
     };
     const bool given = base.seen && base.dtype && base.device != View::kOther && fits(v);
     const bool both = p[2] == Py_None || (fits(u) && u.dtype == v.dtype);
-    return PyBool_FromLong(given && both && dispatch(*base.dtype, *v.dtype, false, [](auto) {}));
+    return PyBool_FromLong(given && both &&
+                           dispatch({*base.dtype, *v.dtype, *base.dtype}, Rounding::kPromote, false, [](auto) {}));
   });
 }
 PyMethodDef kReadable = {

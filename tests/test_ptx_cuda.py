@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from ptx import cases, cuda_runtime
+from triton_cases import special
 
 from flowmatch_kernels.ops import dispatch
 
@@ -32,7 +33,7 @@ def cuda(half: cuda_runtime.CudaHalf, request: pytest.FixtureRequest) -> Iterato
 
 def test_every_kernel_is_registered(cuda: cuda_runtime.CudaHalf) -> None:
     """The host's code knows as many kernels as there are in the PTX."""
-    assert cuda.double.double_kernel_count() == len(cuda.names()) == 162
+    assert cuda.double.double_kernel_count() == len(cuda.names()) == 216
 
 
 def test_steps(cuda: cuda_runtime.CudaHalf) -> None:
@@ -44,6 +45,11 @@ def test_steps(cuda: cuda_runtime.CudaHalf) -> None:
     failed = cases.failed(cuda.fused_step_, steps)
     assert not failed, f"{len(failed)} failures in {len(steps)} steps:\n" + "\n".join(failed[:10])
     assert len(cuda.launches) == len(steps) == 540
+
+
+def test_sum_first_and_out_of_the_velocity_dtype(cuda: cuda_runtime.CudaHalf) -> None:
+    for numel, aligned in [(1, False), (1024, True), (1025, True)]:
+        assert cases.failed(cuda.fused_step_, special(numel, aligned)) == []
 
 
 def test_one_operand_off_its_boundary(cuda: cuda_runtime.CudaHalf) -> None:

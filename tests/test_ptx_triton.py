@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed: its kernel is not
 
 from ptx import cases
 from ptx.triton_driver import ExecutingDriver, executing
+from triton_cases import special
 
 from flowmatch_kernels.ops import dispatch
 from flowmatch_kernels.ops import triton as backend
@@ -35,6 +36,12 @@ def test_steps(driver: ExecutingDriver) -> None:
     assert not failed, f"{len(failed)} failures in {len(steps)} steps:\n" + "\n".join(failed[:10])
     assert len(driver.launches) == len(steps) == 145
     assert set(accesses(driver)) == {1, 2, 4, 8}
+
+
+def test_sum_first_and_out_of_the_velocity_dtype(driver: ExecutingDriver) -> None:
+    """One in six sets of operands: each is a compilation."""
+    for turn, (numel, aligned) in enumerate([(31, False), (1024, True)]):
+        assert cases.failed(backend.fused_step_, list(special(numel, aligned))[turn::6]) == []
 
 
 def test_one_operand_off_its_boundary(driver: ExecutingDriver) -> None:

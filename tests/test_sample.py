@@ -310,6 +310,41 @@ def test_python_float_steps(backend, dtype):
         assert_same_bits(times, grid)
 
 
+@pytest.mark.parametrize("return_all_steps", [False, True])
+@pytest.mark.parametrize("step_rounding", ["promote", "exact", "rounded"])
+def test_step_rounding(backend, step_rounding, return_all_steps):
+    """In the eager loop dt is [1, 1]; a Python number; a 0-dim tensor."""
+    pairs = [(torch.float32, dtype) for dtype in NARROW] + [(torch.float64, torch.bfloat16)]
+    if step_rounding != "promote":
+        pairs += [(dtype, dtype) for dtype in NARROW[1:]]
+    for state, velocity in pairs:
+        step_fn = field(velocity)
+        noise = values((5, 3), state, torch.Generator().manual_seed(0), special=False)
+        x, t = noise, torch.linspace(0, 1, 8)
+        states = [x]
+        for i in range(7):
+            v, dt = step_fn(x=x, t=t[i].view(1, 1).expand(5, 1)), t[i + 1] - t[i]
+            dt = {"promote": dt.to(torch.promote_types(state, torch.float32)).view(1, 1), "exact": float(dt)}.get(
+                step_rounding, dt
+            )
+            x = (x + dt * v).to(state)
+            states.append(x)
+        fm = FlowMatching(3, "euler", 7, step_rounding=step_rounding, backend=backend)
+        got = fm.sample(5, step_fn, noise=noise, return_all_steps=return_all_steps)
+        assert_same_bits(got[0] if return_all_steps else got, torch.stack(states, 1) if return_all_steps else x)
+    assert_same_bits(
+        FlowMatching(3, "rk4", 7).sample(5, step_fn, noise=noise, step_rounding=step_rounding, backend=backend),
+        fm.sample(5, step_fn, noise=noise, int_method="rk4", backend="reference"),
+    )
+
+
+def test_an_unknown_step_rounding():
+    with pytest.raises(ValueError, match="step_rounding must be 'promote', 'exact', 'rounded', got 'up'"):
+        FlowMatching(2, step_rounding="up")
+    with pytest.raises(ValueError, match="got 3"):
+        FlowMatching(2).sample(1, field(), step_rounding=3)
+
+
 def test_robot_policies(backend):
     """openpi and lerobot: t from 1 to 0, dt < 0, times summed in float32 or in double."""
     noise, dt = torch.randn(4, 50, 32), -1.0 / 10

@@ -50,7 +50,7 @@ def euler_integrate(
 
     Args:
         denoise_fn: Called as denoise_fn(x, t) with x [B, ...] and t float32 [B], or [B, T] with a hard prefix; returns
-            the velocity, in x's shape and dtype.
+            the velocity, in x's shape, in its dtype or a narrower one.
         noise: [B, T, A] or any [B, ...] of two dimensions or more; floating point. Not written.
         num_steps: Steps, 1 or more.
         rtc_processor: For real-time chunking: what has denoise_step(), track() and is_debug_enabled(). With debugging
@@ -119,6 +119,7 @@ def euler_integrate(
         noise=noise,
         time_steps=torch.tensor(times, dtype=torch.float32),
         step_sizes=[dt] * num_steps,
+        step_rounding="exact",
         constraint=clamp,
         callback=track if tracked else None,
         differentiable=torch.is_grad_enabled(),

@@ -1,0 +1,156 @@
+"""`integrations.diffusers` against diffusers itself, to the last bit."""
+
+import inspect
+import itertools
+
+import pytest
+import torch
+from operands import assert_same_bits, values
+
+diffusers = pytest.importorskip("diffusers")
+
+from flowmatch_kernels.integrations.diffusers import FlowMatchEulerDiscreteScheduler as Ours  # noqa: E402
+from flowmatch_kernels.ops import dispatch, native  # noqa: E402
+
+Theirs = diffusers.FlowMatchEulerDiscreteScheduler
+NARROW = [torch.float32, torch.bfloat16, torch.float16]
+CONFIGS = [{}, {"shift": 3.0}, {"use_dynamic_shifting": True}, {"invert_sigmas": True}, {"use_karras_sigmas": True}]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """How often the fused step ran."""
+    seen = []
+    of = dispatch.BACKENDS["cpu"]
+
+    def counted(o):
+        seen.append(o)
+        native.fused_step_(o)
+
+    monkeypatch.setitem(dispatch.BACKENDS, "cpu", of._replace(load=lambda: counted))
+    return seen
+
+
+def both(**config):
+    made = [kind(**config) for kind in (Ours, Theirs)]
+    for scheduler in made:
+        scheduler.set_timesteps(7, **({"mu": 0.8} if config.get("use_dynamic_shifting") else {}))
+    return made
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_step(config, launches):
+    """Nine pairs of dtypes; both return types; the published loop's own calls."""
+    if native.cpu_unavailable():
+        pytest.skip("without the extension no backend is counted")
+    generator = torch.Generator().manual_seed(0)
+    for sample_dtype, velocity_dtype in itertools.product(NARROW, repeat=2):
+        ours, theirs = both(**config)
+        x = y = values((2, 4, 9), sample_dtype, generator, special=False)
+        for t, their_t in zip(ours.timesteps, theirs.timesteps, strict=True):
+            v = values((2, 4, 9), velocity_dtype, generator)
+            kept = x.clone()
+            got = ours.step(v, t, x)
+            wanted = theirs.step(v, their_t, y, return_dict=False)
+            assert type(got) is type(theirs.step.__globals__["FlowMatchEulerDiscreteSchedulerOutput"](wanted[0]))
+            assert_same_bits(got.prev_sample, wanted[0], f"{sample_dtype} {velocity_dtype}")
+            assert_same_bits(x, kept)
+            x, y = got.prev_sample.to(sample_dtype), wanted[0].to(sample_dtype)
+        assert ours.step_index == theirs.step_index == 7
+    assert len(launches) == 9 * 7
+    ours, theirs = both(**config)
+    (got,) = ours.step(v, ours.timesteps[0], x, return_dict=False)
+    assert_same_bits(got, theirs.step(v, theirs.timesteps[0], y)[0])
+
+
+def test_step_guided(launches):
+    generator = torch.Generator().manual_seed(0)
+    for dtype, scale in itertools.product(NARROW, (1.0, 3.5, 7)):
+        ours, theirs = both(shift=3.0)
+        x = y = values((2, 4, 9), torch.float32, generator, special=False)
+        for t in theirs.timesteps:
+            scale += 0.5  # a guidance that changes from step to step is followed
+            cond, uncond = values((4, 4, 9), dtype, generator).chunk(2)
+            x = ours.step_guided(cond, uncond, scale, t, x, return_dict=False)[0]
+            y = theirs.step(uncond + scale * (cond - uncond), t, y)[0]
+            assert_same_bits(x, y, f"{dtype} {scale}")
+    if native.cpu_unavailable() is None:
+        assert len(launches) == 9 * 7
+    with pytest.raises(TypeError, match="guidance_scale must be a number"):
+        ours.step_guided(x, x, torch.ones(1), t, x)
+
+
+def test_starts_in_the_middle():
+    """img2img: a begin index, or the schedule's own search; a schedule changed in place or set anew is followed."""
+    x, v = torch.randn(2, 3), torch.randn(2, 3)
+    for begin in (None, 3):
+        ours, theirs = both()
+        for scheduler in (ours, theirs):
+            if begin is not None:
+                scheduler.set_begin_index(begin)
+        for k in range(3, 7):
+            assert_same_bits(ours.step(v, ours.timesteps[k], x)[0], theirs.step(v, theirs.timesteps[k], x)[0])
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(7)
+        scheduler.step(v, scheduler.timesteps[0], x)
+        scheduler.sigmas.mul_(0.5)
+    assert_same_bits(ours.step(v, ours.timesteps[1], x)[0], theirs.step(v, theirs.timesteps[1], x)[0])
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(4)
+    assert_same_bits(ours.step(v, ours.timesteps[0], x)[0], theirs.step(v, theirs.timesteps[0], x)[0])
+
+
+def test_handed_on(launches):
+    """What diffusers' own step takes: per-token times, stochastic sampling, gradients, float64, other layouts."""
+    x, v = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
+
+    def same(x, v, config=None, **keywords):
+        ours, theirs = both(**config or {})
+        results = []
+        for scheduler in (ours, theirs):
+            torch.manual_seed(0)
+            results.append(scheduler.step(v, scheduler.timesteps[0], x, **keywords)[0])
+        assert results[0].stride() == results[1].stride()
+        assert_same_bits(results[0].detach(), results[1].detach())
+        return results[0]
+
+    same(x, v, {"stochastic_sampling": True})
+    same(x.double(), v.double())
+    same(x.to(memory_format=torch.channels_last), v)
+    same(x, v[:1])
+    assert same(x, v.clone().requires_grad_()).requires_grad
+    if "per_token_timesteps" in inspect.signature(Theirs.step).parameters:
+        tokens = torch.full((2, 5), 800.0)
+        same(torch.randn(2, 5, 3), torch.randn(2, 5, 3), per_token_timesteps=tokens)
+    assert not launches
+    same(x, v.transpose(1, 2))
+    ours, _ = both()
+    for integer in (3, torch.tensor(3)):
+        with pytest.raises(ValueError, match="integer indices"):
+            ours.step(v, integer, x)
+
+
+def test_configuration(tmp_path):
+    """from_config of a pipeline's scheduler, and a round trip through a folder."""
+    theirs = Theirs(shift=3.0, num_train_timesteps=500)
+    ours = Ours.from_config(theirs.config)
+    assert ours.config.shift == 3.0
+    ours.save_pretrained(tmp_path)
+    for kind in (Ours, Theirs):
+        again = kind.from_pretrained(tmp_path)
+        assert type(again) is kind
+        assert again.config.num_train_timesteps == 500
+    assert isinstance(ours, Theirs)
+    assert list(inspect.signature(Ours.step).parameters) == list(inspect.signature(Theirs.step).parameters)
+
+
+def test_compiled():
+    """A whole step under torch.compile, its index given before."""
+    torch._dynamo.reset()
+    x, v = torch.randn(2, 3), torch.randn(2, 3).bfloat16()
+    ours, theirs = both()
+    for scheduler in (ours, theirs):
+        scheduler.set_begin_index(0)
+    step = torch.compile(lambda x, v, t: ours.step(v, t, x, return_dict=False)[0], backend="aot_eager")
+    for t in theirs.timesteps[:3]:
+        assert_same_bits(step(x, v, t), theirs.step(v, t, x)[0])

@@ -198,10 +198,10 @@ __device__ __forceinline__ void step(const Operands& o, const Divisor& by_sample
     }
   }
   const auto h0_at = [&](int j) { return static_cast<A>(widen(h0[j])); };
-  const A a = row[kA], c = row[kC];
+  const A a = row[kA];
   Vector<typename E::S, kSize> sum;
   const auto accumulate = [&](const auto& h, Column column) {
-    const A b = E::coefficient(row[column], o.rounding);
+    const A b = row[column];
 #pragma unroll
     for (int j = 0; j < kSize; ++j) sum[j] = E::accumulate(sum[j], b, h(j));
   };
@@ -221,7 +221,7 @@ __device__ __forceinline__ void step(const Operands& o, const Divisor& by_sample
     }
     present.h(0) ? accumulate(h0_at, kB0) : oldest(h0_at, kB0);
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) sum[j] = E::stepped(base[j], sum[j], a, c);
+    for (int j = 0; j < kSize; ++j) sum[j] = E::stepped(base[j], sum[j], a, row[kC]);
   } else {
 #pragma unroll
     for (int j = 0; j < kSize; ++j) sum[j] = E::start(a, base[j]);
@@ -239,7 +239,7 @@ __device__ __forceinline__ void step(const Operands& o, const Divisor& by_sample
   if (o.history) {
     History remembered;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) remembered[j] = E::remember(h0_at(j), c, base[j]);
+    for (int j = 0; j < kSize; ++j) remembered[j] = E::remember(h0_at(j), row[kC], base[j]);
     remembered.to(o.history, i, Store{});
   }
 }
@@ -264,6 +264,8 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<typename E::B>())
 #pragma unroll
     for (int j = 0; j < kRowWord; ++j) row[k + j] = part[j];
   }
+#pragma unroll
+  for (int k = kB0; k <= kB3; ++k) row[k] = E::coefficient(row[k], o.rounding);
   if (kSize == 1 || thread < vectors) {
     step<E, Present, kSize>(o, by_sample, row, thread * kSize);
   } else {

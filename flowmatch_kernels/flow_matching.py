@@ -320,7 +320,7 @@ class FlowMatching(BaseDiffusion):
         hooks = None if constraint is None and callback is None else Hooks(constraint, callback)
         shape = (batch_size, *self.x_dims)
         dtype = _state_dtype(dtype, noise, shape, device)
-        if temperature != 1.0 and type(temperature) is float:
+        if type(temperature) is float and temperature != 1.0:
             held(temperature, "temperature", dtype)
         eager = tracing.is_eager()
         if eager and batch_size > LARGEST:

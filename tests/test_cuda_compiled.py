@@ -14,8 +14,9 @@ from bench import static_cuda
 from bench.static import Instruction, instructions
 
 BYTES = {"float": 4, "double": 8, "BFloat16": 2, "Float16": 2}
-PAIRS = 9
-#: Kernels of one pair of dtypes and one rounding: with and without u, 0 to 3 history terms, and the scalar one.
+#: Pairs of dtypes with products rounded to the state's; to the velocity's; sums first; out of the velocity's dtype.
+ELEMENTS = 5 + 9 + 4 + 6
+#: Kernels of one of them: with and without u, 0 to 3 history terms, and the scalar one.
 SETS = 2 * 4 + 1
 
 
@@ -32,7 +33,9 @@ class Kernel(NamedTuple):
 
     state: str
     velocity: str
-    rounding: bool
+    out: str
+    terms_added: int
+    """csrc/fused_step.h, Terms."""
     guided: bool | None
     """None where operands are tested by the kernel: the one that moves elements singly."""
     terms: int
@@ -46,7 +49,7 @@ class Kernel(NamedTuple):
     @property
     def title(self) -> str:
         operands = "tested" if self.guided is None else f"{'guided' if self.guided else 'plain'}+{self.terms}"
-        return f"{self.state} {self.velocity} rounding={self.rounding} {operands} vector={self.vector}"
+        return f"{self.state} {self.velocity} {self.out} {self.terms_added} {operands} vector={self.vector}"
 
     @property
     def arithmetic(self) -> int:
@@ -77,14 +80,16 @@ def kernels(arch: str) -> list[Kernel]:
     with build_cache.lock(f"nvcc-{arch}"):  # tests/test_static_cuda.py asks for it too
         there = static_cuda.instantiations(arch)
     for title, kernel in there.items():
-        match = re.fullmatch(r"(\w+), (\w+), (\w+), (?:Known<(\w+), (\d)>|Tested), (\d)", title)
+        types = r"Element<(\w+), (\w+), (\w+), \(Terms\)(\d)>"
+        match = re.fullmatch(rf"{types}, (?:Known<(\w+), (\d)>|Tested), (\d)", title)
         assert match, title
-        state, velocity, rounding, guided, terms, vector = match.groups()
+        state, velocity, out, terms_added, guided, terms, vector = match.groups()
         read.append(
             Kernel(
                 state,
                 velocity,
-                rounding == "true",
+                out,
+                int(terms_added),
                 None if guided is None else guided == "true",
                 int(terms or 3),
                 int(vector),
@@ -109,7 +114,7 @@ def wrong(arch: str, names: str, allowed: str = r"(?!)") -> list[str]:
 def test_every_kernel_is_there(arch: str) -> None:
     """Some are not compiled twice, nor left out: the number of instantiations stays in the hundreds."""
     there = kernels(arch)
-    assert len({k.title for k in there}) == len(there) == PAIRS * 2 * SETS
+    assert len({k.title for k in there}) == len(there) == ELEMENTS * SETS
     for k in there:
         operands = [BYTES[k.state], BYTES[k.velocity], *[k.arithmetic] * (k.terms > 0)]
         assert k.vector == (1 if k.guided is None else 16 // max(operands)), k.title
@@ -159,7 +164,7 @@ def test_accesses(arch: str) -> None:
         sizes = {k.vector, 1}
         reads = [BYTES[k.state], *[BYTES[k.velocity]] * (2 if k.guided is not False else 1)]
         reads += [k.arithmetic] * k.terms
-        writes = [BYTES[k.state]] * 2 + [k.arithmetic]  # out, trajectory, history
+        writes = [BYTES[k.out]] * 2 + [k.arithmetic]  # out, trajectory, history
         loads, stores = Counter[int](), Counter[int]()
         for size in sizes:
             loads.update(width for x in reads for width in _words(size * x))
@@ -194,7 +199,7 @@ def test_coefficients_come_first(arch: str) -> None:
         used = 2 + k.terms + 2 * (k.guided is not False) + 1  # a, b0..b3, w0 and w1, c
         row = sum(k.widths("coefficients").values())
         assert 2 <= row <= used, f"{k.title}: {row} loads"
-        if k.terms == 3 and k.guided:
+        if k.terms == 3 and k.guided and k.terms_added != 2:  # with the sum first b2 is not read, nor all of its word
             assert k.widths("coefficients") == {16: 8 * k.arithmetic // 16}, k.title
         loads = [i.name for i in k.code if re.match(r"LDG?\b", i.name)]
         # Where operands are tested, each coefficient is loaded in the branch that uses it.

@@ -717,7 +717,7 @@ def test_registered_ops(place, guidance):
     op, op_ = torch.ops.flowmatch_kernels.fused_step, torch.ops.flowmatch_kernels.fused_step_
     base, v, u, h1 = (drawn(place.device, torch.float32, seed, (6, 64, 2)).nan_to_num(0, 0, 0) for seed in range(4))
     table = row(torch.float32, place.device, b0=0.1, b1=0.3, w0=-0.7, w1=1.7)
-    operands = (v, u, h1, None, None, table, 0, False, guidance)
+    operands = (v, u, h1, None, None, table, 0, PROMOTE, guidance, False)
     guided = ((1 - 1.7) * u + 1.7 * v, u + 1.7 * (v - u), v + 1.7 * (v - u))[guidance]
     with use_backend(place.backend):
         wanted = reference.fused_step(base, *operands)

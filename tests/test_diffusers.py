@@ -9,7 +9,9 @@ from operands import assert_same_bits, values
 
 diffusers = pytest.importorskip("diffusers")
 
+from flowmatch_kernels import FlowMatching, solvers  # noqa: E402
 from flowmatch_kernels.integrations.diffusers import FlowMatchEulerDiscreteScheduler as Ours  # noqa: E402
+from flowmatch_kernels.integrations.diffusers import FlowMatchSolverScheduler  # noqa: E402
 from flowmatch_kernels.ops import dispatch, native  # noqa: E402
 
 Theirs = diffusers.FlowMatchEulerDiscreteScheduler
@@ -154,3 +156,103 @@ def test_compiled():
     step = torch.compile(lambda x, v, t: ours.step(v, t, x, return_dict=False)[0], backend="aot_eager")
     for t in theirs.timesteps[:3]:
         assert_same_bits(step(x, v, t), theirs.step(v, t, x)[0])
+
+
+# ---- every solver behind the interface ----
+
+
+def field(x, sigma):
+    return torch.sin(3 * x) * 0.7 + sigma * x - 0.3
+
+
+def run(scheduler, x, dtype=torch.float32, start=0):
+    for t in scheduler.timesteps[start:]:
+        x = scheduler.step(field(x, t / 1000).to(dtype), t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("int_method", solvers.SOLVERS)
+def test_solver_scheduler(int_method):
+    """The bits of sample() on the schedule's sigmas, an evaluation for each timestep."""
+    at_end = int_method in ("heun", "rk4", "rk4_classic")
+    for config in ({}, {"shift": 3.0}):
+        scheduler = FlowMatchSolverScheduler.from_config(Theirs(**config).config, int_method=int_method)
+        scheduler.set_timesteps(7)
+        theirs = Theirs(**config)
+        theirs.set_timesteps(7)
+        x = torch.randn(2, 4, 9)
+        fm = FlowMatching((4, 9), int_method, noise_at=1, euler_at_final=at_end)
+        wanted = fm.sample(2, lambda x, t: field(x, t * 1000 / 1000), noise=x, time_steps=theirs.sigmas)
+        assert_same_bits(run(scheduler, x), wanted, int_method)
+        assert len(scheduler.timesteps) == len(scheduler.sigmas) - 1 == fm.nfe(7)
+        assert scheduler.step_index == len(scheduler.timesteps)
+        assert len(scheduler.timesteps) - 7 * scheduler.order in (0, -1, -3, 1)  # ab3 evaluates twice in its first step
+        assert scheduler.sigmas[-1] == theirs.sigmas[-1]
+        scheduler.set_timesteps(7)  # and again, with fewer samples: nothing is remembered
+        assert_same_bits(run(scheduler, x[:1]), wanted[:1], int_method)
+
+
+def test_solver_scheduler_is_better_than_euler():
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    errors = {}
+    exact = FlowMatchSolverScheduler(int_method="rk4")
+    exact.set_timesteps(sigmas=[k / 200 for k in range(200, 0, -1)])
+    wanted = run(exact, x)
+    for int_method in ("euler", "ab2", "ab3", "heun"):
+        scheduler = FlowMatchSolverScheduler(int_method=int_method)
+        scheduler.set_timesteps(sigmas=[k / 20 for k in range(20, 0, -1)])
+        errors[int_method] = float((run(scheduler, x) - wanted).abs().max())
+    assert errors["ab3"] < errors["ab2"] < errors["euler"] / 4
+    assert errors["heun"] < errors["euler"] / 4
+
+
+@pytest.mark.parametrize("int_method", ["ab2", "heun"])
+def test_solver_scheduler_in_the_middle(int_method):
+    """Image to image: begins anew on the rest of the schedule, by a begin index or by the timestep alone."""
+    scheduler = FlowMatchSolverScheduler(shift=3.0, int_method=int_method)
+    scheduler.set_timesteps(8)
+    sigmas, x = Theirs(shift=3.0), torch.randn(2, 5)
+    sigmas.set_timesteps(8)
+    fm = FlowMatching(5, int_method, noise_at=1, euler_at_final=int_method == "heun")
+    wanted = fm.sample(2, lambda x, t: field(x, t * 1000 / 1000), noise=x, time_steps=sigmas.sigmas[3:])
+    start = 3 * scheduler.order
+    scheduler.set_begin_index(start)
+    assert_same_bits(run(scheduler, x, start=start), wanted)
+    scheduler.set_timesteps(8)
+    assert_same_bits(run(scheduler, x, start=start), wanted)
+    noisy = scheduler.scale_noise(x, scheduler.timesteps[start : start + 1], torch.ones_like(x))
+    assert_same_bits(noisy, sigmas.scale_noise(x, sigmas.timesteps[3:4], torch.ones_like(x)))
+    ab3 = FlowMatchSolverScheduler(int_method="ab3")
+    ab3.set_timesteps(8)
+    ab3.set_begin_index(4)
+    with pytest.raises(ValueError, match="ab3 evaluates twice in its first step"):
+        ab3.step(x, ab3.timesteps[4], x)
+    if int_method == "heun":
+        scheduler.set_timesteps(8)
+        scheduler.set_begin_index(1)
+        with pytest.raises(ValueError, match="within a step of heun: start at a multiple of 2"):
+            scheduler.step(x, scheduler.timesteps[1], x)
+
+
+def test_solver_scheduler_dtypes_and_errors(tmp_path):
+    scheduler = FlowMatchSolverScheduler(int_method="ab2")
+    x = torch.randn(2, 3)
+    with pytest.raises(ValueError, match="call set_timesteps first"):
+        scheduler.step(x, scheduler.timesteps[0], x)
+    scheduler.set_timesteps(4)
+    got = run(scheduler, x.bfloat16(), torch.bfloat16)
+    assert got.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="got the integer 3"):
+        scheduler.step(x, 3, x)
+    with pytest.raises(ValueError, match="per_token_timesteps and a solver"):
+        scheduler.step(x, scheduler.timesteps[0], x, per_token_timesteps=x)
+    with pytest.raises(ValueError, match="Invalid integration method: euler2"):
+        FlowMatchSolverScheduler(int_method="euler2")
+    with pytest.raises(TypeError, match="int_method must be a solver's name"):
+        FlowMatchSolverScheduler(int_method="policy.json")
+    with pytest.raises(ValueError, match="stochastic_sampling and a solver"):
+        FlowMatchSolverScheduler(stochastic_sampling=True)
+    scheduler.save_pretrained(tmp_path)
+    again = FlowMatchSolverScheduler.from_pretrained(tmp_path)
+    assert again.config.int_method == "ab2"
+    assert Theirs.from_config(again.config).config.shift == again.config.shift

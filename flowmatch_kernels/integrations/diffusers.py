@@ -12,6 +12,7 @@ Source: github.com/huggingface/diffusers, src/diffusers/schedulers/scheduling_fl
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,6 +21,11 @@ from torch import Tensor
 from .. import tracing
 from ..ops import dispatch
 from ..ops.fused_step import COLUMNS, EXACT, FROM_UNGUIDED, ROUNDED, WEIGHTED, Operands
+from ..rows import terms
+from ..solvers import Table
+from ..solvers.grid import Grid
+from ..solvers.ode import solver
+from ..solvers.table import build
 
 try:
     _published = importlib.import_module("diffusers.schedulers.scheduling_flow_match_euler_discrete")
@@ -71,6 +77,8 @@ class FlowMatchEulerDiscreteScheduler(_Published):
         ...     x = scheduler.step(-x, t, x).prev_sample
     """
 
+    sigmas: Tensor
+    timesteps: Tensor
     _rows: _Rows | None = None
 
     def step(
@@ -231,3 +239,164 @@ class FlowMatchEulerDiscreteScheduler(_Published):
 def _is_integer(timestep: object) -> bool:
     """Whether diffusers refuses it."""
     return isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point())
+
+
+class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
+    """Every solver of this package behind diffusers' scheduler interface, for pipelines that know Euler alone.
+
+        pipe.scheduler = FlowMatchSolverScheduler.from_config(pipe.scheduler.config, int_method="ab3")
+
+    Schedules, shifts and configuration are diffusers'. `timesteps` has an entry for each evaluation: with heun two for
+    each step but the last, with rk4 four, with the others one. A solver that would evaluate at the end of the schedule
+    takes an Euler step last, as diffusers' Heun does.
+
+    The steps are taken in float32, and the result has the dtype of model_output. A start in the middle of the schedule
+    (image to image) begins the solver anew there; ab3 cannot, as its first step evaluates twice.
+
+    Args:
+        int_method: The solver's name; see `flowmatch_kernels.solvers`.
+        *arguments, **settings: As for diffusers' scheduler.
+
+    Raises:
+        ValueError: there is no such solver, or stochastic_sampling is on.
+        TypeError: int_method is no name.
+
+    Example:
+        >>> from flowmatch_kernels.integrations.diffusers import FlowMatchSolverScheduler
+        >>> scheduler = FlowMatchSolverScheduler(shift=3.0, int_method="ab2")
+        >>> scheduler.set_timesteps(10)
+        >>> x = torch.randn(1, 16, 32, 32)
+        >>> for t in scheduler.timesteps:
+        ...     x = scheduler.step(-x, t, x).prev_sample
+    """
+
+    def __init__(self, *arguments: Any, int_method: str = "ab2", **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        if not isinstance(int_method, str) or int_method.endswith(".json"):
+            raise TypeError(
+                f"int_method must be a solver's name, got {int_method!r:.60}: fitted solvers have own times"
+            )
+        solver(int_method)
+        if self.config.get("stochastic_sampling"):
+            raise ValueError("stochastic_sampling and a solver: use diffusers' FlowMatchEulerDiscreteScheduler")
+        self.register_to_config(int_method=int_method)
+        self._grid: Tensor | None = None  # the steps' sigmas; `sigmas` are the evaluations'
+        self._first = 0  # the evaluation that `_table` begins with
+        self._history: list[Tensor] = []
+
+    #: What from_config passes on: diffusers' own arguments, and ours.
+    __init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            *(p for p in inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters.values()),
+            inspect.Parameter("int_method", inspect.Parameter.KEYWORD_ONLY, default="ab2", annotation=str),
+        ]
+    )
+
+    def set_timesteps(self, *arguments: Any, **keywords: Any) -> None:
+        """Sets the schedule, as diffusers' scheduler: `sigmas` and `timesteps` for each evaluation."""
+        super().set_timesteps(*arguments, **keywords)
+        self._grid = self.sigmas
+        table = self._table = self._build(self._grid)
+        self.order = max(1, round(len(table.evaluations) / max(table.steps, 1)))
+        if len(table.evaluations) == table.steps:  # the schedule's own timesteps, which may be scaled otherwise
+            return
+        at = table.times[[evaluation.time for evaluation in table.evaluations]].to(self.sigmas.device)
+        self.timesteps = at * self.config.num_train_timesteps
+        self.sigmas = torch.cat([at, self._grid[-1:]])
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: torch.Generator | None = None,
+        per_token_timesteps: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """The sample at the next entry of `timesteps`; see `FlowMatchEulerDiscreteScheduler.step`.
+
+        Raises:
+            ValueError: set_timesteps was not called, timestep is an integer, per_token_timesteps is given, or the first
+                step is not one at which the solver can start.
+            TypeError: model_output is of a dtype wider than float32.
+        """
+        if self._grid is None:
+            raise ValueError("call set_timesteps first")
+        if per_token_timesteps is not None:
+            raise ValueError("per_token_timesteps and a solver: use FlowMatchEulerDiscreteScheduler")
+        if _is_integer(timestep):
+            raise ValueError(f"timestep must be an entry of timesteps, got the integer {timestep}")
+        if self.step_index is None:
+            self._init_step_index(timestep)
+            self._start(self._grid, sample.device)
+        table = self._table
+        row = self.step_index - self._first
+        evaluation = table.evaluations[row]
+        sample = sample.to(torch.float32).contiguous()
+        if row == 0 or table.evaluations[row - 1].commit:
+            self._base = sample
+        while len(self._history) < table.buffers:
+            self._history.append(torch.empty_like(sample))
+        history = None if evaluation.write is None else self._history[evaluation.write]
+        out = torch.empty_like(sample)
+        torch.ops.flowmatch_kernels.fused_step_(
+            *(out, self._base, model_output, None, *terms(self._history, evaluation.read), table.coefficients, row),
+            history=history,
+        )
+        self._step_index += 1
+        out = out.to(model_output.dtype)
+        return _published.FlowMatchEulerDiscreteSchedulerOutput(prev_sample=out) if return_dict else (out,)
+
+    def step_guided(
+        self,
+        conditional: Tensor,
+        unconditional: Tensor,
+        guidance_scale: float,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """Classifier-free guidance, then the step; see `FlowMatchEulerDiscreteScheduler.step_guided`."""
+        predicted = unconditional + guidance_scale * (conditional - unconditional)
+        return self.step(predicted, timestep, sample, return_dict=return_dict)
+
+    def _build(self, grid: Tensor) -> Table:
+        """The solver's rows on a grid of sigmas, on the host."""
+        on_host = grid.cpu()
+        noise_at = int(on_host[0] > on_host[-1])
+        entries = tuple(on_host.tolist())
+
+        def built(euler_at_final: bool) -> Table:
+            cpu = torch.device("cpu")
+            return build(
+                *(self.config.int_method, Grid(on_host, entries), None, torch.float32, cpu, noise_at),
+                euler_at_final=euler_at_final,
+            )
+
+        table = built(False)
+        if any(evaluation.time == table.steps for evaluation in table.evaluations):
+            table = built(True)
+        return table
+
+    def _start(self, grid: Tensor, device: torch.device) -> None:
+        """The table from the first step on, and no memory of another run."""
+        first, whole = self.step_index, self._build(grid)
+        if first and not whole.evaluations[first - 1].commit:
+            raise ValueError(
+                f"the first step is evaluation {first} of {len(whole.evaluations)}, which is within a step of "
+                f"{self.config.int_method}: start at a multiple of {self.order}"
+            )
+        skipped = sum(evaluation.commit for evaluation in whole.evaluations[:first])
+        table = self._build(grid[skipped:]) if skipped else whole
+        if first + len(table.evaluations) != len(whole.evaluations):
+            raise ValueError(
+                f"{self.config.int_method} evaluates twice in its first step, for which a schedule that starts in the "
+                "middle has no timestep: use ab2, dpmpp_2m or a solver of one step"
+            )
+        self._table = table._replace(coefficients=table.coefficients.to(device))
+        self._first, self._history = first, []

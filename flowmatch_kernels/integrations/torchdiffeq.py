@@ -65,6 +65,11 @@ METHODS = {
     ),
 }
 
+
+class _OtherDtypeError(Exception):
+    """The first velocity is not of the state's dtype."""
+
+
 _OPTIONS = {"step_size", "grid_constructor", "interp", "perturb"}
 _CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
@@ -85,7 +90,8 @@ def odeint(
     Taken here: euler, midpoint, heun2, heun3 and rk4 for a tensor y0 of float32 or float64 that has dimensions, with
     step_size or grid_constructor and linear interpolation, differentiable in y0 and in what func uses. All else is
     handed on to torchdiffeq: adaptive and implicit methods, tuples, 16-bit and complex states, events, callbacks,
-    perturb, cubic interpolation, times that require grad, and torch.func transforms.
+    perturb, cubic interpolation, times that require grad, torch.func transforms, and a func that returns another dtype
+    than y0's, as under autocast: it is then evaluated at t[0] once more.
 
     Memory: with more than two times and a grid of their own all states of the grid are kept, and then interpolated.
 
@@ -102,7 +108,7 @@ def odeint(
         The states at t, [T, *y0.shape]; what torchdiffeq returns where it is handed on.
 
     Raises:
-        TypeError: func returns another dtype than y0's.
+        TypeError: func returns y0's dtype first, and another later.
         ValueError: func returns another shape or device, or step_size and grid_constructor are both given.
 
     Example:
@@ -119,7 +125,10 @@ def odeint(
         raise ValueError("step_size and grid_constructor are both given: pass one")
     grid = _grid(func, y0, t, given)
     own = grid is not t
-    states = _integrated(func, y0, grid, METHODS[method], trajectory=not own or len(t) > 2)
+    try:
+        states = _integrated(func, y0, grid, METHODS[method], trajectory=not own or len(t) > 2)
+    except _OtherDtypeError:
+        return _published.odeint(func, y0, t, rtol=rtol, atol=atol, method=method, options=options)
     if not own or len(t) == 2:
         return states
     return _interpolated(states, y0, grid, t)
@@ -202,12 +211,16 @@ def _integrated(
 ) -> Tensor:
     """The states at the grid's times, [N + 1, *y0.shape]; or the first and the last alone."""
     table = _table(grid, stages, y0.dtype)
-    times = iter(table.times.unbind())
+    times, evaluated = iter(table.times.unbind()), False
 
     def step_fn(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal evaluated
         v = func(next(times), x[0])
         if isinstance(v, Tensor) and v.dtype != y0.dtype:
-            raise TypeError(f"func returned {v.dtype}; wanted y0's dtype, {y0.dtype}: cast it")
+            if not evaluated:
+                raise _OtherDtypeError
+            raise TypeError(f"func returned {v.dtype}; wanted y0's dtype, {y0.dtype}, as at first")
+        evaluated = True
         return v[None] if isinstance(v, Tensor) else v
 
     differentiable, eager = torch.is_grad_enabled(), tracing.is_eager()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from operands import assert_same_bits, values
 
-diffusers = pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers", reason="the oracle is diffusers itself, of the test extra")
 
 from flowmatch_kernels import FlowMatching, solvers  # noqa: E402
 from flowmatch_kernels.integrations.diffusers import FlowMatchEulerDiscreteScheduler as Ours  # noqa: E402

@@ -6,7 +6,7 @@ import pytest
 import torch
 from operands import assert_same_bits
 
-torchdiffeq = pytest.importorskip("torchdiffeq")
+torchdiffeq = pytest.importorskip("torchdiffeq", reason="the oracle is torchdiffeq itself, of the test extra")
 
 from flowmatch_kernels.integrations import torchdiffeq as ours  # noqa: E402
 from flowmatch_kernels.ops import dispatch  # noqa: E402

@@ -295,7 +295,7 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
         """Sets the schedule, as diffusers' scheduler: `sigmas` and `timesteps` for each evaluation."""
         super().set_timesteps(*arguments, **keywords)
         self._grid = self.sigmas
-        table = self._table = self._build(self._grid)
+        table = self._whole = self._build(self._grid)
         self.order = max(1, round(len(table.evaluations) / max(table.steps, 1)))
         if len(table.evaluations) == table.steps:  # the schedule's own timesteps, which may be scaled otherwise
             return
@@ -384,7 +384,7 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
 
     def _start(self, grid: Tensor, device: torch.device) -> None:
         """The table from the first step on, and no memory of another run."""
-        first, whole = self.step_index, self._build(grid)
+        first, whole = self.step_index, self._whole
         if first and not whole.evaluations[first - 1].commit:
             raise ValueError(
                 f"the first step is evaluation {first} of {len(whole.evaluations)}, which is within a step of "

@@ -39,8 +39,8 @@ except ImportError as error:
 class _Stage(NamedTuple):
     """One evaluation of a step: y0 + (sum of weights * velocities) * (dt * part) * factor."""
 
-    at: float
-    """Where in the step."""
+    at: float | None
+    """Where in the step, t0 + dt * at; None: at the next time itself."""
     weights: tuple[float, ...]
     """Of the velocity here, then of those before it, the latest first."""
     factor: float = 1.0
@@ -61,7 +61,7 @@ METHODS = {
         _Stage(0.0, (1.0,), factor=1 / 3),
         _Stage(1 / 3, (1.0, -1 / 3)),
         _Stage(2 / 3, (1.0, -1.0, 1.0)),
-        _Stage(1.0, (1.0, 3.0, 3.0, 1.0), factor=0.125),
+        _Stage(None, (1.0, 3.0, 3.0, 1.0), factor=0.125),
     ),
 }
 
@@ -185,12 +185,12 @@ def _table(grid: Tensor, stages: tuple[_Stage, ...], dtype: torch.dtype) -> Tabl
     start, dt = ascending[:-1], ascending.diff()
     rows, times, evaluations = [], [], []
     n = len(start)
-    for s, stage in enumerate(stages):
+    for stage in stages:
         columns = dict.fromkeys(COLUMNS, 0.0) | {f"b{k}": w for k, w in enumerate(stage.weights)} | {"c": stage.factor}
         step = sign * (dt if stage.part == 1.0 else stage.part * dt)
         column = [step.to(dtype) if name == "a" else step.new_full((n,), x, dtype=dtype) for name, x in columns.items()]
         rows.append(torch.stack(column, dim=1))
-        times.append(sign * (start if stage.at == 0.0 else ascending[1:] if s == 3 else start + dt * stage.at))
+        times.append(sign * (ascending[1:] if stage.at is None else start + dt * stage.at if stage.at else start))
     for k in range(n):
         for s in range(len(stages)):
             last = s == len(stages) - 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,10 @@ import torch
 
 from flowmatch_kernels import FlowMatching
 from flowmatch_kernels.ops import dispatch, native
-from flowmatch_kernels.ops.fused_step import WEIGHTED, Operands
+from flowmatch_kernels.ops.fused_step import PROMOTE, WEIGHTED, Operands
+from flowmatch_kernels.rows import Fresh, Setting
+from flowmatch_kernels.sampling import integrate
+from flowmatch_kernels.velocities import Velocities, model
 
 from .machine import ROOT
 from .measure import Timing
@@ -68,7 +72,7 @@ def idle() -> Iterator[Any]:
     caches = backend.fused_step_kernel.device_caches
     kept = dict(caches)
     caches.clear()
-    serving = dispatch.Backend("triton", (), lambda _: None, lambda: backend.launch)
+    serving = dispatch.BACKENDS["triton"]._replace(devices=(), unavailable=lambda device_type: None)
     try:
         with mock.patch.object(driver, "_active", IdleDriver()), mock.patch.dict(dispatch.BACKENDS, triton=serving):
             yield backend
@@ -77,11 +81,10 @@ def idle() -> Iterator[Any]:
         caches.update(kept)
 
 
-def cuda_launch(x: torch.Tensor, v: torch.Tensor, coefficients: torch.Tensor) -> Callable[[], object] | None:
-    """One launch of the plain step by the `cuda` backend, through the tests' double of CUDA's runtime.
+def cuda_half() -> Any:
+    """The tests' double of CUDA's runtime under the extension's own CUDA half, whose launches do nothing.
 
-    From `Operands` to cudaLaunchKernel all is the extension's own code; the tensors say that they are on `cuda`. None
-    where nvcc is not found, or the extension is not built.
+    None where nvcc is not found, or the extension is not built.
     """
     sys.path.insert(0, str(ROOT / "tests"))
     try:
@@ -90,9 +93,16 @@ def cuda_launch(x: torch.Tensor, v: torch.Tensor, coefficients: torch.Tensor) ->
         sys.path.pop(0)
     if cuda_runtime.unavailable() is not None:
         return None
-    half = cuda_runtime.CudaHalf()
+    half = cuda_runtime.CudaHalf(device=0)
     half.double.double_set_launch(None)
-    kept = [cuda_runtime.OnCuda(tensor, 0) for tensor in (torch.empty_like(x), x, v, coefficients)]
+    half.on_cuda = cuda_runtime.OnCuda
+    return half
+
+
+def cuda_launch(half: Any) -> Callable[[], object]:
+    """One launch of the plain step: from `Operands` to cudaLaunchKernel; the tensors say that they are on `cuda`."""
+    x, coefficients = torch.zeros(SHAPE), torch.zeros(STEPS, 8)
+    kept = [half.on_cuda(tensor, 0) for tensor in (torch.empty_like(x), x, torch.zeros(SHAPE), coefficients)]
     out, base, velocity, rows = (one.tensor for one in kept)
     given = Operands(out, base, velocity, None, None, None, None, rows, 1, guidance=WEIGHTED)
 
@@ -102,7 +112,38 @@ def cuda_launch(x: torch.Tensor, v: torch.Tensor, coefficients: torch.Tensor) ->
     return run
 
 
-def launches(backend: Any) -> dict[str, Callable[[], object]]:
+def cuda_rows(half: Any) -> Callable[[], object]:
+    """The rows of a whole sample() by `cuda`: all but its start.
+
+    A new state is one of a few tensors that say that they are on `cuda`; the allocation that is timed for it is one on
+    the CPU.
+    """
+    kept = [half.on_cuda(torch.zeros(SHAPE), 0) for _ in range(6)]
+    noise, v, *states = (one.tensor for one in kept)
+    turns, host, device = itertools.cycle(states), torch.zeros(SHAPE), torch.device("cuda", 0)
+    coefficients = half.on_cuda(torch.zeros(STEPS, 8), 0)
+    solver = FlowMatching(SHAPE[1:])._table(None, STEPS, None, None, host.dtype, host.device, None, 0.0, True)
+    table = solver._replace(coefficients=coefficients.tensor)
+    velocities = Velocities(SHAPE, host.dtype, device)
+    serving = dispatch.BACKENDS["cuda"]._replace(load_launch=lambda: half.capsule)
+    setting = Setting(table, velocities, serving, True, False, PROMOTE, WEIGHTED, False)
+
+    def empty_like(x: torch.Tensor) -> torch.Tensor:
+        torch.empty_like(host)
+        return next(turns)
+
+    def step_fn(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return v
+
+    def run(kept: object = (half, kept, coefficients)) -> object:
+        with mock.patch("flowmatch_kernels.rows._empty_like", lambda: empty_like):
+            rows = Fresh(setting, native.TensorRows)
+        return integrate(table, rows, rows.start(noise, drawn=True), model(step_fn, velocities, True))
+
+    return run
+
+
+def launches(backend: Any, half: Any) -> dict[str, Callable[[], object]]:
     """One launch of the plain step by Triton's JIT, without it, and of `cuda`; and eager PyTorch's two operators."""
     x, v, coefficients = torch.zeros(SHAPE), torch.zeros(SHAPE), torch.zeros(STEPS, 8)
     given = Operands(torch.empty_like(x), x, v, None, None, None, None, coefficients, 1, guidance=WEIGHTED)
@@ -112,11 +153,10 @@ def launches(backend: Any) -> dict[str, Callable[[], object]]:
         "launch, Triton's JIT": _by_jit(backend, lambda: backend.launch(given)),
         "launch, direct": lambda: backend.launch(given),
     }
-    cuda = cuda_launch(x, v, coefficients)
-    return found if cuda is None else found | {"launch, cuda": cuda}
+    return found if half is None else found | {"launch, cuda": cuda_launch(half)}
 
 
-def rows(backend: Any) -> dict[str, Callable[[], object]]:
+def rows(backend: Any, half: Any) -> dict[str, Callable[[], object]]:
     """A whole sample() of STEPS rows, with a model that returns what it holds; and the loop written by hand."""
     fm, v, dt = FlowMatching(SHAPE[1:]), torch.zeros(SHAPE), torch.tensor(1 / STEPS)
     times = [t.expand(SHAPE[0], 1) for t in torch.linspace(0, 1, STEPS + 1)]
@@ -133,7 +173,8 @@ def rows(backend: Any) -> dict[str, Callable[[], object]]:
     def ours() -> torch.Tensor:
         return fm.sample(SHAPE[0], step_fn, inference_step=STEPS, backend="triton")
 
-    return {"eager loop": by_hand, "sample(), Triton's JIT": _by_jit(backend, ours), "sample(), direct": ours}
+    found = {"eager loop": by_hand, "sample(), Triton's JIT": _by_jit(backend, ours), "sample(), direct": ours}
+    return found if half is None else found | {"rows, cuda": cuda_rows(half)}
 
 
 def _by_jit(backend: Any, function: Callable[[], object]) -> Callable[[], object]:
@@ -166,10 +207,11 @@ def in_turn(functions: dict[str, Callable[[], object]], seconds: float, calls: i
 
 def measured(seconds: float) -> dict[str, dict[str, Timing]]:
     """Timings of one call of each, of a launch and of a sample()."""
+    half = cuda_half()
     with idle() as backend:
         return {
-            "launch": in_turn(launches(backend), seconds / 2, 200),
-            "sample": in_turn(rows(backend), seconds / 2, 4),
+            "launch": in_turn(launches(backend, half), seconds / 2, 200),
+            "sample": in_turn(rows(backend, half), seconds / 2, 4),
         }
 
 

@@ -1,8 +1,8 @@
 // The extension module flowmatch_kernels._C.
 //
 // Two doors to the same kernels: the registered ops, on LibTorch's stable ABI (one build for every torch >= 2.10),
-// which check their operands; and direct calls for the loop, which do not: python_operands.cpp, one step, and row.cpp,
-// a whole row of a table on the CPU.
+// which check their operands; and direct calls for the loop, which do not: python_operands.cpp, one step; row.cpp and
+// tensor_row.cpp, a whole row of a table.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -215,6 +215,7 @@ PYBIND11_MODULE(_C, m) {
       "Host memory, in bytes: the most that is kept for reuse, what is kept now, and what is in use.");
   add_fused_step(m);
   add_rows(m);
+  add_tensor_rows(m);
 #ifdef FLOWMATCH_KERNELS_CUDA
   m.attr("cuda_archs") = FLOWMATCH_KERNELS_CUDA;  // what flowmatch_kernels._C_cuda was built for, and with
   m.attr("cuda_version") = FLOWMATCH_KERNELS_CUDA_VERSION;

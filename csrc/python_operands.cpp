@@ -165,43 +165,6 @@ PyObject* apart(PyObject*, PyObject* const* p, Py_ssize_t count) {
 PyMethodDef kApart = {"apart", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(apart)), METH_FASTCALL,
                       "apart(v, u)\n--\n\nWhether two tensors lie in memory at different addresses."};
 
-bool same_shape(const View& x, const View& y) {
-  return x.ndim == y.ndim && std::equal(x.shape, x.shape + x.ndim, y.shape);
-}
-
-// Whether y is the contiguous x: the same memory in the same shape.
-PyObject* same_memory(PyObject*, PyObject* const* p, Py_ssize_t count) {
-  return guard([&]() -> PyObject* {
-    if (count != 2)
-      raise(PyExc_TypeError, "same_memory takes two tensors, got " + std::to_string(count) + " arguments");
-    const View x(p[0]), y(p[1]);
-    return PyBool_FromLong(x.seen && y.seen && x.memory == y.memory && same_shape(x, y) && y.contiguous() &&
-                           !lazy(p[1]));
-  });
-}
-PyMethodDef kSameMemory = {
-    "same_memory", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(same_memory)), METH_FASTCALL,
-    "same_memory(x, y)\n--\n\nWhether y is x's memory, contiguous and in x's shape; unknown counts as no."};
-
-// Whether a backend can read v, and u beside it, as velocities of the state `base`.
-PyObject* readable(PyObject*, PyObject* const* p, Py_ssize_t count) {
-  return guard([&]() -> PyObject* {
-    if (count != 3) raise(PyExc_TypeError, "readable takes base, v and u, got " + std::to_string(count) + " arguments");
-    const View base(p[0]), v(p[1]), u(p[2]);
-    const auto fits = [&](const View& x) {
-      return x.seen && x.plain && x.dtype && x.device == base.device && same_shape(x, base);
-    };
-    const bool given = base.seen && base.dtype && base.device != View::kOther && fits(v);
-    const bool both = p[2] == Py_None || (fits(u) && u.dtype == v.dtype);
-    return PyBool_FromLong(given && both &&
-                           dispatch({*base.dtype, *v.dtype, *base.dtype}, Rounding::kPromote, false, [](auto) {}));
-  });
-}
-PyMethodDef kReadable = {
-    "readable", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(readable)), METH_FASTCALL,
-    "readable(base, v, u)\n--\n\nWhether v and u, or v and None, are plain tensors of base's shape and device and of "
-    "one dtype that is not wider; unknown counts as no."};
-
 }  // namespace
 
 void add_fused_step(pybind11::module_& m) {
@@ -209,9 +172,6 @@ void add_fused_step(pybind11::module_& m) {
       pybind11::reinterpret_steal<pybind11::object>(PyCFunction_NewEx(&kFusedStep, nullptr, nullptr));
   m.attr("use_cuda") = pybind11::reinterpret_steal<pybind11::object>(PyCFunction_NewEx(&kUseCuda, nullptr, nullptr));
   m.attr("apart") = pybind11::reinterpret_steal<pybind11::object>(PyCFunction_NewEx(&kApart, nullptr, nullptr));
-  m.attr("same_memory") =
-      pybind11::reinterpret_steal<pybind11::object>(PyCFunction_NewEx(&kSameMemory, nullptr, nullptr));
-  m.attr("readable") = pybind11::reinterpret_steal<pybind11::object>(PyCFunction_NewEx(&kReadable, nullptr, nullptr));
 }
 
 }  // namespace flowmatch_kernels

@@ -136,10 +136,14 @@ bool View::contiguous() const {
   return true;
 }
 
-bool lazy(PyObject* tensor) {
+bool negative(PyObject* tensor) {
   static PyObject* const is_neg = interned("is_neg");
+  return is(tensor, is_neg);
+}
+
+bool lazy(PyObject* tensor) {
   static PyObject* const is_zerotensor = interned("_is_zerotensor");
-  return is(tensor, is_neg) || is(tensor, is_zerotensor);
+  return negative(tensor) || is(tensor, is_zerotensor);
 }
 
 Object dense(PyObject* tensor) {

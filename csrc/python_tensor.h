@@ -96,6 +96,7 @@ struct View {
 // Whether a tensor's memory does not hold its values as they are: its negative bit is set, or it is one of autograd's
 // zero tensors.
 bool lazy(PyObject* tensor);
+bool negative(PyObject* tensor);  // its negative bit alone, where there is memory for sure
 
 // A tensor as contiguous memory that holds its values: itself, or one copy.
 Object dense(PyObject* tensor);

@@ -1,16 +1,17 @@
 """How a row of a table is taken: where the states live, and what writes them.
 
 `Counted` keeps the states of the `cpu` backend in memory that counts who holds it (csrc/row.cpp), and writes it again
-when nobody does. `Fresh` lets a backend write each state to fresh memory, as on a GPU, whose caching allocator makes
-that cheap. `Functional` writes nothing: the registered op, which modes, transforms and compilers see through, or plain
-PyTorch. All have the same methods. From the first velocity on that is no plain tensor, the loop goes on with
-`functional()` of the first two.
+when nobody does. `Fresh` lets a backend write each state to fresh memory (csrc/tensor_row.cpp), as on a GPU, whose
+caching allocator makes that cheap; `FreshInPython` is the same without the extension. `Functional` writes nothing: the
+registered op, which modes, transforms and compilers see through, or plain PyTorch. All have the same methods. From the
+first velocity on that is no plain tensor, the loop goes on with `functional()` of the others.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ def rows_for(setting: Setting, noise: Tensor | None) -> Any:
         return Functional(setting)
     if fused_step_ is native.fused_step_ and setting.backend.name == "cpu" and native.Rows is not None:
         return Counted(setting, native.Rows)
-    return Fresh(setting)
+    return FreshInPython(setting) if native.TensorRows is None else Fresh(setting, native.TensorRows)
 
 
 class Functional:
@@ -212,31 +213,32 @@ class Functional:
         return self._grid.narrow(0, 0, steps + 1).clone()
 
 
-class Fresh:
+class _Fresh:
     """A backend writes each state, its slot and the history in one launch; each state is fresh memory."""
 
     def __init__(self, setting: Setting) -> None:
         table, velocities = setting.table, setting.velocities
         shape, dtype, device = velocities.shape, velocities.dtype, velocities.device
         self._setting = setting
-        self._fused_step_ = setting.backend.load()
         self._grid, self._times = times(table.times, shape)
-        self._slot, self._at_base = 0, True  # base's; the state is base, and not one within a step
-        # Ordinary tensors even under inference mode: they count the writes of a step_fn.
-        self._ordinary = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
-        self._empty_like = torch.empty_like if not torch.is_inference_mode_enabled() else _ordinary_empty_like
-        self._history = [torch.empty(shape, dtype=arithmetic_dtype(dtype), device=device) for _ in range(table.buffers)]
+        self._history = tuple(
+            torch.empty(shape, dtype=arithmetic_dtype(dtype), device=device) for _ in range(table.buffers)
+        )
         self._trajectory = None
         if setting.return_all_steps:
             self._trajectory = torch.empty((shape[0], table.steps + 1, *shape[1:]), dtype=dtype, device=device)
+
+    def slot(self) -> int:
+        """The slot of base."""
+        raise NotImplementedError
 
     def empty(self) -> Tensor | None:
         return None
 
     def start(self, noise: Tensor, drawn: bool) -> Tensor:
-        with self._ordinary:
+        with _ordinary():
             state = drawn_or_copied(noise, drawn and not noise.is_inference(), self._setting.velocities.dtype)
-        self._keep(state)
+        keep(state, self._trajectory, self.slot())
         return state
 
     def tensor(self, state: Tensor) -> Tensor:
@@ -245,37 +247,8 @@ class Fresh:
     def time(self, k: int) -> Tensor:
         return self._times[k]
 
-    def evaluate(self, step_fn: StepFn, state: Tensor, time: int) -> Any:
-        counted = self._trajectory is not None and self._at_base
-        before, x = state._version if counted else 0, state.detach()
-        v = step_fn(x=x, t=self._times[time])
-        replaced = not native.same_memory(state, x) and not _same_memory(state, x)
-        if replaced:
-            with self._ordinary:
-                settle(state, x)
-        if counted and (replaced or state._version != before):
-            self._keep(state)
-        return v
-
     def owns(self, state: Tensor, v: Any) -> bool:
         return _shares_storage(state, v)
-
-    def step(self, state: Tensor, base: Tensor, v: Any, u: Any, row: int, evaluation: Evaluation) -> Tensor | None:
-        setting = self._setting
-        if not native.readable(base, v, u) and not setting.velocities.plain(v, u):
-            return None
-        commit, write = evaluation.commit, evaluation.write
-        slot = self._slot + commit
-        h1, h2, h3 = terms(self._history, evaluation.read) if evaluation.read else _NO_TERMS
-        out = self._empty_like(base)
-        trajectory = self._trajectory if commit else None
-        history = None if write is None else self._history[write]
-        # As NamedTuple's own __new__ does it, without its call: this is every row.
-        table, rounding, guidance = setting.table, setting.rounding, setting.guidance
-        rest = (table.coefficients, row, rounding, guidance, table.sum_first, trajectory, slot, history)
-        self._fused_step_(tuple.__new__(Operands, (out, base, v, u, h1, h2, h3, *rest)))
-        self._slot, self._at_base = slot, commit
-        return out
 
     def prepare(self, base: Tensor, v: Any, u: Any, row: int) -> tuple[Any, Any, Tensor, Tensor | None]:
         return _prepare(self, self._setting.velocities, base, v, u, row)
@@ -284,9 +257,9 @@ class Fresh:
         if type(y) is not Tensor:
             return None
         if not _same_memory(state, y):
-            with self._ordinary:
+            with _ordinary():
                 state = y.detach().clone(memory_format=torch.contiguous_format)
-        self._keep(state)
+        keep(state, self._trajectory, self.slot())
         return state
 
     def result(self, state: Tensor) -> Tensor:
@@ -301,11 +274,57 @@ class Fresh:
 
     def functional(self) -> Functional:
         """What goes on from here."""
-        return _functional(self._setting, self._grid, self._trajectory, self._slot, self._history)
+        return _functional(self._setting, self._grid, self._trajectory, self.slot(), self._history)
 
-    def _keep(self, state: Tensor) -> None:
-        if self._trajectory is not None:
-            self._trajectory.select(1, self._slot).copy_(state)
+
+class Fresh(_Fresh):
+    """In C++: csrc/tensor_row.cpp."""
+
+    def __init__(self, setting: Setting, rows: Callable[..., Any]) -> None:
+        super().__init__(setting)
+        table, velocities, backend = setting.table, setting.velocities, setting.backend
+        made = rows(
+            *(velocities.shape, native.DTYPES[velocities.dtype], native.device(velocities.device)),
+            *(table.coefficients, self._times, self._trajectory, self._history),
+            *(setting.rounding, setting.guidance, table.sum_first),
+            *(_empty_like(), backend.load_launch(), partial(_by_operands, backend.load()), changed),
+        )
+        self.evaluate, self.step, self.slot = made.evaluate, made.step, made.slot  # type: ignore[method-assign]
+
+
+class FreshInPython(_Fresh):
+    """The same where the extension is not built."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self._fused_step_, self._empty_like = setting.backend.load(), _empty_like()
+        self._slot, self._at_base = 0, True  # base's; the state is base, and not one within a step
+
+    def slot(self) -> int:
+        return self._slot
+
+    def evaluate(self, step_fn: StepFn, state: Tensor, time: int) -> Any:
+        counted = self._trajectory is not None and self._at_base
+        before, x = state._version if counted else 0, state.detach()
+        v = step_fn(x=x, t=self._times[time])
+        if not _same_memory(state, x) or (counted and state._version != before):
+            changed(state, x, self._trajectory if counted else None, self._slot)
+        return v
+
+    def step(self, state: Tensor, base: Tensor, v: Any, u: Any, row: int, evaluation: Evaluation) -> Tensor | None:
+        setting, table = self._setting, self._setting.table
+        if not setting.velocities.plain(v, u):
+            return None
+        commit, write = evaluation.commit, evaluation.write
+        slot = self._slot + commit
+        out = self._empty_like(base)
+        trajectory = self._trajectory if commit else None
+        history = None if write is None else self._history[write]
+        rest = (setting.rounding, setting.guidance, table.sum_first, trajectory, slot, history)
+        h1, h2, h3 = terms(self._history, evaluation.read)
+        self._fused_step_(Operands(out, base, v, u, h1, h2, h3, table.coefficients, row, *rest))
+        self._slot, self._at_base = slot, commit
+        return out
 
 
 class Counted:
@@ -353,7 +372,7 @@ class Counted:
 
 
 def _prepare(
-    rows: Fresh | Counted, velocities: Velocities, base: Any, v: Any, u: Any, row: int
+    rows: _Fresh | Counted, velocities: Velocities, base: Any, v: Any, u: Any, row: int
 ) -> tuple[Any, Any, Tensor, Tensor | None]:
     v, u = velocities.checked(v, u, row)
     if velocities.plain(v, u):
@@ -387,12 +406,27 @@ def terms(history: Sequence[Any], read: Sequence[int]) -> tuple[Tensor | None, .
     return (*(history[k] for k in read), None, None, None)[:3]
 
 
-_NO_TERMS = (None, None, None)
-
-
 def taken(trajectory: Tensor, steps: int) -> Tensor:
     """The trajectory as far as it came."""
     return trajectory if trajectory.shape[1] == steps + 1 else trajectory.narrow(1, 0, steps + 1).contiguous()
+
+
+def _by_operands(fused_step_: Callable[..., None], fields: Sequence[Any], *key: int) -> None:
+    fused_step_(Operands(*fields), *key)
+
+
+def changed(state: Tensor, x: Tensor, trajectory: Tensor | None, slot: int) -> None:
+    """A step_fn wrote to x, a tensor over the state, or replaced it: the state has its values, and so has its slot."""
+    if not _same_memory(state, x):
+        with _ordinary():
+            settle(state, x)
+    keep(state, trajectory, slot)
+
+
+def keep(state: Tensor, trajectory: Tensor | None, slot: int) -> None:
+    """Writes a state to its slot of the trajectory, if there is one."""
+    if trajectory is not None:
+        trajectory.select(1, slot).copy_(state)
 
 
 def settle(state: Tensor, x: Tensor, differentiable: bool = False) -> None:
@@ -428,6 +462,15 @@ def _shares_storage(x: Any, y: Any) -> bool:
         if tensor._is_zerotensor():
             return False
     return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+
+
+def _ordinary() -> Any:
+    """A context in which tensors are ordinary ones, even under inference mode: they count the writes of a step_fn."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+
+
+def _empty_like() -> Callable[[Tensor], Tensor]:
+    return _ordinary_empty_like if torch.is_inference_mode_enabled() else torch.empty_like
 
 
 def _ordinary_empty_like(x: Tensor) -> Tensor:

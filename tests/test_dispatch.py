@@ -211,6 +211,7 @@ def test_broken_triton(monkeypatch):
         raise OSError("libcuda.so is a directory")
 
     monkeypatch.setattr(dispatch.importlib, "import_module", broken)
+    monkeypatch.delitem(sys.modules, "flowmatch_kernels.ops.triton", raising=False)
     assert "libcuda.so is a directory" in available_backends()["triton"]
     with pytest.raises(RuntimeError, match=r"'triton'.*libcuda.so is a directory"):
         step(backend="triton")

@@ -82,3 +82,15 @@ def test_sample(cuda: cuda_runtime.CudaHalf, monkeypatch: pytest.MonkeyPatch) ->
             failed.append(f"not one launch an evaluation [{loop}]")
     assert not failed, "\n".join(failed)
     assert len(loops) == 27
+
+
+def test_rows(cuda: cuda_runtime.CudaHalf) -> None:
+    """Whole loops by csrc/tensor_row.cpp, which launches without Python: every solver, guidance, trajectory, dtypes."""
+    loops, failed = [*cases.LOOPS, *cases.MORE_LOOPS], []
+    for loop in loops:
+        before = len(cuda.launches)
+        failed += cases.looped_by_rows(loop, cuda)
+        if len(cuda.launches) - before < 4:
+            failed.append(f"not one launch an evaluation [{loop}]")
+    assert not failed, "\n".join(failed)
+    assert len(loops) == 27

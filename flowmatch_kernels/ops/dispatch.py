@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -36,13 +37,21 @@ class Backend(NamedTuple):
     """Why it cannot serve tensors of this device type, or None. That there is no GPU is no reason."""
     load: Callable[[], Callable[[Operands], None]]
     """Its fused_step_; unchecked, where its checks would cost a step."""
+    load_launch: Callable[[], Any] = lambda: None
+    """What `native.TensorRows` launches by, from addresses; None: by fused_step_."""
+
+
+def _triton() -> Any:
+    """The module of the `triton` backend. importlib's own look at what is imported costs 3 us."""
+    name = f"{__package__}.triton"
+    return sys.modules.get(name) or importlib.import_module(name)
 
 
 def _triton_unavailable(device_type: str) -> str | None:
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
         return "it runs on the CPU only under TRITON_INTERPRET=1"
     try:
-        module = importlib.import_module(".triton", __package__)
+        module = _triton()
     except Exception as error:  # a broken Triton may raise anything, and is only worth its reason
         return _not_imported(error)
     if device_type == "cpu" and not module._INTERPRETED.value:
@@ -110,13 +119,15 @@ BACKENDS = {
             "triton",
             ("cuda", "cpu"),
             _triton_unavailable,
-            lambda: importlib.import_module(".triton", __package__).launch,
+            lambda: _triton().launch,
+            lambda: _triton().launch_compiled,
         ),
         Backend(
             "cuda",
             ("cuda",),
             lambda device_type: _cuda_unavailable(),
             lambda: native.fused_step_,
+            native.launch_cuda,
         ),
         Backend(
             "cpu",

@@ -88,7 +88,17 @@ def _load_cuda() -> str | None:
     if module is not None:
         assert _C is not None
         _C.use_cuda(module.launch)
+        global _launch_cuda
+        _launch_cuda = module.launch
     return reason
+
+
+_launch_cuda: Any = None
+
+
+def launch_cuda() -> Any:
+    """The capsule of csrc/launch_cuda.cpp, which `TensorRows` launches by; None where it is not loaded."""
+    return _launch_cuda
 
 
 def cuda_architectures() -> str | None:
@@ -146,6 +156,18 @@ def fused_step_(operands: Operands) -> None:
 #: over memory of ours, or there is no extension: then `rows.Fresh` or `rows.Functional` serves.
 Rows: Callable[..., Any] | None = getattr(_C, "Rows", None)
 
+#: The states of one sample() in memory that PyTorch allocates: csrc/tensor_row.cpp. None without the extension.
+TensorRows: Callable[..., Any] | None = getattr(_C, "TensorRows", None)
+
+
+def device(of: torch.device) -> int:
+    """A device as csrc/python_tensor.h names it: -1 for the CPU, -2 for what is no GPU either."""
+    if of.type == "cpu":
+        return -1
+    if of.type != "cuda":
+        return -2
+    return torch.cuda.current_device() if of.index is None else of.index
+
 
 def rows_unavailable() -> str | None:
     """Why the CPU's states are not kept in counted memory, or None."""
@@ -162,18 +184,6 @@ def _apart(v: Any, u: Any) -> bool:
 
 #: (v, u) -> whether two tensors lie in memory at different addresses; unknown counts as no.
 apart: Callable[[Any, Any], bool] = _apart if _C is None else _C.apart
-
-
-def _unknown(*tensors: Any) -> bool:
-    return False
-
-
-#: (x, y) -> whether y is the contiguous x; unknown counts as no.
-same_memory: Callable[[Tensor, Any], bool] = _unknown if _C is None else _C.same_memory
-
-#: (base, v, u) -> whether v and u are plain tensors that a backend can read beside the state `base`; u may be None.
-#: Unknown counts as no: `Velocities.plain` is the question in full, at ten times the cost.
-readable: Callable[[Tensor, Any, Any], bool] = _unknown if _C is None else _C.readable
 
 
 class HostPool(NamedTuple):

@@ -307,7 +307,10 @@ def elements_per_access(dtypes: list[torch.dtype | None]) -> int:
 _launcher = Launcher(fused_step_kernel, _LAUNCH_OPTIONS)
 
 #: `elements_per_access` by dtypes, rounding and form of guidance: everything in a variant but the alignment class.
-_vectors: dict[tuple[object, ...], int] = {}
+_vectors: dict[object, int] = {}
+
+#: The same by the keys of csrc/tensor_row.cpp.
+_vectors_of_keys: dict[int, int] = {}
 
 
 def fused_step_(o: Operands) -> None:
@@ -322,8 +325,13 @@ def fused_step_(o: Operands) -> None:
     launch(o)
 
 
-def launch(o: Operands) -> None:
-    """`fused_step_` unchecked: for operands that are checked already, or that the caller made."""
+def launch(o: Operands, key: int | None = None) -> None:
+    """`fused_step_` unchecked: for operands that are checked already, or that the caller made.
+
+    Args:
+        o: The operands.
+        key: By which `launch_compiled` may launch from now on what was launched here.
+    """
     out, base, v, u, h1, h2, h3, coefficients, row, rounding, guidance, sum_first, trajectory, slot, history = o
     numel = sample = base.numel()
     if numel == 0:
@@ -344,10 +352,12 @@ def launch(o: Operands) -> None:
         else:
             dtypes.append(optional.dtype)
             addresses |= optional.data_ptr()
-    operands = (*dtypes, rounding, guidance, sum_first)
+    operands: object = (*dtypes, rounding, guidance, sum_first)
     vector = _vectors.get(operands)
     if vector is None:
         vector = _vectors[operands] = elements_per_access(dtypes)
+    if key is not None:
+        _vectors_of_keys[key], operands = vector, key
     if addresses % 16 or sample % vector:  # numel is a multiple of sample
         vector = 1
     block_size = block(vector)
@@ -362,3 +372,24 @@ def launch(o: Operands) -> None:
             _launcher(variant, blocks, arguments)
     else:
         _launcher(variant, blocks, arguments)
+
+
+def launch_compiled(key: int, device: int, addresses: int, arguments: tuple[int | None, ...]) -> bool:
+    """Launches what `launch` has launched with this key, for csrc/tensor_row.cpp; whether it did.
+
+    Args:
+        key: Equal for two launches only where `launch` would launch the same kernel for both, but for alignments.
+        device: The index of the operands' device, -1 for the CPU.
+        addresses: The operands' addresses, but for the coefficients', by bitwise or.
+        arguments: The kernel's up to sum_first; tensors by their addresses.
+    """
+    vector = _vectors_of_keys.get(key)
+    if vector is None:
+        return False
+    numel, sample = arguments[11], arguments[12]
+    assert numel is not None and sample is not None
+    if addresses % 16 or sample % vector:
+        vector = 1
+    block_size = block(vector)
+    blocks, rest = -(-numel // block_size), (*arguments, vector, block_size)
+    return _launcher.direct((key, vector), blocks, rest, None if device < 0 else device)

@@ -60,20 +60,35 @@ class Launcher:
             blocks: The grid.
             arguments: The kernel's, in order, all of them.
         """
+        if self.direct(variant, blocks, arguments):
+            return
         if not self._direct or _watched(self._kernel):
             self._kernel[(blocks,)](*arguments, **self._options)
             return
+        # One thread at a time: Triton lets a second one have a kernel that the first is about to load.
+        with self._lock:
+            self._first(driver.active.get_current_device(), variant, blocks, arguments)
+
+    def direct(self, variant: Hashable, blocks: int, arguments: Sequence[Any], device: int | None = None) -> bool:
+        """The launch, where the variant's kernel is kept and nothing else speaks against it; whether it was made.
+
+        Args:
+            variant, blocks, arguments: As of a call; an address serves for a tensor.
+            device: The current device must be this one.
+        """
+        if not self._direct or _watched(self._kernel):
+            return False
         active = driver.active
-        device = active.get_current_device()
-        known = self._known.get((device, variant))
-        if known is None or known.caches is not self._kernel.device_caches.get(device):
-            # One thread at a time: Triton lets a second one have a kernel that the first is about to load.
-            with self._lock:
-                self._first(device, variant, blocks, arguments)
-            return
-        stream = active.get_current_stream(device)
+        current = active.get_current_device()
+        known = self._known.get((current, variant))
+        if known is None or known.caches is not self._kernel.device_caches.get(current):
+            return False
+        if device is not None and device != current:
+            return False
+        stream = active.get_current_stream(current)
         # No launch metadata and no hooks: with a hook set the launch is Triton's own.
         known.run(blocks, 1, 1, stream, known.function, known.packed_metadata, None, None, None, *arguments)
+        return True
 
     def _first(self, device: int, variant: Hashable, blocks: int, arguments: Sequence[Any]) -> None:
         compiled = self._kernel[(blocks,)](*arguments, **self._options)

@@ -12,7 +12,8 @@ from triton_cases import FORMS, PAIRS, PRIME, Case, Guarded, combinations, copie
 
 from flowmatch_kernels import FlowMatching, solvers
 from flowmatch_kernels.ops import reference
-from flowmatch_kernels.ops.fused_step import COLUMNS, Operands
+from flowmatch_kernels.ops.fused_step import COLUMNS, WEIGHTED, Operands
+from flowmatch_kernels.sampling import integrate
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 FusedStep = Callable[[Operands], None]
@@ -166,6 +167,50 @@ MORE_LOOPS = [
     Loop("ab3", BF16, BF16, trajectory=True),
     Loop("dpmpp_2m", F64, F32, trajectory=True),
 ]
+
+
+def looped_by_rows(loop: Loop, half: Any) -> list[str]:
+    """What `native.TensorRows` does on CUDA, through the extension's CUDA half, other than the reference.
+
+    The weight of guidance is a function of time, so that each row has its own.
+    """
+    from .cuda_runtime import Rows
+
+    noise = torch.randn(5, *loop.x_dims, generator=torch.Generator().manual_seed(1)).to(loop.state)
+    weight = lambda t: 1 + 0.7 * t  # noqa: E731
+    fm = FlowMatching(loop.x_dims, loop.solver, 4, backend="reference")
+    form = fm.guidance_form if loop.guided else None
+    cpu = torch.device("cpu")
+    table = fm._table(None, None, None, None, loop.state, cpu, form, weight if loop.guided else 0.0, False)
+    rows = Rows(half, table, noise, loop.trajectory, WEIGHTED)
+
+    def conditioned(x: Tensor, t: Tensor) -> Tensor:
+        return (torch.cos(3 * x) - x * t).to(loop.velocity)
+
+    def unconditioned(x: Tensor, t: Tensor) -> Tensor:
+        return (torch.sin(2 * x) + t).to(loop.velocity)
+
+    def on_cuda(step_fn: Any) -> Any:
+        return lambda x, t: rows.on_cuda(step_fn(rows.host(x), t))
+
+    def evaluate(rows: Any, state: Any, time: int, row: int) -> tuple[Any, Any]:
+        v = rows.evaluate(on_cuda(conditioned), state, time)
+        return v, rows.evaluate(on_cuda(unconditioned), state, time) if loop.guided else None
+
+    try:
+        got = rows.result(integrate(table, rows, rows.first, evaluate).state)
+    except (RuntimeError, AssertionError) as error:
+        return [f"{type(error).__name__}: {error} [{loop}]"]
+    guided = {"unguided_step_fn": unconditioned, "inference_guidance_weight": weight} if loop.guided else {}
+    wanted: Any = fm.sample(
+        *(5, conditioned),
+        noise=noise,
+        return_all_steps=loop.trajectory,
+        use_classifier_free_guidance=loop.guided,
+        **guided,
+    )
+    wanted = wanted[0] if loop.trajectory else wanted
+    return [f"not the reference [{loop}]"] if differing(got, wanted) or got.isnan().any() else []
 
 
 def looped(loop: Loop, backend: str) -> list[str]:

@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from bench import static_cuda
 from flowmatch_kernels.ops import native
 from flowmatch_kernels.ops.fused_step import Operands
+from flowmatch_kernels.rows import times
 
 from . import operand_memory
 from .executor import Kernel
@@ -184,6 +185,7 @@ class CudaHalf:
 
     Attributes:
         arch: Whose PTX is executed: 90 or 100.
+        capsule: The module's launch, as `native.launch_cuda` returns it.
         launches: All so far.
     """
 
@@ -195,6 +197,7 @@ class CudaHalf:
         module: Any = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         native._C.use_cuda(module.launch)
+        self.capsule = module.launch
         self.double = ctypes.CDLL(path)
         self._callback = _Callback(self._launched)
         self.double.double_set_launch(self._callback)
@@ -252,6 +255,73 @@ class CudaHalf:
             assert self.double.double_device() == 0, "the former device is current again"
             assert self._memory is not None
             operand_memory.check(self._memory, tensors)
+
+
+class Rows:
+    """`native.TensorRows` on tensors that say that they are on `cuda`, each launch executed; for `sampling.integrate`.
+
+    Args:
+        half: What executes the launches.
+        table: The solver's rows, on the CPU.
+        noise: The first state, on the CPU.
+        trajectory: Every state is written to one.
+        guidance: The fused step's argument.
+
+    Attributes:
+        first: The first state, for `sampling.integrate`.
+    """
+
+    def __init__(self, half: CudaHalf, table: Any, noise: Tensor, trajectory: bool, guidance: int) -> None:
+        self._half, self._hosts = half, dict[int, Tensor]()
+        self._kept: list[OnCuda] = []
+        arithmetic = table.coefficients.dtype
+        buffers = [torch.full_like(noise, torch.nan, dtype=arithmetic) for _ in range(table.buffers)]
+        self._coefficients, self._buffers, self._slots = table.coefficients, buffers, None
+        if trajectory:
+            self._slots = torch.full((noise.shape[0], table.steps + 1, *noise.shape[1:]), torch.nan, dtype=noise.dtype)
+            self._slots[:, 0] = noise
+        self._made = native.TensorRows(
+            *(tuple(noise.shape), native.DTYPES[noise.dtype], half.device, self.on_cuda(table.coefficients)),
+            times(table.times, noise.shape)[1],
+            *(None if self._slots is None else self.on_cuda(self._slots), tuple(map(self.on_cuda, buffers))),
+            *(0, guidance, table.sum_first, self._empty_like, half.capsule, None, None),
+        )
+        self.first = self.on_cuda(noise.clone())
+
+    def on_cuda(self, host: Tensor) -> Tensor:
+        self._kept.append(OnCuda(host, self._half.device))
+        self._hosts[host.data_ptr()] = host
+        return self._kept[-1].tensor
+
+    def host(self, tensor: Tensor | None) -> Tensor | None:
+        """The tensor of the host whose memory one on `cuda` has."""
+        return None if tensor is None else self._hosts[tensor.data_ptr()]
+
+    def _empty_like(self, base: Tensor) -> Tensor:
+        out = torch.full_like(self._hosts[base.data_ptr()], torch.nan)
+        self._half._operands["out"] = out
+        return self.on_cuda(out)
+
+    def evaluate(self, step_fn: Any, state: Tensor, time: int) -> Any:
+        return self._made.evaluate(step_fn, state, time)
+
+    def step(self, state: Tensor, base: Tensor, v: Tensor, u: Tensor | None, row: int, evaluation: Any) -> Any:
+        half, write = self._half, evaluation.write
+        given = {"base": self.host(base), "v": self.host(v), "u": self.host(u), "coefficients": self._coefficients}
+        given |= {f"h{k + 1}": self._buffers[buffer] for k, buffer in enumerate(evaluation.read)}
+        given |= {"trajectory": self._slots if evaluation.commit else None}
+        given |= {"history": None if write is None else self._buffers[write]}
+        half._operands = {name: tensor for name, tensor in given.items() if tensor is not None}
+        half._error = None
+        out = self._made.step(state, base, v, u, row, evaluation)
+        if half._error is not None:
+            raise half._error
+        operand_memory.check(half._memory, half._operands)
+        return out
+
+    def result(self, state: Tensor) -> Tensor:
+        """The trajectory, or else the last state."""
+        return self._hosts[state.data_ptr()] if self._slots is None else self._slots
 
 
 class _Copies(TorchFunctionMode):

@@ -1,0 +1,74 @@
+#include "table_rows.h"
+
+#include <algorithm>
+
+namespace flowmatch_kernels {
+
+TableRows::TableRows(std::vector<std::int64_t> shape, Dtype dtype, int device, PyObject* coefficients,
+                     std::int64_t slots, int rounding, int guidance, bool sum_first)
+    : coefficients_(Py_NewRef(coefficients)),
+      shape_(std::move(shape)),
+      dtype_(dtype),
+      device_(device),
+      slots_(slots),
+      rounding_(static_cast<Rounding>(rounding)),
+      guidance_(static_cast<Guidance>(guidance)),
+      sum_first_(sum_first) {
+  const View view(coefficients);
+  if (!view.seen) raise(PyExc_TypeError, "Rows: wanted coefficients that have memory");
+  rows_ = static_cast<char*>(view.memory);
+  for (const std::int64_t size : shape_) numel_ *= size;
+  sample_ = shape_[0] ? numel_ / shape_[0] : 0;
+}
+
+std::vector<std::int64_t> TableRows::sizes(PyObject* shape) {
+  if (!PyTuple_Check(shape) || PyTuple_GET_SIZE(shape) == 0) raise(PyExc_TypeError, "Rows: wanted a shape, a tuple");
+  std::vector<std::int64_t> sizes;
+  for (Py_ssize_t d = 0; d < PyTuple_GET_SIZE(shape); ++d) sizes.push_back(integer(PyTuple_GET_ITEM(shape, d)));
+  return sizes;
+}
+
+bool TableRows::fits(const View& view) const {
+  return view.seen && view.plain && view.device == device_ && view.dtype &&
+         view.ndim == static_cast<int>(shape_.size()) && std::equal(shape_.begin(), shape_.end(), view.shape);
+}
+
+bool TableRows::usable(PyObject* v, const View& view) const {
+  return fits(view) && dispatch({dtype_, *view.dtype, dtype_}, rounding_, sum_first_, [](auto) {}) &&
+         view.contiguous() && !lazy(v);
+}
+
+std::optional<TableRows::Row> TableRows::row(PyObject* v, PyObject* u, std::int64_t number,
+                                             PyObject* evaluation) const {
+  const View first(v), second(u);
+  const bool guided = u != Py_None;
+  if (!usable(v, first) || (guided && !(usable(u, second) && second.dtype == first.dtype))) return std::nullopt;
+  if (numel_ && (!first.memory || (guided && !second.memory))) {
+    raise(PyExc_ValueError, "a velocity has no memory (a wrapped tensor, or a storage that was resized?)");
+  }
+  if (!PyTuple_Check(evaluation) || PyTuple_GET_SIZE(evaluation) != 4) {
+    raise(PyExc_TypeError, "Rows: wanted an Evaluation");
+  }
+  const bool commit = truth(PyTuple_GET_ITEM(evaluation, 1));
+  PyObject *const read = PyTuple_GET_ITEM(evaluation, 2), *const write = PyTuple_GET_ITEM(evaluation, 3);
+  const std::int64_t row_bytes = kColumns * size_of(arithmetic_of(dtype_));
+  Operands o{.out = nullptr,
+             .base = nullptr,
+             .v = first.memory,
+             .u = second.memory,
+             .h = {},
+             .row = rows_ + number * row_bytes,
+             .trajectory = commit ? trajectory_ : nullptr,
+             .history = write == Py_None ? nullptr : buffer(write),
+             .numel = numel_,
+             .sample = sample_,
+             .slots = std::max<std::int64_t>(slots_, 1),
+             .slot = slot_ + commit,
+             .guidance = guidance_,
+             .rounding = rounding_,
+             .sum_first = sum_first_};
+  for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(read); ++k) o.h[k] = buffer(PyTuple_GET_ITEM(read, k));
+  return Row{o, {dtype_, *first.dtype, dtype_}, commit};
+}
+
+}  // namespace flowmatch_kernels

@@ -1,0 +1,56 @@
+// What the rows of a table share, wherever the states are: which velocities they can read, and a row's operands.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "fused_step.h"
+#include "python_tensor.h"
+
+namespace flowmatch_kernels {
+
+class TableRows {
+ public:
+  std::int64_t slot() const { return slot_; }  // of base
+
+ protected:
+  TableRows(std::vector<std::int64_t> shape, Dtype dtype, int device, PyObject* coefficients, std::int64_t slots,
+            int rounding, int guidance, bool sum_first);
+
+  // The sizes of a state, [B, *x_dims].
+  static std::vector<std::int64_t> sizes(PyObject* shape);
+
+  // Whether a tensor is one of PyTorch's own, of the states' shape and device.
+  bool fits(const View& view) const;
+
+  // The operands of a row, with `out` and `base` left out, and its end; none, where a velocity has to be expanded or
+  // copied, or is an error. `evaluation` is flowmatch_kernels.solvers.Evaluation.
+  struct Row {
+    Operands operands;
+    Dtypes dtypes;
+    bool commit;
+  };
+  std::optional<Row> row(PyObject* v, PyObject* u, std::int64_t number, PyObject* evaluation) const;
+
+  void took(const Row& row) { slot_ = row.operands.slot, at_base_ = row.commit; }
+
+  Object coefficients_;
+  char* rows_;  // the coefficients' memory
+  std::vector<std::int64_t> shape_;
+  Dtype dtype_;
+  int device_;
+  std::int64_t numel_ = 1, sample_, slots_;
+  Rounding rounding_;
+  Guidance guidance_;
+  bool sum_first_;
+  char* trajectory_ = nullptr;  // [B, slots, *x_dims]; null: no row writes it
+  std::vector<char*> history_;
+  std::int64_t slot_ = 0;
+  bool at_base_ = true;  // the state is base, and not one within a step
+
+ private:
+  bool usable(PyObject* v, const View& view) const;
+  char* buffer(PyObject* number) const { return history_.at(integer(number)); }
+};
+
+}  // namespace flowmatch_kernels

@@ -1,0 +1,172 @@
+"""`rows.Fresh` and `rows.FreshInPython`: the states of a backend that writes to fresh memory, as on a GPU."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from operands import assert_same_bits
+
+from flowmatch_kernels import FlowMatching, flow_matching, rows, solvers
+from flowmatch_kernels.ops import dispatch, native, reference
+from flowmatch_kernels.solvers import Evaluation
+
+SHAPE = (3, 5, 2)
+EULER = Evaluation(0, True, (), None)
+
+
+@pytest.fixture(params=["C++", "Python"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """`triton` is a function of ours on the CPU; yields weak references to the rows that sample() makes."""
+    if request.param == "Python":
+        monkeypatch.setattr(native, "TensorRows", None)
+    elif native.TensorRows is None:
+        pytest.skip("the extension is not built")
+    serving = dispatch.Backend("triton", (), lambda _: None, lambda: lambda o: reference.fused_step_(o))
+    monkeypatch.setitem(dispatch.BACKENDS, "triton", serving)
+    made: list[Any] = []
+    make = flow_matching.rows_for
+
+    def kept(*arguments: Any) -> Any:
+        its_rows = make(*arguments)
+        made.append(weakref.ref(its_rows))
+        return its_rows
+
+    monkeypatch.setattr(flow_matching, "rows_for", kept)
+    yield made
+    wanted = rows.Fresh if request.param == "C++" else rows.FreshInPython
+    assert all(one is wanted for one in kinds)
+    kinds.clear()
+
+
+kinds: list[type] = []
+
+
+@pytest.fixture(autouse=True)
+def _kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    init = rows._Fresh.__init__
+
+    def counted(self: Any, *arguments: Any) -> None:
+        kinds.append(type(self))
+        init(self, *arguments)
+
+    monkeypatch.setattr(rows._Fresh, "__init__", counted)
+
+
+def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return torch.cos(3 * x) - x * t
+
+
+def written(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    x.mul_(0.5)
+    return torch.cos(3 * x) - x * t
+
+
+def replaced(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    x.data = x * 0.5
+    return torch.cos(3 * x) - x * t
+
+
+def transposed(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return velocity(x, t).transpose(0, 2).contiguous().transpose(0, 2)
+
+
+def test_whole_loops(kind: list[Any]) -> None:
+    """Every solver, with guidance, with a trajectory, with models that write to x, replace it or return strides."""
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    for solver, model, guided, all_steps in product(
+        sorted(solvers.SOLVERS), (velocity, written, replaced, transposed), (False, True), (False, True)
+    ):
+        found = []
+        for backend in ("triton", "reference"):
+            fm = FlowMatching(SHAPE[1:], solver, 3, backend=backend)
+            found.append(
+                fm.sample(
+                    *(SHAPE[0], model),
+                    noise=noise,
+                    return_all_steps=all_steps,
+                    use_classifier_free_guidance=guided,
+                    unguided_step_fn=(lambda x, t: torch.sin(x)) if guided else None,
+                )
+            )
+        for got, wanted in zip(*(one if all_steps else (one,) for one in found), strict=True):
+            assert_same_bits(got, wanted)
+    assert len(kinds) == len(solvers.SOLVERS) * 4 * 2 * 2
+
+
+def test_rows_end_with_sample(kind: list[Any]) -> None:
+    """No cycle keeps the states until the garbage collector runs."""
+    gc.disable()
+    try:
+        FlowMatching(SHAPE[1:], "rk4", 3, backend="triton").sample(3, written, return_all_steps=True)
+        assert [one() for one in kind] == [None]
+    finally:
+        gc.enable()
+
+
+def test_a_velocity_without_memory(kind: list[Any]) -> None:
+    """A storage that the model has resized, and a state whose storage it has."""
+
+    def resized(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        x.untyped_storage().resize_(0)
+        return torch.zeros(SHAPE)
+
+    if native.TensorRows is not None:  # Python does not look at addresses
+        with pytest.raises(ValueError, match="has no memory"):
+            FlowMatching(SHAPE[1:], backend="triton").sample(3, resized)
+
+
+@pytest.mark.skipif(native._C is None, reason="the extension is not built")
+def test_unusable() -> None:
+    """Velocities that are taken as they are: plain, dense, of the state's shape and device, not wider, of one dtype."""
+
+    class Subclass(torch.Tensor):
+        pass
+
+    steps: list[Any] = []
+    base, bf16 = torch.zeros(3, 4), torch.zeros(3, 4, dtype=torch.bfloat16)
+
+    def rows_of(x: torch.Tensor) -> Any:
+        return native.TensorRows(
+            *(tuple(x.shape), native.DTYPES[x.dtype], -1, torch.zeros(2, 8), (torch.zeros(3, 1),), None, ()),
+            *(0, 0, False, torch.empty_like, None, steps.append, rows.changed),
+        )
+
+    no = [base.double(), base[:2], base[None], base.int(), base.to("meta"), base.to_sparse()]
+    no += [base.as_subclass(Subclass), None, 1.0, torch.nested.nested_tensor([torch.zeros(4)] * 3)]
+    no += [torch.zeros(4, 3).T, torch._neg_view(base), torch._efficientzerotensor((3, 4))]
+    made = rows_of(base)
+    for v, u in [(base, None), (base, base), (bf16, None), (bf16, bf16)]:
+        out = made.step(base, base, v, u, 1, EULER)
+        assert out.shape == base.shape
+        o = steps.pop()
+        assert o[0] is out
+        assert o[2] is v
+        assert o[3] is u
+    assert [made.step(base, base, v, None, 0, EULER) for v in no] == [None] * 13
+    assert [made.step(base, base, base, u, 0, EULER) for u in [*no[:7], *no[8:], bf16]] == [None] * 13
+    assert rows_of(bf16).step(bf16, bf16, base, None, 0, EULER) is None
+    assert steps == []
+    assert made.slot() == 4
+
+
+@pytest.mark.skipif(native._C is None, reason="the extension is not built")
+def test_wrong_calls() -> None:
+    made = native.TensorRows(
+        *((3, 4), 0, -1, torch.zeros(2, 8), (torch.zeros(3, 1),), None, ()),
+        *(0, 0, False, torch.empty_like, None, None, rows.changed),
+    )
+    x = torch.zeros(3, 4)
+    with pytest.raises(IndexError, match="no such time"):
+        made.evaluate(velocity, x, 1)
+    with pytest.raises(TypeError, match="wanted an Evaluation"):
+        made.step(x, x, x, None, 0, ())
+    with pytest.raises(TypeError, match="takes 6 arguments, got 1"):
+        made.step(x)
+    with pytest.raises(TypeError, match="wanted a shape"):
+        native.TensorRows([3, 4], 0, -1, x, (), None, (), 0, 0, False, None, None, None, None)

@@ -136,7 +136,7 @@ def cuda_rows(half: Any) -> Callable[[], object]:
         return v
 
     def run(kept: object = (half, kept, coefficients)) -> object:
-        with mock.patch("flowmatch_kernels.rows._empty_like", lambda: empty_like):
+        with mock.patch("flowmatch_kernels.rows._empty_like", return_value=empty_like):
             rows = Fresh(setting, native.TensorRows)
         return integrate(table, rows, rows.start(noise, drawn=True), model(step_fn, velocities, True))
 

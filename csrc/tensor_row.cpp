@@ -1,5 +1,7 @@
 #include <algorithm>
+#include <iterator>
 #include <memory>
+#include <vector>
 
 #include "launch.h"
 #include "python_type.h"
@@ -111,39 +113,87 @@ class TensorRows : public TableRows {
       key = key * 2 + (operand != nullptr);
     }
     key = key * 4 + static_cast<int>(rounding_);
-    key = key * 4 + (o.u ? static_cast<int>(guidance_) : 0);
+    key = key * 4 + form(o);
     return key * 2 + sum_first_;
   }
 
-  // launch(key, device, addresses, arguments) launches a kernel that is compiled already; where it returns False,
-  // fused_step_(operands, key) compiles it. Where there is no launch, fused_step_(operands) serves.
-  void launch_by_python(const Row& row, PyObject* out, PyObject* base, PyObject* v, PyObject* u, std::int64_t number,
-                        PyObject* evaluation) const {
+  // A compiled kernel, as launch_(key, device, aligned, sample) knows it.
+  struct Compiled {
+    std::int64_t key;
+    Object fields;
+    enum { kVector, kBlock, kStream, kRun, kFunction, kMetadata, kCount };
+    PyObject* field(Py_ssize_t k) const { return PyTuple_GET_ITEM(fields.get(), k); }
+  };
+
+  // Where it has launched this key before, the kernel.
+  const Compiled* compiled(std::int64_t key, bool aligned, std::int64_t sample) {
+    const std::int64_t its_key = key * 2 + aligned;
+    const auto found =
+        std::find_if(compiled_.begin(), compiled_.end(), [&](const Compiled& one) { return one.key == its_key; });
+    if (found != compiled_.end()) return &*found;
+    const Object numbers[] = {number(key), number(device_), Object(PyBool_FromLong(aligned)), number(sample)};
+    PyObject* given[] = {numbers[0].get(), numbers[1].get(), numbers[2].get(), numbers[3].get()};
+    Object fields(PyObject_Vectorcall(launch_.get(), given, std::size(given), nullptr));
+    if (!PyTuple_Check(fields.get()) || PyTuple_GET_SIZE(fields.get()) != Compiled::kCount) return nullptr;
+    compiled_.push_back({its_key, std::move(fields)});
+    return &compiled_.back();
+  }
+
+  static Object number(std::int64_t value) { return Object(PyLong_FromLongLong(value)); }
+
+  // A launch by Triton's own launcher, past its JIT; false where only the JIT may.
+  bool launch_compiled(const Row& row, std::int64_t key, std::int64_t number_of_row) {
     const Operands& o = row.operands;
-    const Object its_key(PyLong_FromLongLong(key(row)));
-    if (launch_.get() != Py_None) {
-      const void* const pointers[] = {o.out, o.base, o.v, o.u, o.h[0], o.h[1], o.h[2], rows_, o.trajectory, o.history};
-      constexpr Py_ssize_t kPointers = std::size(pointers), kRows = 7;
-      Object arguments(PyTuple_New(kPointers + 8));
-      std::uintptr_t addresses = 0;
-      Py_ssize_t k = 0;
-      const auto put = [&](PyObject* object) { PyTuple_SET_ITEM(arguments.get(), k++, Object(object).release()); };
-      for (const void* pointer : pointers) {
-        if (k != kRows) addresses |= reinterpret_cast<std::uintptr_t>(pointer);
-        put(pointer ? PyLong_FromVoidPtr(const_cast<void*>(pointer)) : Py_NewRef(Py_None));
-      }
-      const std::int64_t sample = o.trajectory ? o.sample : o.numel;
-      const std::int64_t guidance = o.u ? static_cast<int>(guidance_) : 0;
-      for (const std::int64_t value : {number, o.numel, sample, o.trajectory ? o.slots : 1, o.slot,
-                                       static_cast<std::int64_t>(rounding_), guidance}) {
-        put(PyLong_FromLongLong(value));
-      }
-      put(PyBool_FromLong(sum_first_));
-      const Object device(PyLong_FromLong(device_));
-      const Object all(PyLong_FromUnsignedLongLong(addresses));
-      PyObject* given[] = {its_key.get(), device.get(), all.get(), arguments.get()};
-      if (truth(Object(PyObject_Vectorcall(launch_.get(), given, std::size(given), nullptr)).get())) return;
+    const void* const pointers[] = {o.out, o.base, o.v, o.u, o.h[0], o.h[1], o.h[2], rows_, o.trajectory, o.history};
+    std::uintptr_t addresses = 0;
+    for (const void* pointer : pointers) addresses |= pointer == rows_ ? 0 : reinterpret_cast<std::uintptr_t>(pointer);
+    const std::int64_t sample = o.trajectory ? o.sample : o.numel;
+    const Compiled* const kernel = compiled(key, addresses % 16 == 0, sample);
+    if (!kernel) return false;
+    const Object stream(PyObject_CallNoArgs(kernel->field(Compiled::kStream)));
+    if (stream.get() == Py_None) {
+      compiled_.clear();
+      return false;
     }
+    const std::int64_t block = integer(kernel->field(Compiled::kBlock));
+    std::vector<Object> kept;
+    const auto keep = [&](PyObject* object) {
+      kept.emplace_back(object);
+      return object;
+    };
+    PyObject* const one = keep(PyLong_FromLong(1));
+    std::vector<PyObject*> arguments{keep(PyLong_FromLongLong((o.numel + block - 1) / block)),
+                                     one,
+                                     one,
+                                     stream.get(),
+                                     kernel->field(Compiled::kFunction),
+                                     kernel->field(Compiled::kMetadata),
+                                     Py_None,  // no launch metadata and no hooks: with a hook set the JIT launches
+                                     Py_None,
+                                     Py_None};
+    for (const void* pointer : pointers) {
+      arguments.push_back(pointer ? keep(PyLong_FromVoidPtr(const_cast<void*>(pointer))) : Py_None);
+    }
+    for (const std::int64_t value : {number_of_row, o.numel, sample, o.trajectory ? o.slots : 1, o.slot,
+                                     static_cast<std::int64_t>(rounding_), static_cast<std::int64_t>(form(o))}) {
+      arguments.push_back(keep(PyLong_FromLongLong(value)));
+    }
+    arguments.push_back(sum_first_ ? Py_True : Py_False);
+    arguments.push_back(kernel->field(Compiled::kVector));
+    arguments.push_back(kernel->field(Compiled::kBlock));
+    Object(PyObject_Vectorcall(kernel->field(Compiled::kRun), arguments.data(), arguments.size(), nullptr));
+    return true;
+  }
+
+  int form(const Operands& o) const { return o.u ? static_cast<int>(guidance_) : 0; }
+
+  // By a kernel that is compiled already, or else by fused_step_(operands, key), which compiles it. Where there is no
+  // launch_, by fused_step_(operands).
+  void launch_by_python(const Row& row, PyObject* out, PyObject* base, PyObject* v, PyObject* u, std::int64_t number,
+                        PyObject* evaluation) {
+    const bool has_launch = launch_.get() != Py_None;
+    const std::int64_t its_key = has_launch ? key(row) : 0;
+    if (has_launch && launch_compiled(row, its_key, number)) return;
     const auto term = [&](Py_ssize_t k) {
       PyObject* const read = PyTuple_GET_ITEM(evaluation, 2);
       return k < PyTuple_GET_SIZE(read) ? history(PyTuple_GET_ITEM(read, k)) : Py_None;
@@ -153,15 +203,17 @@ class TensorRows : public TableRows {
         Py_BuildValue("(OOOOOOOOLiiOOLO)", out, base, v, u, term(0), term(1), term(2), coefficients_.get(),
                       static_cast<long long>(number), static_cast<int>(rounding_), static_cast<int>(guidance_),
                       sum_first_ ? Py_True : Py_False, row.commit ? trajectory_tensor_.get() : Py_None,
-                      static_cast<long long>(o.slot), write == Py_None ? Py_None : history(write)));
-    PyObject* const launched_by = launch_.get() == Py_None ? nullptr : its_key.get();
-    Object(PyObject_CallFunctionObjArgs(fused_step_.get(), operands.get(), launched_by, nullptr));
+                      static_cast<long long>(row.operands.slot), write == Py_None ? Py_None : history(write)));
+    const Object key_object(PyLong_FromLongLong(its_key));
+    PyObject* const last = has_launch ? key_object.get() : nullptr;
+    Object(PyObject_CallFunctionObjArgs(fused_step_.get(), operands.get(), last, nullptr));
   }
 
   PyObject* history(PyObject* number) const { return PyTuple_GET_ITEM(history_tensors_.get(), integer(number)); }
 
   Object times_, trajectory_tensor_, history_tensors_, empty_like_, launch_, fused_step_, changed_;
   LaunchCuda* launch_cuda_ = nullptr;
+  std::vector<Compiled> compiled_;  // few: a table has few kinds of rows
 };
 
 PyObject* tensor_rows_new(PyTypeObject* type, PyObject* arguments, PyObject*) {

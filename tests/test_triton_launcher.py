@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +20,9 @@ import triton
 from triton_cases import PAIRS
 from triton_recorder import Launch, recording
 
+from flowmatch_kernels import FlowMatching
+from flowmatch_kernels.ops import dispatch, native, triton_launcher
 from flowmatch_kernels.ops import triton as backend
-from flowmatch_kernels.ops import triton_launcher
 from flowmatch_kernels.ops.fused_step import (
     EXACT,
     FROM_GUIDED,
@@ -250,6 +252,85 @@ def test_threads(driver: Any) -> None:
         (function,) = {record.function for record in records}
         functions.append(function)
     assert sorted(functions) == [1, 2, 3, 4]
+
+
+# ---- rows of sample(), csrc/tensor_row.cpp ----
+
+
+@pytest.fixture
+def sampled(driver: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[Launch, bool]]]:
+    """Runs rk4 with a trajectory; `at`, a dict, has what to call in which evaluation. The launches, and who made them.
+
+    In C++ and by fused_step_ alone the tensors and numbers are the same.
+    """
+    of = dispatch.BACKENDS["triton"]
+    noise = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+
+    def run(steps: int = 3, at: dict[int, Callable[[], object]] | None = None, cpp: bool = True, **options: Any) -> Any:
+        serving = of._replace(devices=(), unavailable=lambda device_type: None)
+        monkeypatch.setitem(dispatch.BACKENDS, "triton", serving if cpp else serving._replace(load_launch=lambda: None))
+        calls = itertools.count()
+        made: list[tuple[Launch, bool]] = []
+        before = [len(driver.launches), driver.jit]
+
+        def step_fn(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            k = next(calls)
+            if k:
+                made.append((driver.launches[-1], driver.jit > before[1]))
+            before[1] = driver.jit
+            (at or {}).get(k, lambda: None)()
+            return torch.full_like(x, float(k))
+
+        fm = FlowMatching(8, "rk4", steps, backend="triton")
+        fm.sample(3, step_fn, noise=noise, return_all_steps=True, **options)
+        made.append((driver.launches[-1], driver.jit > before[1]))
+        assert len(driver.launches) - before[0] == len(made) == 4 * steps
+        return made
+
+    return run
+
+
+@pytest.mark.skipif(native.TensorRows is None, reason="the extension is not built")
+def test_rows_are_launched_as_one_step_is(sampled: Any) -> None:
+    """Everything but addresses, which are those of other tensors of the same dtype: and no JIT after the first step."""
+    sampled(cpp=False)
+    wanted, got = sampled(cpp=False), sampled()
+    assert [by_jit for _, by_jit in got] == [k < 4 for k in range(12)]  # of each key the first
+    assert not any(by_jit for _, by_jit in sampled())
+    written: dict[str, Any] = {}
+    for (one, _), (other, _) in zip(got, wanted, strict=True):
+        assert one._replace(arguments={}) == other._replace(arguments={})
+        for name, value in other.arguments.items():
+            found = one.arguments[name]
+            if not isinstance(value, torch.Tensor):
+                assert (type(found), found) == (type(value), value), name
+                continue
+            address = found if isinstance(found, int) else found.data_ptr()
+            if name in ("coefficients", "trajectory"):
+                assert written.setdefault(name, address) == address
+            assert address % 16 == 0
+
+
+@pytest.mark.skipif(native.TensorRows is None, reason="the extension is not built")
+def test_rows_that_only_the_jit_may_launch(sampled: Any, driver: Any) -> None:
+    """A hook that is set between two rows, caches that are dropped, another current device, another stream."""
+    sampled()
+    runtime, seen = triton.knobs.runtime, []
+    hook = seen.append
+    made = sampled(
+        at={3: lambda: runtime.launch_enter_hook.add(hook), 5: lambda: runtime.launch_enter_hook.remove(hook)}
+    )
+    assert [k for k, (_, by_jit) in enumerate(made) if by_jit] == [3, 4]
+    assert len(seen) == 2
+    made = sampled(at={6: KERNEL.device_caches.clear})
+    assert [k for k, (_, by_jit) in enumerate(made) if by_jit] == [6, 7, 8, 9]
+    assert made[6][0].function != made[2][0].function
+    made = sampled(at={5: lambda: setattr(driver, "stream", 9)})
+    assert [launch.stream for launch, _ in made] == [7] * 5 + [9] * 7
+    assert not any(by_jit for _, by_jit in made)
+    made = sampled(at={4: lambda: setattr(driver, "device", 1)})
+    assert [launch.device for launch, _ in made] == [0] * 4 + [1] * 8
+    assert [by_jit for _, by_jit in made] == [False] * 4 + [True] * 4 + [False] * 4
 
 
 # ---- the ordinary path ----

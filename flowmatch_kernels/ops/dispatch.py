@@ -38,7 +38,7 @@ class Backend(NamedTuple):
     load: Callable[[], Callable[[Operands], None]]
     """Its fused_step_; unchecked, where its checks would cost a step."""
     load_launch: Callable[[], Any] = lambda: None
-    """What `native.TensorRows` launches by, from addresses; None: by fused_step_."""
+    """How `native.TensorRows` launches without Python, given to it as it is; None: by fused_step_."""
 
 
 def _triton() -> Any:
@@ -120,7 +120,7 @@ BACKENDS = {
             ("cuda", "cpu"),
             _triton_unavailable,
             lambda: _triton().launch,
-            lambda: _triton().launch_compiled,
+            lambda: _triton().compiled,
         ),
         Backend(
             "cuda",

@@ -8,6 +8,8 @@ the form of guidance and the alignment class (16-byte accesses, or single elemen
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -330,7 +332,7 @@ def launch(o: Operands, key: int | None = None) -> None:
 
     Args:
         o: The operands.
-        key: By which `launch_compiled` may launch from now on what was launched here.
+        key: By which `compiled` finds from now on what was launched here.
     """
     out, base, v, u, h1, h2, h3, coefficients, row, rounding, guidance, sum_first, trajectory, slot, history = o
     numel = sample = base.numel()
@@ -374,22 +376,22 @@ def launch(o: Operands, key: int | None = None) -> None:
         _launcher(variant, blocks, arguments)
 
 
-def launch_compiled(key: int, device: int, addresses: int, arguments: tuple[int | None, ...]) -> bool:
-    """Launches what `launch` has launched with this key, for csrc/tensor_row.cpp; whether it did.
+def compiled(key: int, device: int, aligned: bool, sample: int) -> tuple[Any, ...] | None:
+    """What launches again what `launch` has launched with this key, for csrc/tensor_row.cpp; None: nothing yet.
 
     Args:
         key: Equal for two launches only where `launch` would launch the same kernel for both, but for alignments.
         device: The index of the operands' device, -1 for the CPU.
-        addresses: The operands' addresses, but for the coefficients', by bitwise or.
-        arguments: The kernel's up to sum_first; tensors by their addresses.
+        aligned: The operands' addresses, but for the coefficients', are multiples of 16.
+        sample: The kernel's argument.
+
+    Returns:
+        VECTOR, BLOCK, and stream, run, function and packed_metadata of `triton_launcher.Known`.
     """
     vector = _vectors_of_keys.get(key)
     if vector is None:
-        return False
-    numel, sample = arguments[11], arguments[12]
-    assert numel is not None and sample is not None
-    if addresses % 16 or sample % vector:
+        return None
+    if not aligned or sample % vector:
         vector = 1
-    block_size = block(vector)
-    blocks, rest = -(-numel // block_size), (*arguments, vector, block_size)
-    return _launcher.direct((key, vector), blocks, rest, None if device < 0 else device)
+    known = _launcher.known((key, vector), None if device < 0 else device)
+    return None if known is None else (vector, block(vector), *known[:4])

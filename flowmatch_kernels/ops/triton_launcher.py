@@ -25,11 +25,11 @@ logger = logging.getLogger("flowmatch_kernels")
 KNOWN = ("3.6", "3.7", "3.8", "3.9")
 
 
-class _Known(NamedTuple):
-    """What a variant's first launch compiled."""
+class Known(NamedTuple):
+    """What a variant's first launch compiled, and what launches it again, as `run(x, y, z, stream(), ...)`."""
 
-    caches: Any
-    """Triton's own, of that device: once they are dropped, the kernel is compiled anew."""
+    stream: Callable[[], int | None]
+    """The current stream; None where only Triton itself may launch now."""
     run: Callable[..., None]
     function: Any
     packed_metadata: Any
@@ -47,7 +47,7 @@ class Launcher:
 
     def __init__(self, kernel: Any, options: dict[str, object]) -> None:
         self._kernel, self._options = kernel, options
-        self._known: dict[tuple[int, Hashable], _Known] = {}
+        self._known: dict[tuple[int, Hashable], Known] = {}
         self._lock = threading.RLock()
         #: Triton's interpreter compiles nothing.
         self._direct = isinstance(kernel, JITFunction)
@@ -60,35 +60,24 @@ class Launcher:
             blocks: The grid.
             arguments: The kernel's, in order, all of them.
         """
-        if self.direct(variant, blocks, arguments):
-            return
-        if not self._direct or _watched(self._kernel):
+        known = self.known(variant)
+        stream = None if known is None else known.stream()
+        if known is not None and stream is not None:
+            # No launch metadata and no hooks: with a hook set the launch is Triton's own.
+            known.run(blocks, 1, 1, stream, known.function, known.packed_metadata, None, None, None, *arguments)
+        elif not self._direct or _watched(self._kernel):
             self._kernel[(blocks,)](*arguments, **self._options)
-            return
-        # One thread at a time: Triton lets a second one have a kernel that the first is about to load.
-        with self._lock:
-            self._first(driver.active.get_current_device(), variant, blocks, arguments)
+        else:
+            # One thread at a time: Triton lets a second one have a kernel that the first is about to load.
+            with self._lock:
+                self._first(driver.active.get_current_device(), variant, blocks, arguments)
 
-    def direct(self, variant: Hashable, blocks: int, arguments: Sequence[Any], device: int | None = None) -> bool:
-        """The launch, where the variant's kernel is kept and nothing else speaks against it; whether it was made.
-
-        Args:
-            variant, blocks, arguments: As of a call; an address serves for a tensor.
-            device: The current device must be this one.
-        """
-        if not self._direct or _watched(self._kernel):
-            return False
-        active = driver.active
-        current = active.get_current_device()
-        known = self._known.get((current, variant))
-        if known is None or known.caches is not self._kernel.device_caches.get(current):
-            return False
-        if device is not None and device != current:
-            return False
-        stream = active.get_current_stream(current)
-        # No launch metadata and no hooks: with a hook set the launch is Triton's own.
-        known.run(blocks, 1, 1, stream, known.function, known.packed_metadata, None, None, None, *arguments)
-        return True
+    def known(self, variant: Hashable, device: int | None = None) -> Known | None:
+        """What launches a variant on the current device, which must be `device` if that is given; else None."""
+        if not self._direct:
+            return None
+        current = driver.active.get_current_device()
+        return self._known.get((current, variant)) if device in (None, current) else None
 
     def _first(self, device: int, variant: Hashable, blocks: int, arguments: Sequence[Any]) -> None:
         compiled = self._kernel[(blocks,)](*arguments, **self._options)
@@ -100,8 +89,17 @@ class Launcher:
             self._direct = False
             logger.info("the Triton kernel is launched by Triton's JIT, which costs the host more: %s", reason)
             return
-        self._known[device, variant] = _Known(
-            caches, compiled.run, compiled.function, compiled.packed_metadata, compiled
+        kernel = self._kernel
+
+        def stream() -> int | None:
+            active = driver.active
+            # Once Triton's caches are dropped, the kernel is compiled anew.
+            if _watched(kernel) or caches is not kernel.device_caches.get(device):
+                return None
+            return int(active.get_current_stream(device)) if active.get_current_device() == device else None
+
+        self._known[device, variant] = Known(
+            stream, compiled.run, compiled.function, compiled.packed_metadata, compiled
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -144,6 +145,8 @@ class Loop(NamedTuple):
     guided: bool = False
     trajectory: bool = False
     x_dims: tuple[int, ...] = (64, 2)
+    off: bool = False
+    """Every second velocity begins one element after a 16-byte boundary."""
 
     def __str__(self) -> str:
         return " ".join(map(str, self)).replace("torch.", "")
@@ -159,6 +162,7 @@ LOOPS = [
     Loop(guided=True, velocity=BF16, trajectory=True, x_dims=(7, 3)),
     Loop(state=F64),
     Loop(state=BF16, velocity=BF16),
+    Loop(velocity=BF16, off=True),
 ]
 MORE_LOOPS = [
     *[Loop(s, velocity=BF16, guided=True, trajectory=True, x_dims=(7, 3)) for s in sorted(solvers.SOLVERS)],
@@ -167,6 +171,19 @@ MORE_LOOPS = [
     Loop("ab3", BF16, BF16, trajectory=True),
     Loop("dpmpp_2m", F64, F32, trajectory=True),
 ]
+
+
+def models(loop: Loop) -> tuple[Any, Any]:
+    """The guided and the unguided velocity of a loop."""
+    calls = itertools.count()
+
+    def conditioned(x: Tensor, t: Tensor) -> Tensor:
+        v = (torch.cos(3 * x) - x * t).to(loop.velocity)
+        if loop.off and next(calls) % 2:
+            v = torch.cat([v.flatten()[:1], v.flatten()])[1:].view(x.shape)
+        return v
+
+    return conditioned, lambda x, t: (torch.sin(2 * x) + t).to(loop.velocity)
 
 
 def looped_by_rows(loop: Loop, half: Any) -> list[str]:
@@ -184,11 +201,7 @@ def looped_by_rows(loop: Loop, half: Any) -> list[str]:
     table = fm._table(None, None, None, None, loop.state, cpu, form, weight if loop.guided else 0.0, False)
     rows = Rows(half, table, noise, loop.trajectory, WEIGHTED)
 
-    def conditioned(x: Tensor, t: Tensor) -> Tensor:
-        return (torch.cos(3 * x) - x * t).to(loop.velocity)
-
-    def unconditioned(x: Tensor, t: Tensor) -> Tensor:
-        return (torch.sin(2 * x) + t).to(loop.velocity)
+    conditioned, unconditioned = models(loop)
 
     def on_cuda(step_fn: Any) -> Any:
         return lambda x, t: rows.on_cuda(step_fn(rows.host(x), t))
@@ -215,13 +228,7 @@ def looped_by_rows(loop: Loop, half: Any) -> list[str]:
 
 def looped(loop: Loop, backend: str) -> list[str]:
     """What sample() on this backend returns other than the reference's, and than the published loop's."""
-
-    def conditioned(x: Tensor, t: Tensor) -> Tensor:
-        return (torch.cos(3 * x) - x * t).to(loop.velocity)
-
-    def unconditioned(x: Tensor, t: Tensor) -> Tensor:
-        return (torch.sin(2 * x) + t).to(loop.velocity)
-
+    conditioned, unconditioned = models(loop)
     noise = torch.randn(5, *loop.x_dims, generator=torch.Generator().manual_seed(1)).to(loop.state)
 
     def sampled(by: str) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton_recorder import Launch, RecordingDriver, installed
 
@@ -14,6 +17,21 @@ from . import operand_memory
 from .executor import Kernel
 
 _functions = itertools.count(1)
+
+_DTYPES = {"*fp32": torch.float32, "*fp64": torch.float64, "*bf16": torch.bfloat16, "*fp16": torch.float16}
+#: The operands' shapes, by the kernel's other arguments.
+_SHAPES: dict[str, Callable[[dict[str, Any]], tuple[int, ...]]] = {
+    **dict.fromkeys(("out", "base", "v", "u", "h1", "h2", "h3", "history"), lambda given: (given["numel"],)),
+    "coefficients": lambda given: (given["row"] + 1, 8),
+    "trajectory": lambda given: (given["numel"] // given["sample"], given["slots"], given["sample"]),
+}
+
+
+def _at(address: int, kind: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor over memory that a launch got the address of."""
+    dtype = _DTYPES[kind]
+    memory = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class ExecutingDriver(RecordingDriver):
@@ -56,7 +74,13 @@ class ExecutingDriver(RecordingDriver):
             kernel = self._kernel(function)
             assert metadata.shared == 0
             assert kernel.threads == 32 * metadata.num_warps
-            tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+            pointers = {name: value for name in runtime if (value := arguments[name]) is not None and name in _SHAPES}
+            tensors = {
+                name: value
+                if isinstance(value, Tensor)
+                else _at(value, source.signature[name], _SHAPES[name](arguments))
+                for name, value in pointers.items()
+            }
             memory = operand_memory.of(tensors)
             values = [arguments[name] for name in runtime]
             values = [value.data_ptr() if isinstance(value, Tensor) else value for value in values]

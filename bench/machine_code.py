@@ -29,6 +29,7 @@ class Specialisation(NamedTuple):
     rounding: int = PROMOTE
     aligned: bool = True
     sum_first: bool = False
+    strength: bool = False
 
     @property
     def guided(self) -> bool:
@@ -40,16 +41,18 @@ class Specialisation(NamedTuple):
         """The optional operands present, by name."""
         present = ["u"] * self.guided + [f"h{k}" for k in (1, 2, 3) if k <= self.terms]
         present += ["trajectory"] * self.trajectory + ["history"] * self.history
+        present += ["strength"] * self.strength
         return " ".join(present) or "-"
 
     @property
     def reads(self) -> list[int]:
-        """Bytes of an element of each operand read: base, v, u, h1..h3."""
+        """Bytes of an element of each operand read: base, v, u, h1..h3, strength."""
         arithmetic = arithmetic_dtype(self.state).itemsize
         return [
             self.state.itemsize,
             *[self.velocity.itemsize] * (1 + self.guided),
             *[arithmetic] * self.terms,
+            *[self.state.itemsize] * self.strength,
         ]
 
     @property

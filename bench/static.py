@@ -156,6 +156,7 @@ def compile_triton(specialisation: Specialisation, arch: str) -> Code:
     types |= {f"h{k}": arithmetic if k <= specialisation.terms else None for k in (1, 2, 3)}
     types["trajectory"] = state if specialisation.trajectory else None
     types["history"] = arithmetic if specialisation.history else None
+    types["strength"] = state if specialisation.strength else None
     widest = max(specialisation.reads + specialisation.writes)
     vector = 16 // widest if specialisation.aligned else 1
     constants: dict[str, object] = {name: None for name, type_ in types.items() if type_ is None}

@@ -131,7 +131,10 @@ def picked(specialisation: Specialisation) -> tuple[str, int]:
     """The title of the kernel that the launcher picks, and the elements of one thread."""
     widest = max(specialisation.reads)
     vector = 16 // widest if specialisation.aligned else 1
-    present = f"Known<{str(specialisation.guided).lower()}, {specialisation.terms}>" if vector > 1 else "Tested"
+    flags = [str(flag).lower() for flag in (specialisation.guided, specialisation.strength)]
+    known = vector > 1 and not (specialisation.strength and specialisation.terms)
+    present = f"Known<{flags[0]}, {specialisation.terms}, {flags[1]}>" if known else "Tested"
+    vector = vector if known else 1
     state, velocity = _TYPES[specialisation.state], _TYPES[specialisation.velocity]
     to_velocity = specialisation.rounding != PROMOTE or state == velocity
     terms = "(Terms)2" if specialisation.sum_first else f"(Terms){int(to_velocity)}"
@@ -184,6 +187,7 @@ def _come_by(accesses: list[Access], specialisation: Specialisation, vector: int
     scalar = vector == 1
     loads = [state, *[velocity] * (2 if specialisation.guided or scalar else 1)]
     loads += [arithmetic] * (3 if scalar else specialisation.terms)
+    loads += [state] * (specialisation.strength or (scalar and not specialisation.sum_first))
     stores = [state, state, arithmetic]
     return [
         *[a for a in accesses if a.coefficient],

@@ -111,7 +111,8 @@ void* written(const OptionalTensor& tensor) { return tensor ? tensor->mutable_da
 
 void fused_step_(Tensor out, Tensor base, Tensor v, OptionalTensor u, OptionalTensor h1, OptionalTensor h2,
                  OptionalTensor h3, Tensor coefficients, std::int64_t row, std::int64_t rounding, std::int64_t guidance,
-                 bool sum_first, OptionalTensor trajectory, std::int64_t slot, OptionalTensor history) {
+                 bool sum_first, OptionalTensor strength, OptionalTensor trajectory, std::int64_t slot,
+                 OptionalTensor history) {
   const Dtypes dtypes{dtype_of(base, "base"), dtype_of(v, "v"), dtype_of(out, "out")};
   const Dtype velocity = dtypes.velocity, arithmetic = arithmetic_of(dtypes.base);
   check(base, "base", base, dtypes.base);
@@ -127,6 +128,9 @@ void fused_step_(Tensor out, Tensor base, Tensor v, OptionalTensor u, OptionalTe
     check(*u, "u", base, velocity);
     u = torch::stable::contiguous(*u);
   }
+  if (strength && (sum_first || dtypes.out != dtypes.base)) {
+    refuse<ValueError>("strength needs out of base's dtype ", name_of(dtypes.base), " and no sum_first");
+  }
   if ((h2 && !h1) || (h3 && !h2)) {
     refuse<ValueError>("history terms fill up from h1: ", h3 && !h2 ? "h3 needs h2" : "h2 needs h1");
   }
@@ -137,6 +141,10 @@ void fused_step_(Tensor out, Tensor base, Tensor v, OptionalTensor u, OptionalTe
     if (!*tensor) continue;
     check(**tensor, name, base, arithmetic);
     check_contiguous(**tensor, name);
+  }
+  if (strength) {
+    check(*strength, "strength", base, dtypes.base);
+    check_contiguous(*strength, "strength");
   }
   check_device(coefficients, "coefficients");
   check_dtype(coefficients, "coefficients", arithmetic);
@@ -177,7 +185,8 @@ void fused_step_(Tensor out, Tensor base, Tensor v, OptionalTensor u, OptionalTe
                    .slot = slot,
                    .guidance = static_cast<Guidance>(guidance),
                    .rounding = rounds,
-                   .sum_first = sum_first};
+                   .sum_first = sum_first,
+                   .strength = read(strength)};
   if (const auto found = overlap(o, dtypes, coefficients.const_data_ptr(), coefficients.size(0))) {
     refuse<ValueError>(*found);
   }
@@ -185,9 +194,10 @@ void fused_step_(Tensor out, Tensor base, Tensor v, OptionalTensor u, OptionalTe
 }
 
 Tensor fused_step(Tensor base, Tensor v, OptionalTensor u, OptionalTensor h1, OptionalTensor h2, OptionalTensor h3,
-                  Tensor coefficients, std::int64_t row, std::int64_t rounding, std::int64_t guidance, bool sum_first) {
+                  Tensor coefficients, std::int64_t row, std::int64_t rounding, std::int64_t guidance, bool sum_first,
+                  OptionalTensor strength) {
   Tensor out = torch::stable::empty_like(base);
-  fused_step_(out, base, v, u, h1, h2, h3, coefficients, row, rounding, guidance, sum_first, std::nullopt, 0,
+  fused_step_(out, base, v, u, h1, h2, h3, coefficients, row, rounding, guidance, sum_first, strength, std::nullopt, 0,
               std::nullopt);
   return out;
 }

@@ -102,9 +102,17 @@ FLOWMATCH_INLINE void strips(const Operands& o, std::int64_t begin, std::int64_t
       for (std::int64_t j = 0; j < n; ++j) out[j] = E::stepped(base[j], sums[j], a, c);
     } else {
       S* const sum = kApart ? sums : reinterpret_cast<S*>(out);
-      FLOWMATCH_IVDEP
-      for (std::int64_t j = 0; j < n; ++j) {
-        sum[j] = E::accumulate(E::start(a, base[j]), b0, static_cast<A>(widen(h0[j])));
+      if (E::kHasStrength && o.strength) {
+        const S* strength = static_cast<const S*>(o.strength) + i;
+        FLOWMATCH_IVDEP
+        for (std::int64_t j = 0; j < n; ++j) {
+          sum[j] = E::accumulate(E::start(a, base[j]), b0, static_cast<A>(widen(h0[j])), strength[j]);
+        }
+      } else {
+        FLOWMATCH_IVDEP
+        for (std::int64_t j = 0; j < n; ++j) {
+          sum[j] = E::accumulate(E::start(a, base[j]), b0, static_cast<A>(widen(h0[j])));
+        }
       }
       for (int k = 0; k < 3 && o.h[k]; ++k) {
         const A b = E::coefficient(row[kB1 + k], o.rounding);

@@ -153,10 +153,11 @@ struct Divisor {
 
 // Which optional operands are read. Known to the compiler where vectors are moved: with branches about them it waited
 // for v before it asked for u (bfloat16 v, sm_90), and used 48 registers where 32 are enough.
-template <bool kGuided, int kTerms>
+template <bool kGuided, int kTerms, bool kStrength>
 struct Known {
   __device__ __forceinline__ explicit Known(const Operands&) {}
   __device__ __forceinline__ constexpr bool u() const { return kGuided; }
+  __device__ __forceinline__ constexpr bool strength() const { return kStrength; }
   __device__ __forceinline__ constexpr bool h(int k) const { return k < kTerms; }
 };
 // Asked of the operands, where elements are moved one by one: the same branch for every thread.
@@ -164,6 +165,7 @@ struct Tested {
   const Operands& o;
   __device__ __forceinline__ explicit Tested(const Operands& operands) : o(operands) {}
   __device__ __forceinline__ bool u() const { return o.u != nullptr; }
+  __device__ __forceinline__ bool strength() const { return o.strength != nullptr; }
   __device__ __forceinline__ bool h(int k) const { return o.h[k] != nullptr; }
 };
 
@@ -185,6 +187,8 @@ __device__ __forceinline__ void step(const Operands& o, const Divisor& by_sample
   if (present.h(0)) h1 = History::from(o.h[0], i, Load{});
   if (present.h(1)) h2 = History::from(o.h[1], i, Load{});
   if (present.h(2)) h3 = History::from(o.h[2], i, Load{});
+  Vector<typename E::O, kSize> strength;
+  if (E::kHasStrength && present.strength()) strength = Vector<typename E::O, kSize>::from(o.strength, i, Load{});
 
   if (present.u()) {
     const Weight w0 = static_cast<Weight>(row[kW0]), w1 = static_cast<Weight>(row[kW1]);
@@ -225,7 +229,15 @@ __device__ __forceinline__ void step(const Operands& o, const Divisor& by_sample
   } else {
 #pragma unroll
     for (int j = 0; j < kSize; ++j) sum[j] = E::start(a, base[j]);
-    accumulate(h0_at, kB0);
+    bool scaled = false;
+    if constexpr (E::kHasStrength) {
+      if (present.strength()) {
+        scaled = true;
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) sum[j] = E::accumulate(sum[j], row[kB0], h0_at(j), strength[j]);
+      }
+    }
+    if (!scaled) accumulate(h0_at, kB0);
     if (present.h(0)) accumulate([&](int j) { return h1[j]; }, kB1);
     if (present.h(1)) accumulate([&](int j) { return h2[j]; }, kB2);
     if (present.h(2)) accumulate([&](int j) { return h3[j]; }, kB3);
@@ -310,8 +322,8 @@ bool fits(const Operands& o) {
   const auto result = [&](const void* address) { return aligned(address, sizeof(typename E::O)); };
   const auto velocity = [&](const void* address) { return aligned(address, sizeof(typename E::V)); };
   const auto history = [&](const void* address) { return aligned(address, sizeof(typename E::A)); };
-  return result(o.out) && aligned(o.base, sizeof(typename E::B)) && velocity(o.v) && velocity(o.u) && history(o.h[0]) &&
-         history(o.h[1]) && history(o.h[2]) && history(o.history) &&
+  return result(o.out) && result(o.strength) && aligned(o.base, sizeof(typename E::B)) && velocity(o.v) &&
+         velocity(o.u) && history(o.h[0]) && history(o.h[1]) && history(o.h[2]) && history(o.history) &&
          reinterpret_cast<std::uintptr_t>(o.row) % kAccess == 0 && result(o.trajectory) &&
          (!o.trajectory || o.sample % kSize == 0);
 }
@@ -336,8 +348,14 @@ void launch_widest(const Operands& o, cudaStream_t stream) {
   constexpr std::size_t kWidest =
       kTerms ? sizeof(typename E::A) : std::max(sizeof(typename E::B), sizeof(typename E::V));
   constexpr int kSize = kAccess / kWidest;
-  if (fits<E, kSize>(o)) {
-    launch<E, Known<kGuided, kTerms>, kSize>(o, stream);
+  constexpr bool kStrength = E::kHasStrength && kTerms == 0;  // of Euler's step; elsewhere one by one
+  if (o.strength && !E::kHasStrength) {
+    throw std::invalid_argument("fused_step: strength needs out of base's dtype, and no sum_first");
+  }
+  if (kStrength && o.strength && fits<E, kSize>(o)) {
+    launch<E, Known<kGuided, kTerms, kStrength>, kSize>(o, stream);
+  } else if (!o.strength && fits<E, kSize>(o)) {
+    launch<E, Known<kGuided, kTerms, false>, kSize>(o, stream);
   } else {
     launch<E, Tested, 1>(o, stream);
   }

@@ -3,9 +3,9 @@
 namespace flowmatch_kernels {
 namespace {
 
-enum Operand { kOut, kSlot, kHistory, kBase, kV, kU, kH1, kH2, kH3, kCoefficients, kOperands };
-constexpr const char* kNames[] = {"out", "trajectory's slot", "history", "base", "v", "u", "h1", "h2",
-                                  "h3",  "coefficients"};
+enum Operand { kOut, kSlot, kHistory, kBase, kV, kU, kH1, kH2, kH3, kStrength, kCoefficients, kOperands };
+constexpr const char* kNames[] = {"out", "trajectory's slot", "history",     "base", "v", "u", "h1", "h2",
+                                  "h3",  "strength",          "coefficients"};
 
 struct Region {
   Operand name;
@@ -43,6 +43,7 @@ std::optional<std::string> overlap(const Operands& o, Dtypes dtypes, const void*
   add(kV, o.v, n * V);
   add(kU, o.u, n * V);
   for (int k = 0; k < 3; ++k) add(static_cast<Operand>(kH1 + k), o.h[k], n * A);
+  add(kStrength, o.strength, n * B);
   add(kCoefficients, coefficients, rows * kColumns * A);
   for (int w = 0; w < written; ++w) {
     const Region& out = regions[w];

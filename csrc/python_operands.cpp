@@ -25,6 +25,7 @@ enum Field {
   kRounding,
   kGuidance,
   kSumFirst,
+  kStrength,
   kTrajectory,
   kSlot,
   kHistory,
@@ -34,9 +35,9 @@ enum Field {
 LaunchCuda* launch_cuda = nullptr;  // of flowmatch_kernels._C_cuda, once it is loaded
 
 // Their names, for messages.
-constexpr const char* kNames[] = {"out",        "base",         "v",      "u",        "h1",       "h2",
-                                  "h3",         "coefficients", "row",    "rounding", "guidance", "sum_first",
-                                  "trajectory", "slot",         "history"};
+constexpr const char* kNames[] = {"out",      "base",         "v",    "u",        "h1",       "h2",
+                                  "h3",       "coefficients", "row",  "rounding", "guidance", "sum_first",
+                                  "strength", "trajectory",   "slot", "history"};
 static_assert(std::size(kNames) == kFieldCount);
 
 [[noreturn, gnu::cold]] void refuse(PyObject* type, Field k, const std::string& words) {
@@ -89,7 +90,7 @@ PyObject* fused_step_python(PyObject*, PyObject* operands) {
     const View out = look(field(kOut), kOut), v = look(v_dense.get(), kV), u = look(u_dense.get(), kU, true);
     const View h1 = look(field(kH1), kH1, true), h2 = look(field(kH2), kH2, true), h3 = look(field(kH3), kH3, true);
     const View coefficients = look(field(kCoefficients), kCoefficients);
-    const View history = look(field(kHistory), kHistory, true);
+    const View history = look(field(kHistory), kHistory, true), strength = look(field(kStrength), kStrength, true);
     const View trajectory = look(field(kTrajectory), kTrajectory, true);
     for (const auto& [view, k] : {std::pair(&base, kBase), std::pair(&v, kV), std::pair(&out, kOut)}) {
       if (view->dtype) continue;
@@ -99,6 +100,9 @@ PyObject* fused_step_python(PyObject*, PyObject* operands) {
     const auto rounding = static_cast<Rounding>(integer(field(kRounding)));
     const bool sum_first = truth(field(kSumFirst));
     if (const auto found = mismatch(dtypes, rounding, sum_first)) raise(PyExc_TypeError, "fused_step_: " + *found);
+    if (strength.seen && (sum_first || dtypes.out != dtypes.base || strength.dtype != dtypes.base)) {
+      refuse(PyExc_ValueError, kStrength, " must be of base's dtype, and needs out of that dtype and no sum_first");
+    }
     const std::int64_t numel = base.numel(), slot = integer(field(kSlot));
     const std::int64_t row_bytes = kColumns * size_of(arithmetic_of(dtypes.base));
     const std::int64_t slots = trajectory.seen ? trajectory.shape[1] : 1;
@@ -119,7 +123,8 @@ PyObject* fused_step_python(PyObject*, PyObject* operands) {
                      .slot = slot,
                      .guidance = static_cast<Guidance>(integer(field(kGuidance))),
                      .rounding = rounding,
-                     .sum_first = sum_first};
+                     .sum_first = sum_first,
+                     .strength = strength.memory};
     const std::int64_t rows = coefficients.numel() / kColumns;
     if (const auto found = overlap(o, dtypes, coefficients.memory, rows)) {
       raise(PyExc_ValueError, "fused_step_: " + *found);

@@ -46,9 +46,9 @@ State& state_of(PyObject* object) {
 class Rows : public TableRows {
  public:
   Rows(PyObject* shape, int dtype, PyObject* coefficients, PyObject* times, Py_ssize_t slots, Py_ssize_t buffers,
-       int rounding, int guidance, bool sum_first, bool deferred)
+       int rounding, int guidance, bool sum_first, PyObject* strength, bool deferred)
       : TableRows(checked(sizes(shape), slots), static_cast<Dtype>(dtype), View::kHost, coefficients, slots, rounding,
-                  guidance, sum_first),
+                  guidance, sum_first, strength),
         deferred_(deferred) {
     const View grid(times);
     if (!grid.seen || !grid.dtype) raise(PyExc_TypeError, "Rows: wanted times on the CPU");
@@ -224,15 +224,15 @@ class Rows : public TableRows {
 
 PyObject* rows_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
   return guard([&]() -> PyObject* {
-    PyObject *shape, *coefficients, *times;
+    PyObject *shape, *coefficients, *times, *strength;
     int dtype, rounding, guidance, sum_first, deferred;
     Py_ssize_t slots, buffers;
-    if (!PyArg_ParseTuple(arguments, "OiOOnniipp:Rows", &shape, &dtype, &coefficients, &times, &slots, &buffers,
-                          &rounding, &guidance, &sum_first, &deferred)) {
+    if (!PyArg_ParseTuple(arguments, "OiOOnniipOp:Rows", &shape, &dtype, &coefficients, &times, &slots, &buffers,
+                          &rounding, &guidance, &sum_first, &strength, &deferred)) {
       return nullptr;
     }
     auto rows = std::make_unique<Rows>(shape, dtype, coefficients, times, slots, buffers, rounding, guidance,
-                                       sum_first != 0, deferred != 0);
+                                       sum_first != 0, strength, deferred != 0);
     return make(type, std::move(rows));
   });
 }
@@ -273,8 +273,9 @@ PyType_Slot kRowsSlots[] = {
     {Py_tp_dealloc, reinterpret_cast<void*>(&deallocate<Rows>)},
     {Py_tp_methods, kMethods},
     {Py_tp_doc,
-     const_cast<char*>("Rows(shape, dtype, coefficients, times, slots, buffers, rounding, guidance, sum_first, "
-                       "deferred)\n--\n\nThe states of one sample() on the CPU, in memory that counts who holds it.")},
+     const_cast<char*>(
+         "Rows(shape, dtype, coefficients, times, slots, buffers, rounding, guidance, sum_first, "
+         "strength, deferred)\n--\n\nThe states of one sample() on the CPU, in memory that counts who holds it.")},
     {0, nullptr}};
 PyType_Spec kRows = {"flowmatch_kernels._C.Rows", sizeof(PythonObject<Rows>), 0, Py_TPFLAGS_DEFAULT, kRowsSlots};
 

@@ -5,8 +5,9 @@
 namespace flowmatch_kernels {
 
 TableRows::TableRows(std::vector<std::int64_t> shape, Dtype dtype, int device, PyObject* coefficients,
-                     std::int64_t slots, int rounding, int guidance, bool sum_first)
+                     std::int64_t slots, int rounding, int guidance, bool sum_first, PyObject* strength)
     : coefficients_(Py_NewRef(coefficients)),
+      strength_tensor_(Py_NewRef(strength)),
       shape_(std::move(shape)),
       dtype_(dtype),
       device_(device),
@@ -18,6 +19,13 @@ TableRows::TableRows(std::vector<std::int64_t> shape, Dtype dtype, int device, P
   if (!view.seen) raise(PyExc_TypeError, "Rows: wanted coefficients that have memory");
   rows_ = static_cast<char*>(view.memory);
   for (const std::int64_t size : shape_) numel_ *= size;
+  if (strength != Py_None) {
+    const View its(strength);
+    if (!fits(its) || its.dtype != dtype_ || !its.contiguous() || lazy(strength)) {
+      raise(PyExc_ValueError, "Rows: wanted a contiguous strength of the state's shape, dtype and device");
+    }
+    strength_ = static_cast<char*>(its.memory);
+  }
   sample_ = shape_[0] ? numel_ / shape_[0] : 0;
 }
 
@@ -66,7 +74,8 @@ std::optional<TableRows::Row> TableRows::row(PyObject* v, PyObject* u, std::int6
              .slot = slot_ + commit,
              .guidance = guidance_,
              .rounding = rounding_,
-             .sum_first = sum_first_};
+             .sum_first = sum_first_,
+             .strength = strength_};
   for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(read); ++k) o.h[k] = buffer(PyTuple_GET_ITEM(read, k));
   return Row{o, {dtype_, *first.dtype, dtype_}, commit};
 }

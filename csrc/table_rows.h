@@ -15,7 +15,7 @@ class TableRows {
 
  protected:
   TableRows(std::vector<std::int64_t> shape, Dtype dtype, int device, PyObject* coefficients, std::int64_t slots,
-            int rounding, int guidance, bool sum_first);
+            int rounding, int guidance, bool sum_first, PyObject* strength);
 
   // The sizes of a state, [B, *x_dims].
   static std::vector<std::int64_t> sizes(PyObject* shape);
@@ -34,8 +34,8 @@ class TableRows {
 
   void took(const Row& row) { slot_ = row.operands.slot, at_base_ = row.commit; }
 
-  Object coefficients_;
-  char* rows_;  // the coefficients' memory
+  Object coefficients_, strength_tensor_;
+  char *rows_, *strength_ = nullptr;  // their memory
   std::vector<std::int64_t> shape_;
   Dtype dtype_;
   int device_;

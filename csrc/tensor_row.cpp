@@ -17,13 +17,14 @@ class TensorRows : public TableRows {
  public:
   // What Python passes; all but the numbers are borrowed.
   struct Given {
-    PyObject *shape, *coefficients, *times, *trajectory, *history, *empty_like, *launch, *fused_step_, *changed;
+    PyObject *shape, *coefficients, *times, *trajectory, *history, *strength, *empty_like, *launch, *fused_step_,
+        *changed;
     int dtype, device, rounding, guidance, sum_first;
   };
 
   explicit TensorRows(const Given& given)
       : TableRows(sizes(given.shape), static_cast<Dtype>(given.dtype), given.device, given.coefficients,
-                  slots(given.trajectory), given.rounding, given.guidance, given.sum_first),
+                  slots(given.trajectory), given.rounding, given.guidance, given.sum_first, given.strength),
         times_(kept(given.times)),
         trajectory_tensor_(kept(given.trajectory)),
         history_tensors_(kept(given.history)),
@@ -108,8 +109,8 @@ class TensorRows : public TableRows {
     const Operands& o = row.operands;
     std::int64_t key = static_cast<int>(row.dtypes.base);
     key = key * 4 + static_cast<int>(row.dtypes.velocity);
-    for (const void* operand :
-         {o.u, o.h[0], o.h[1], o.h[2], static_cast<const void*>(o.trajectory), static_cast<const void*>(o.history)}) {
+    for (const void* operand : {o.u, o.h[0], o.h[1], o.h[2], static_cast<const void*>(o.trajectory),
+                                static_cast<const void*>(o.history), o.strength}) {
       key = key * 2 + (operand != nullptr);
     }
     key = key * 4 + static_cast<int>(rounding_);
@@ -144,7 +145,8 @@ class TensorRows : public TableRows {
   // A launch by Triton's own launcher, past its JIT; false where only the JIT may.
   bool launch_compiled(const Row& row, std::int64_t key, std::int64_t number_of_row) {
     const Operands& o = row.operands;
-    const void* const pointers[] = {o.out, o.base, o.v, o.u, o.h[0], o.h[1], o.h[2], rows_, o.trajectory, o.history};
+    const void* const pointers[] = {o.out,  o.base, o.v,          o.u,       o.h[0],    o.h[1],
+                                    o.h[2], rows_,  o.trajectory, o.history, o.strength};
     std::uintptr_t addresses = 0;
     for (const void* pointer : pointers) addresses |= pointer == rows_ ? 0 : reinterpret_cast<std::uintptr_t>(pointer);
     const std::int64_t sample = o.trajectory ? o.sample : o.numel;
@@ -199,11 +201,11 @@ class TensorRows : public TableRows {
       return k < PyTuple_GET_SIZE(read) ? history(PyTuple_GET_ITEM(read, k)) : Py_None;
     };
     PyObject* const write = PyTuple_GET_ITEM(evaluation, 3);
-    const Object operands(
-        Py_BuildValue("(OOOOOOOOLiiOOLO)", out, base, v, u, term(0), term(1), term(2), coefficients_.get(),
-                      static_cast<long long>(number), static_cast<int>(rounding_), static_cast<int>(guidance_),
-                      sum_first_ ? Py_True : Py_False, row.commit ? trajectory_tensor_.get() : Py_None,
-                      static_cast<long long>(row.operands.slot), write == Py_None ? Py_None : history(write)));
+    const Object operands(Py_BuildValue(
+        "(OOOOOOOOLiiOOOLO)", out, base, v, u, term(0), term(1), term(2), coefficients_.get(),
+        static_cast<long long>(number), static_cast<int>(rounding_), static_cast<int>(guidance_),
+        sum_first_ ? Py_True : Py_False, strength_tensor_.get(), row.commit ? trajectory_tensor_.get() : Py_None,
+        static_cast<long long>(row.operands.slot), write == Py_None ? Py_None : history(write)));
     const Object key_object(PyLong_FromLongLong(its_key));
     PyObject* const last = has_launch ? key_object.get() : nullptr;
     Object(PyObject_CallFunctionObjArgs(fused_step_.get(), operands.get(), last, nullptr));
@@ -219,10 +221,10 @@ class TensorRows : public TableRows {
 PyObject* tensor_rows_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
   return guard([&]() -> PyObject* {
     TensorRows::Given given;
-    if (!PyArg_ParseTuple(arguments, "OiiOOOOiipOOOO:TensorRows", &given.shape, &given.dtype, &given.device,
+    if (!PyArg_ParseTuple(arguments, "OiiOOOOiipOOOOO:TensorRows", &given.shape, &given.dtype, &given.device,
                           &given.coefficients, &given.times, &given.trajectory, &given.history, &given.rounding,
-                          &given.guidance, &given.sum_first, &given.empty_like, &given.launch, &given.fused_step_,
-                          &given.changed)) {
+                          &given.guidance, &given.sum_first, &given.strength, &given.empty_like, &given.launch,
+                          &given.fused_step_, &given.changed)) {
       return nullptr;
     }
     return make(type, std::make_unique<TensorRows>(given));
@@ -247,7 +249,7 @@ PyType_Slot kSlots[] = {
     {Py_tp_methods, kMethods},
     {Py_tp_doc,
      const_cast<char*>("TensorRows(shape, dtype, device, coefficients, times, trajectory, history, rounding, "
-                       "guidance, sum_first, empty_like, launch, fused_step_, changed)\n--\n\n"
+                       "guidance, sum_first, strength, empty_like, launch, fused_step_, changed)\n--\n\n"
                        "The states of one sample(), each a tensor that PyTorch allocated.")},
     {0, nullptr}};
 PyType_Spec kSpec = {"flowmatch_kernels._C.TensorRows", sizeof(PythonObject<TensorRows>), 0, Py_TPFLAGS_DEFAULT,

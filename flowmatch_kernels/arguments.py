@@ -168,6 +168,25 @@ def check_dense(tensor: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {layout}")
 
 
+def strength(value: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """velocity_strength in the state's shape, contiguous.
+
+    Raises:
+        TypeError: it is no dense tensor of the state's dtype.
+        ValueError: it does not expand to the state's shape, or is on another device.
+    """
+    name, wanted = "velocity_strength", f"a tensor that expands to {shown(list(shape))}, {dtype}, on {device}"
+    if not isinstance(value, Tensor) or value.dtype != dtype:
+        got = value.dtype if isinstance(value, Tensor) else shown(value)
+        raise TypeError(f"{name} must be {wanted}, got {got}")
+    check_dense(value, name)
+    if not expands(value.shape, shape):
+        raise ValueError(f"{name} must be {wanted}, got {list(value.shape)}")
+    if value.device != device and (device.index is not None or value.device.type != device.type):
+        raise ValueError(f"{name} must be {wanted}, got one on {value.device}")
+    return value.detach().resolve_neg().expand(shape).contiguous()
+
+
 _CPU = torch.device("cpu")
 _available: set[torch.device] = set()
 """The devices with an index that were asked for and are there."""

@@ -42,6 +42,7 @@ REFUSED = {
     "callback": "pass it to sample()",
     "return_all_steps": "the last states are compared",
     "inference_step": "pass evaluations",
+    "velocity_strength": "it is of Euler's step alone",
     "int_method": "pass reference, for the converged trajectory",
     "step_sizes": "the converged trajectory is an integral over time",
 }

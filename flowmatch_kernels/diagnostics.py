@@ -192,6 +192,7 @@ def _operands(
         rounding,
         guidance or WEIGHTED,
         False,
+        None,
         unwritten(state, shape[0], 3, shape[1]) if writes else None,
         1,
         unwritten(arithmetic, *shape) if writes else None,

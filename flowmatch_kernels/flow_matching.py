@@ -23,6 +23,7 @@ from .arguments import (
     held,
     share,
     shown,
+    strength,
     unread,
 )
 from .base import BaseDiffusion, StepFn
@@ -193,6 +194,7 @@ class FlowMatching(BaseDiffusion):
         dtype: torch.dtype | None = None,
         time_steps: Tensor | Sequence[float] | None = None,
         step_sizes: Tensor | Sequence[float] | None = None,
+        velocity_strength: Tensor | None = None,
         constraint: Callable[[Tensor, Tensor], Tensor] | None = None,
         callback: Callable[[int, Tensor, Tensor], bool | None] | None = None,
         progress: bool = False,
@@ -242,6 +244,9 @@ class FlowMatching(BaseDiffusion):
             time_steps: [T], strictly monotonic, up or down, instead of the constructor's time grid; step_fn sees
                 its dtype.
             step_sizes: [T - 1], the dt of each step, instead of the differences of the time grid.
+            velocity_strength: What expands to [B, *x_dims], of the state's dtype, on `device`: a step is
+                x + (dt * v) * strength, as with the velocity mask of real-time chunking. 0 keeps an entry as it is, 1
+                changes nothing. With int_method "euler" and prediction_type "velocity" alone.
             constraint: Called as constraint(x, t) with each committed state x and its time t [B, 1, ..., 1];
                 what it returns, of x's shape and dtype, takes x's place. It may write to x and return it.
                 See `flowmatch_kernels.inpaint`.
@@ -293,6 +298,7 @@ class FlowMatching(BaseDiffusion):
             noise,
             time_steps=time_steps,
             step_sizes=step_sizes,
+            velocity_strength=velocity_strength,
             inference_guidance_weight=inference_guidance_weight,
             temperature=temperature,
         )
@@ -331,9 +337,18 @@ class FlowMatching(BaseDiffusion):
             cached=eager,
         )
         velocities = Velocities(shape, dtype, device, guided, table.weights, differentiable)
+        if velocity_strength is not None:
+            if self.prediction_type != "velocity" or self._steps(int_method, inference_step)[0] != "euler":
+                raise ValueError(
+                    "velocity_strength multiplies dt * v of int_method='euler' and prediction_type='velocity': "
+                    f"got {_or(int_method, self.int_method)!r:.60} and {self.prediction_type!r}"
+                )
+            velocity_strength = strength(velocity_strength, shape, dtype, device)
         layout = None if noise is None or noise.is_contiguous() else layouts.of(noise)
         if layout is not None and noise is not None:
             noise = layout.stored(noise)
+            if velocity_strength is not None:
+                velocity_strength = layout.stored(velocity_strength).contiguous()
             step_fn, velocities, hooks = layout.applied(step_fn, velocities, hooks)
         evaluate = model(step_fn, velocities, eager)
         grad = torch.is_grad_enabled()
@@ -350,6 +365,7 @@ class FlowMatching(BaseDiffusion):
                     WEIGHTED if guided is None else guided.form.kernel,
                     constraint is not None,
                     backend or self.backend,
+                    velocity_strength,
                 ),
                 noise,
             )

@@ -42,6 +42,8 @@ class Setting(NamedTuple):
     """A committed state changes after its step."""
     requested: str = "auto"
     """The name of the backend that was asked for."""
+    strength: Tensor | None = None
+    """The fused step's operand."""
 
 
 def rows_for(setting: Setting, noise: Tensor | None) -> Any:
@@ -155,11 +157,12 @@ class Functional:
         if self._columns is not None:
             columns = self._columns[row]
             h0 = reference.velocity(v, u, columns, guidance)
-            out = reference.combine(base, (h0, *h), columns, self._setting.rounding, table.sum_first)
+            setting = self._setting
+            out = reference.combine(base, (h0, *h), columns, setting.rounding, table.sum_first, None, setting.strength)
         else:
             assert self._fused_step is not None
-            rounding, sum_first = self._setting.rounding, table.sum_first
-            out = self._fused_step(base, v, u, *h, table.coefficients, row, rounding, guidance, sum_first)
+            rest = self._setting.rounding, guidance, table.sum_first, self._setting.strength
+            out = self._fused_step(base, v, u, *h, table.coefficients, row, *rest)
         if evaluation.write is not None:
             if self._columns is None:
                 columns = reference.Columns.of(table.coefficients, row, base.dim())
@@ -286,7 +289,7 @@ class Fresh(_Fresh):
         made = rows(
             *(velocities.shape, native.DTYPES[velocities.dtype], native.device(velocities.device)),
             *(table.coefficients, self._times, self._trajectory, self._history),
-            *(setting.rounding, setting.guidance, table.sum_first),
+            *(setting.rounding, setting.guidance, table.sum_first, setting.strength),
             *(_empty_like(), backend.load_launch(), partial(_by_operands, backend.load()), changed),
         )
         self.evaluate, self.step, self.slot = made.evaluate, made.step, made.slot  # type: ignore[method-assign]
@@ -320,7 +323,7 @@ class FreshInPython(_Fresh):
         out = self._empty_like(base)
         trajectory = self._trajectory if commit else None
         history = None if write is None else self._history[write]
-        rest = (setting.rounding, setting.guidance, table.sum_first, trajectory, slot, history)
+        rest = (setting.rounding, setting.guidance, table.sum_first, setting.strength, trajectory, slot, history)
         h1, h2, h3 = terms(self._history, evaluation.read)
         self._fused_step_(Operands(out, base, v, u, h1, h2, h3, table.coefficients, row, *rest))
         self._slot, self._at_base = slot, commit
@@ -338,7 +341,7 @@ class Counted:
         slots = table.steps + 1 if setting.return_all_steps else 0
         self._rows = made = rows(
             *(velocities.shape, native.DTYPES[velocities.dtype], table.coefficients, table.times),
-            *(slots, table.buffers, setting.rounding, setting.guidance, table.sum_first, deferred),
+            *(slots, table.buffers, setting.rounding, setting.guidance, table.sum_first, setting.strength, deferred),
         )
         # In C++ alone:
         self.empty, self.tensor, self.time, self.owns = made.empty, made.tensor, made.time, made.owns

@@ -114,7 +114,7 @@ def run(
         kept = h[history] if isinstance(history, int) else Guarded(list(shape), arithmetic, device, aligned)
     operands = Operands(
         *(out.tensor, base.tensor, v, u, *[x.tensor for x in h], *[None] * (3 - terms)),
-        *(table, seed % 3, rounding, guidance or WEIGHTED, False),
+        *(table, seed % 3, rounding, guidance or WEIGHTED, False, None),
         *(None if trajectory is None else trajectory.tensor, slot),
         None if kept is None else kept.tensor,
     )

@@ -18,6 +18,8 @@ BYTES = {"float": 4, "double": 8, "BFloat16": 2, "Float16": 2}
 ELEMENTS = 5 + 9 + 4 + 6
 #: Kernels of one of them: with and without u, 0 to 3 history terms, and the scalar one.
 SETS = 2 * 4 + 1
+#: Without history terms, guided and not, where out has base's dtype and the sum is not first.
+WITH_STRENGTH = 2 * 14
 
 
 reason = static_cuda.unavailable()
@@ -40,6 +42,7 @@ class Kernel(NamedTuple):
     """None where operands are tested by the kernel: the one that moves elements singly."""
     terms: int
     vector: int
+    strength: bool
     registers: int
     stack: int
     shared: int
@@ -49,6 +52,7 @@ class Kernel(NamedTuple):
     @property
     def title(self) -> str:
         operands = "tested" if self.guided is None else f"{'guided' if self.guided else 'plain'}+{self.terms}"
+        operands += "+strength" * self.strength
         return f"{self.state} {self.velocity} {self.out} {self.terms_added} {operands} vector={self.vector}"
 
     @property
@@ -81,9 +85,9 @@ def kernels(arch: str) -> list[Kernel]:
         there = static_cuda.instantiations(arch)
     for title, kernel in there.items():
         types = r"Element<(\w+), (\w+), (\w+), \(Terms\)(\d)>"
-        match = re.fullmatch(rf"{types}, (?:Known<(\w+), (\d)>|Tested), (\d)", title)
+        match = re.fullmatch(rf"{types}, (?:Known<(\w+), (\d), (\w+)>|Tested), (\d)", title)
         assert match, title
-        state, velocity, out, terms_added, guided, terms, vector = match.groups()
+        state, velocity, out, terms_added, guided, terms, strength, vector = match.groups()
         read.append(
             Kernel(
                 state,
@@ -93,6 +97,8 @@ def kernels(arch: str) -> list[Kernel]:
                 None if guided is None else guided == "true",
                 int(terms or 3),
                 int(vector),
+                # Where operands are tested, it is one of them, but with the sum first or out of another dtype.
+                strength == "true" if strength else terms_added != "2" and state == out,
                 *[kernel.usage[name] for name in ("REG", "STACK", "SHARED", "LOCAL")],
                 instructions(kernel.sass),
             )
@@ -114,7 +120,7 @@ def wrong(arch: str, names: str, allowed: str = r"(?!)") -> list[str]:
 def test_every_kernel_is_there(arch: str) -> None:
     """Some are not compiled twice, nor left out: the number of instantiations stays in the hundreds."""
     there = kernels(arch)
-    assert len({k.title for k in there}) == len(there) == ELEMENTS * SETS
+    assert len({k.title for k in there}) == len(there) == ELEMENTS * SETS + WITH_STRENGTH
     for k in there:
         operands = [BYTES[k.state], BYTES[k.velocity], *[k.arithmetic] * (k.terms > 0)]
         assert k.vector == (1 if k.guided is None else 16 // max(operands)), k.title
@@ -163,7 +169,7 @@ def test_accesses(arch: str) -> None:
     for k in kernels(arch):
         sizes = {k.vector, 1}
         reads = [BYTES[k.state], *[BYTES[k.velocity]] * (2 if k.guided is not False else 1)]
-        reads += [k.arithmetic] * k.terms
+        reads += [k.arithmetic] * k.terms + [BYTES[k.state]] * k.strength
         writes = [BYTES[k.out]] * 2 + [k.arithmetic]  # out, trajectory, history
         loads, stores = Counter[int](), Counter[int]()
         for size in sizes:

@@ -66,7 +66,7 @@ out = torch.zeros(1026)
 if shift:
     host.load_word(v.data_ptr() + 4)
 host.fused_step_cuda(out.data_ptr(), x.data_ptr(), v.data_ptr(), 0, 0, 0, 0, row.data_ptr(), 0, 0, 0, 0, 0, 0, False,
-                     0, 1, 0, 0, numel, numel, 0)
+                     0, 1, 0, 0, 0, numel, numel, 0)
 """
     done = subprocess.run(
         [sys.executable, "-c", code, str(numel), str(shift)],

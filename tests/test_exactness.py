@@ -85,6 +85,7 @@ def run(step, shape, state, velocity, rounding, combination, row=1, slot=None, l
         rounding,
         guidance if guided else FORMS[seed % 3],  # without u it counts for nothing
         False,
+        None,
         None if trajectory is None else trajectory.tensor,
         slot,
         None if kept is None else kept.tensor,
@@ -261,7 +262,22 @@ def test_definition_guidance_of_special_values(velocity, formula, step):
         out, kept = torch.full_like(v, float("nan")), torch.full(v.shape, float("nan"), dtype=arithmetic)
         step(
             Operands(
-                out, torch.full_like(v, -0.0), v, u, None, None, None, table, 0, PROMOTE, guidance, False, None, 0, kept
+                out,
+                torch.full_like(v, -0.0),
+                v,
+                u,
+                None,
+                None,
+                None,
+                table,
+                0,
+                PROMOTE,
+                guidance,
+                False,
+                None,
+                None,
+                0,
+                kept,
             )
         )
         wanted = combined(u, v, w)
@@ -437,7 +453,7 @@ def test_coefficients_of_every_kind(state, velocity):
             results = []
             for step in (native.fused_step_, reference.fused_step_):
                 out, kept = torch.full_like(x, float("nan")), torch.full_like(h[0], float("nan"))
-                step(Operands(out, x, v, u, *h, table, 0, rounding, FORMS[seed % 3], False, None, 0, kept))
+                step(Operands(out, x, v, u, *h, table, 0, rounding, FORMS[seed % 3], False, None, None, 0, kept))
                 results.append((out, kept))
             assert_same_bits(results[0][0], results[1][0])
             assert_same_bits(results[0][1], results[1][1])
@@ -561,11 +577,11 @@ static bool told(const char* feature) {
 #include "fused_step_cpu.cpp"
 extern "C" const char* set_name() { return flowmatch_kernels::instruction_set(); }
 extern "C" int step(void* out, void* base, void* v, void* u, void* h1, void* h2, void* h3, void* row,
-                    void* trajectory, void* history, long numel, long sample, long slots, long slot, int base_dtype,
-                    int velocity, int out_dtype, int rounding, int guidance, int sum_first) {
+                    void* trajectory, void* history, void* strength, long numel, long sample, long slots, long slot,
+                    int base_dtype, int velocity, int out_dtype, int rounding, int guidance, int sum_first) {
   using namespace flowmatch_kernels;
   const Operands o{out, base, v, u, {h1, h2, h3}, row, trajectory, history, numel, sample, slots, slot,
-                   static_cast<Guidance>(guidance), static_cast<Rounding>(rounding), sum_first != 0};
+                   static_cast<Guidance>(guidance), static_cast<Rounding>(rounding), sum_first != 0, strength};
   const Dtypes dtypes{static_cast<Dtype>(base_dtype), static_cast<Dtype>(velocity), static_cast<Dtype>(out_dtype)};
   return fused_step_cpu(o, dtypes, 0, numel);
 }
@@ -620,12 +636,13 @@ def test_every_instruction_set(kernel_library, instruction_set, monkeypatch, tmp
         return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
     def step(operands):
-        out, base, v, u, h1, h2, h3, table, row, rounding, guidance, sum_first, trajectory, slot, history = operands
+        out, base, v, u, h1, h2, h3, table, row, rounding, guidance, sum_first, *rest = operands
+        strength, trajectory, slot, history = rest
         if base.numel() == 0:
             return
         long, dtypes = ctypes.c_long, native.DTYPES
         assert library.step(
-            *[address(x) for x in (out, base, v, u, h1, h2, h3, table[row], trajectory, history)],
+            *[address(x) for x in (out, base, v, u, h1, h2, h3, table[row], trajectory, history, strength)],
             long(base.numel()),
             long(base.numel() // base.shape[0]),
             long(1 if trajectory is None else trajectory.shape[1]),

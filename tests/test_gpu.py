@@ -167,7 +167,7 @@ def row(dtype, device, **columns):
 def stepped(place, base, v, table, u=None, h=(), rounding=PROMOTE, guidance=WEIGHTED):
     out = torch.full_like(base, torch.nan)
     terms = [*h, *[None] * (3 - len(h))]
-    place.fused_step_(Operands(out, base, v, u, *terms, table, 0, rounding, guidance, False, None, 0, None))
+    place.fused_step_(Operands(out, base, v, u, *terms, table, 0, rounding, guidance, False, None, None, 0, None))
     return out.cpu()
 
 
@@ -675,7 +675,7 @@ def test_over_2_to_the_31(place, rest):
     base, v, out = random(), random(), torch.full((2, sample), torch.nan, dtype=torch.float16, device=place.device)
     trajectory = torch.full((2, 1, sample), torch.nan, dtype=torch.float16, device=place.device)
     table = row(torch.float32, place.device, b0=0.1)
-    place.fused_step_(Operands(out, base, v, None, None, None, None, table, 0, PROMOTE, 0, False, trajectory, 0, None))
+    place.fused_step_(Operands(out, base, v, None, None, None, None, table, 0, trajectory=trajectory))
     flat = [x.view(-1) for x in (out, trajectory, base, v)]
     for start in range(0, numel, part):
         got, slot, x, velocity = (tensor[start : start + part] for tensor in flat)

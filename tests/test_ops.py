@@ -44,6 +44,7 @@ def operands(state=torch.float32, velocity=None, guidance=WEIGHTED, terms=3, sha
         "rounding": PROMOTE,
         "guidance": guidance or WEIGHTED,
         "sum_first": False,
+        "strength": None,
     }
     return names | replaced
 
@@ -321,6 +322,10 @@ BAD = {
     "slot beyond": lambda: {"slot": 4},
     "history dtype": lambda: {"history": torch.zeros(SHAPE, dtype=torch.bfloat16)},
     "history shape": lambda: {"history": torch.zeros(2, 3)},
+    "strength dtype": lambda: {"strength": torch.zeros(SHAPE, dtype=torch.bfloat16)},
+    "strength shape": lambda: {"strength": torch.zeros(2, 3, 1)},
+    "strength not contiguous": lambda: {"strength": torch.zeros(5, 3, 2).transpose(0, 2)},
+    "strength beside sum_first": lambda: {"strength": torch.zeros(SHAPE), "sum_first": True},
     "v on another device": lambda: {"v": torch.zeros(SHAPE, device="meta")},
     "coefficients on another device": lambda: {"coefficients": torch.zeros(3, 8, device="meta")},
 }
@@ -379,7 +384,7 @@ def test_bad_operands_functional(bad):
 
 DIRECT = {
     "no operands": (lambda names: 3, TypeError, "takes one argument, the Operands, got int"),
-    "too few": (lambda names: (names["out"],), TypeError, "Operands of 15 fields, got 1"),
+    "too few": (lambda names: (names["out"],), TypeError, "Operands of 16 fields, got 1"),
     "v wider": (lambda names: {"v": names["v"].double()}, TypeError, "v is torch.float64, wider than.*torch.float32"),
     "base integer": (lambda names: {"base": names["base"].int()}, TypeError, "base must be float32.*got torch.int32"),
     "v integer": (lambda names: {"v": names["v"].int()}, TypeError, "v must be float32, .*got torch.int32"),

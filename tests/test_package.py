@@ -150,7 +150,7 @@ x = torch.randn(4, 3, 2)
 op = torch.ops.flowmatch_kernels.fused_step
 torch.library.opcheck(op.default, (x, x, x, None, None, None, table, 1, False))
 out, slots = torch.empty_like(x), torch.zeros(4, 2, 3, 2)
-torch.ops.flowmatch_kernels.fused_step_(out, x, x, x, None, None, None, table, 1, 0, 0, False, slots, 1, None)
+torch.ops.flowmatch_kernels.fused_step_(out, x, x, x, None, None, None, table, 1, 0, 0, False, None, slots, 1, None)
 assert torch.equal(out, op(x, x, x, None, None, None, table, 1, False)) and torch.equal(slots[:, 1], out)
 for bad in ((x, x.double()), (x, x[0]), (x.int(), x)):
     try:
@@ -257,6 +257,7 @@ def test_signatures():
         "dtype": None,
         "time_steps": None,
         "step_sizes": None,
+        "velocity_strength": None,
         "constraint": None,
         "callback": None,
         "progress": False,

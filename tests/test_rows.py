@@ -134,7 +134,7 @@ def test_unusable() -> None:
     def rows_of(x: torch.Tensor) -> Any:
         return native.TensorRows(
             *(tuple(x.shape), native.DTYPES[x.dtype], -1, torch.zeros(2, 8), (torch.zeros(3, 1),), None, ()),
-            *(0, 0, False, torch.empty_like, None, steps.append, rows.changed),
+            *(0, 0, False, None, torch.empty_like, None, steps.append, rows.changed),
         )
 
     no = [base.double(), base[:2], base[None], base.int(), base.to("meta"), base.to_sparse()]
@@ -159,7 +159,7 @@ def test_unusable() -> None:
 def test_wrong_calls() -> None:
     made = native.TensorRows(
         *((3, 4), 0, -1, torch.zeros(2, 8), (torch.zeros(3, 1),), None, ()),
-        *(0, 0, False, torch.empty_like, None, None, rows.changed),
+        *(0, 0, False, None, torch.empty_like, None, None, rows.changed),
     )
     x = torch.zeros(3, 4)
     with pytest.raises(IndexError, match="no such time"):
@@ -169,4 +169,4 @@ def test_wrong_calls() -> None:
     with pytest.raises(TypeError, match="takes 6 arguments, got 1"):
         made.step(x)
     with pytest.raises(TypeError, match="wanted a shape"):
-        native.TensorRows([3, 4], 0, -1, x, (), None, (), 0, 0, False, None, None, None, None)
+        native.TensorRows([3, 4], 0, -1, x, (), None, (), 0, 0, False, None, None, None, None, None)

@@ -20,8 +20,11 @@ SPECIALISATIONS = [
     static.Specialisation(state, velocity, *operands)
     for state, velocities in VELOCITY_DTYPES.items()
     for velocity in velocities
-    # guidance, terms, trajectory, history, rounding, aligned
-    for operands in product((None, WEIGHTED), range(4), *[(False, True)] * 2, (PROMOTE,), (False, True))
+    # guidance, terms, trajectory, history, rounding, aligned, sum_first, strength
+    for operands in [
+        *product((None, WEIGHTED), range(4), *[(False, True)] * 2, (PROMOTE,), (False, True), (False,), (False,)),
+        *product((None, WEIGHTED), (0,), (False, True), (False,), (PROMOTE,), (False, True), (False,), (True,)),
+    ]
 ]
 
 
@@ -56,7 +59,7 @@ def test_a_kernel_holds_every_form_of_guidance() -> None:
 @pytest.mark.parametrize("arch", ARCHS, indirect=True)
 def test_no_contraction_in_ptx(arch: str) -> None:
     kernels = static_cuda.instantiations(arch).values()
-    assert len(kernels) == 216
+    assert len(kernels) == 244
     for kernel in kernels:
         assert not static.contractions(kernel.ptx), kernel.title
         assert ".ftz" not in kernel.ptx, kernel.title

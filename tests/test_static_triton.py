@@ -126,7 +126,7 @@ def test_wider_accesses_of_sm_100() -> None:
 
     from flowmatch_kernels.ops import triton as backend
 
-    constants = dict.fromkeys(("u", "h1", "h2", "h3", "trajectory", "history"))
+    constants = dict.fromkeys(("u", "h1", "h2", "h3", "trajectory", "history", "strength"))
     constants |= {"rounding": PROMOTE, "guidance": WEIGHTED, "sum_first": False, "VECTOR": 8, "BLOCK": 1024}
     signature = {
         name: "constexpr" if name in constants else "*fp32" if name in ("out", "base", "v", "coefficients") else "i64"

@@ -98,7 +98,7 @@ def test_large_sizes_do_not_specialise(driver: RecordingDriver) -> None:
     x = torch.zeros(16)
     for numel in (1, 16, 2**31, 2**40 + 16):
         backend.fused_step_kernel[(1,)](
-            *(x, x, x, None, None, None, None, x, x, None, 0, numel, numel, 11, 3, PROMOTE, 0, False, 4, 512),
+            *(x, x, x, None, None, None, None, x, x, None, None, 0, numel, numel, 11, 3, PROMOTE, 0, False, 4, 512),
             **backend.launch_options(32),
         )
     assert compilations() == 1

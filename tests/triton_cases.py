@@ -60,6 +60,8 @@ class Case(NamedTuple):
     sum_first: bool = False
     taken: bool = False
     """out has the velocity's dtype."""
+    strength: bool = False
+    """Is b0*h0 multiplied by a tensor?"""
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}".replace("torch.", "") for name, value in self._asdict().items())
@@ -79,7 +81,7 @@ def combinations(state: torch.dtype, velocity: torch.dtype, numel: int, aligned:
 
 
 def special(numel: int, aligned: bool) -> Iterator[Case]:
-    """The sums first, for each dtype and number of terms; and out of the velocity's dtype: 72 sets of operands."""
+    """The sums first, for each dtype and number of terms; out of the velocity's dtype; strength: 112 sets."""
     for k, (dtype, terms) in enumerate(product(VELOCITY_DTYPES, range(4))):
         for j in range(2):
             guidance = (None, *FORMS)[(k + terms + j) % 4]
@@ -88,6 +90,9 @@ def special(numel: int, aligned: bool) -> Iterator[Case]:
     for k, ((state, velocity), rounding, j) in enumerate(product(TAKEN, (EXACT, ROUNDED), range(4))):
         guidance, terms = (None, *FORMS)[j], (k + k // 4) % 4
         yield Case(state, velocity, guidance, terms, k % 3 > 0, k % 5 > 2, rounding, numel, aligned, taken=True)
+    for k, ((state, velocity), j) in enumerate(product(PAIRS, range(4))):
+        guidance, terms, rounding = (None, *FORMS)[(k + j) % 4], (0, k // 4 % 4)[j % 2], (k + k // 4) % 3
+        yield Case(state, velocity, guidance, terms, k % 3 == 0, k % 5 > 2, rounding, numel, aligned, strength=True)
 
 
 def quarter(cases: Iterable[Case], turn: int) -> list[Case]:
@@ -147,7 +152,7 @@ def operands(case: Case) -> tuple[Operands, dict[str, Guarded]]:
         batch = choose.choice([1, 2, 4, 8, 16, 64, 128])
     shape = (batch, case.numel // batch if case.numel else 4 - batch)
     buffers: dict[str, Guarded] = {}
-    names = ["out", "base", "v", "u", "h1", "h2", "h3", "trajectory", "history"]
+    names = ["out", "base", "v", "u", "h1", "h2", "h3", "strength", "trajectory", "history"]
     shifted = {name for name in names if not case.aligned and choose.random() < 0.5}
     if not case.aligned and not shifted & {"out", "base", "v"}:
         shifted.add(choose.choice(["out", "base", "v"]))
@@ -182,6 +187,7 @@ def operands(case: Case) -> tuple[Operands, dict[str, Guarded]]:
         row=row,
         rounding=case.rounding,
         sum_first=case.sum_first,
+        strength=read("strength", case.state) if case.strength else None,
         guidance=choose.choice(FORMS) if case.guidance is None else case.guidance,  # without u it counts for nothing
         trajectory=(buffer("trajectory", out, (shape[0], slots, shape[1])).fill_(-7.0) if case.trajectory else None),
         slot=choose.randrange(slots) if case.trajectory else 0,

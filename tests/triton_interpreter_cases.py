@@ -254,7 +254,7 @@ def test_beyond_32_bits(edge: int, aligned: bool, monkeypatch: pytest.MonkeyPatc
     interpreter_builder = interpreter.interpreter_builder
     monkeypatch.setattr(interpreter_builder, "create_get_program_id", program_id)
     backend.fused_step_kernel[(blocks,)](
-        *(out, base, v, None, None, None, None, rows, trajectory, None),
+        *(out, base, v, None, None, None, None, rows, trajectory, None, None),
         *(0, numel, sample, slots, slot, PROMOTE, 0, False, vector, block),
     )
     expected = reference.fused_step(base[window], v[window], None, None, None, None, rows, 0)

@@ -11,12 +11,7 @@ Source: github.com/Physical-Intelligence/openpi, src/openpi/models_pytorch/pi0_p
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import io
 import struct
-import textwrap
-import tokenize
 from collections.abc import Callable
 from typing import Any
 
@@ -26,12 +21,12 @@ from torch import Tensor, nn
 from ..arguments import count
 from ..flow_matching import FlowMatching
 from ..step_functions import StepFunction
+from .replacement import fingerprint
 
 KNOWN = {"68148dc847d52b00": "5546575 (2025-08-28) to 15a9616 (2026-06-15)"}
 """The versions of `PI0Pytorch.sample_actions` that `accelerate` replaces: `fingerprint` to the commits of openpi."""
 
 _BEFORE = "_sample_actions_before"
-_LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
 def time_grid(num_steps: int = 10) -> tuple[Tensor, Tensor]:
@@ -149,18 +144,6 @@ def restore(policy: Any) -> Any:
     if policy is not model and _BEFORE in vars(policy):
         policy._sample_actions = vars(policy).pop(_BEFORE)
     return policy
-
-
-def fingerprint(function: Callable[..., Any]) -> str:
-    """What is equal for two functions of the same source, but for comments and layout: 16 hexadecimal digits.
-
-    Raises:
-        OSError: the source cannot be read.
-    """
-    source = textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    code = " ".join(token.string for token in tokens if token.type not in _LAYOUT)
-    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 class _Prepared:

@@ -1,9 +1,15 @@
-"""Replacing a function or a class by name in every module that imported it, until it is undone."""
+"""Replacing a function or a class by name in every module that imported it, until it is undone; and which it is."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import inspect
+import io
 import sys
+import textwrap
+import tokenize
+from collections.abc import Callable
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -78,6 +84,21 @@ class Replacement:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.undo()
+
+
+_LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+
+
+def fingerprint(function: Callable[..., Any]) -> str:
+    """What is equal for two functions of the same source, but for comments and layout: 16 hexadecimal digits.
+
+    Raises:
+        OSError: the source cannot be read.
+    """
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    code = " ".join(token.string for token in tokens if token.type not in _LAYOUT)
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 def is_installed(package: str) -> bool:

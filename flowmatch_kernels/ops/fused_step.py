@@ -19,6 +19,9 @@ ROUNDED, to V, b_k rounded to V first, as a step size that is a 0-dim tensor.
 Out of v's dtype. With EXACT or ROUNDED, out and the trajectory may have v's dtype instead, and v any, among float32,
 bfloat16 and float16: S is then the dtype that base's and out's promote to, and the last sum is rounded to out's.
 
+Strength. With `strength`, a tensor of the state's dtype, b0*h0 is multiplied by it, element by element, and rounded to
+S before it is added. It does not go with out of v's dtype, nor with `sum_first`.
+
 Sum first. With `sum_first`, base, v and out being of one dtype, the terms are added before they are multiplied, from
 the oldest on, as torchdiffeq does; a and c are the factors, and history is h0:
 
@@ -87,6 +90,8 @@ class Operands(NamedTuple):
     rounding: int = PROMOTE
     guidance: int = WEIGHTED
     sum_first: bool = False
+    strength: Tensor | None = None
+    """S, [B, *x_dims], contiguous."""
     trajectory: Tensor | None = None
     """As out, [B, slots, *x_dims], contiguous; its slot is written, and overlaps nothing else."""
     slot: int = 0
@@ -155,11 +160,14 @@ def check_operands(operands: Operands) -> None:
         TypeError: a dtype is wrong.
         ValueError: a shape, a device, a layout, the row or the slot is wrong.
     """
-    out, base, v, u, h1, h2, h3, coefficients, row, rounding, guidance, sum_first, trajectory, slot, history = operands
+    out, base, v, u, h1, h2, h3, coefficients, row = operands[:9]
+    rounding, guidance, sum_first, strength, trajectory, slot, history = operands[9:]
     if rounding not in (PROMOTE, EXACT, ROUNDED):
         raise ValueError(f"rounding must be {PROMOTE}, {EXACT} or {ROUNDED}, got {rounding}")
     check_dtypes(base.dtype, v.dtype, out.dtype, rounding, sum_first)
     arithmetic = arithmetic_dtype(base.dtype)
+    if strength is not None and (sum_first or out.dtype != base.dtype):
+        raise ValueError(f"strength needs out of base's dtype {base.dtype} and no sum_first")
     if (h2 is not None and h1 is None) or (h3 is not None and h2 is None):
         raise ValueError("history terms fill up from h1: h2 needs h1, h3 needs h2")
     if guidance not in (WEIGHTED, FROM_UNGUIDED, FROM_GUIDED):
@@ -174,6 +182,7 @@ def check_operands(operands: Operands) -> None:
         ("h2", h2, arithmetic),
         ("h3", h3, arithmetic),
         ("history", history, arithmetic),
+        ("strength", strength, base.dtype),
     ):
         if tensor is None:
             continue
@@ -245,7 +254,7 @@ def check_overlap(operands: Operands) -> None:
     Raises:
         ValueError: two operands overlap; says which, and how.
     """
-    out, base, v, u, h1, h2, h3, coefficients, _, _, _, _, trajectory, slot, history = operands
+    out, base, v, u, h1, h2, h3, coefficients, _, _, _, _, strength, trajectory, slot, history = operands
     numel = base.numel()
     if not numel:
         return
@@ -274,6 +283,7 @@ def check_overlap(operands: Operands) -> None:
     add("h1", h1)
     add("h2", h2)
     add("h3", h3)
+    add("strength", strength)
     add("coefficients", coefficients, 0, coefficients.numel())
     for k, (name, begin, end) in enumerate(regions[:written]):
         for other, its_begin, its_end in regions[k + 1 :]:
@@ -307,10 +317,11 @@ def _fused_step_inplace_fake(*operands: Any) -> None:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    base, v, u, h1, h2, h3, coefficients, row, _, guidance, sum_first = inputs
-    if coefficients.requires_grad:
-        raise NotImplementedError("fused_step has no gradient for its coefficients: detach them")
-    ctx.save_for_backward(coefficients)
+    base, v, u, h1, h2, h3, coefficients, row, _, guidance, sum_first, strength = inputs
+    for name, tensor in (("coefficients", coefficients), ("strength", strength)):
+        if tensor is not None and tensor.requires_grad:
+            raise NotImplementedError(f"fused_step has no gradient for {name}: detach it")
+    ctx.save_for_backward(coefficients, strength)
     ctx.row, ctx.guidance, ctx.sum_first = row, guidance, sum_first
     ctx.dtypes = base.dtype, v.dtype
     ctx.present = u is not None, h1 is not None, h2 is not None, h3 is not None
@@ -318,7 +329,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient of the exact expression: each rounding counts as the identity."""
-    (coefficients,) = ctx.saved_tensors
+    coefficients, strength = ctx.saved_tensors
     state, velocity = ctx.dtypes
     guided, *history = ctx.present
     a, b0, b1, b2, b3, w0, w1, c = coefficients.select(0, ctx.row).unbind()
@@ -326,7 +337,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         b2 = b1 if history[2] else b2
         b0, b1, b2, b3, a = b0 * a * c, b1 * a * c, b2 * a * c, b3 * a * c, torch.ones_like(a)
     gradient = gradient.to(coefficients.dtype)
-    to_h0 = b0 * gradient
+    to_h0 = b0 * gradient if strength is None else b0 * (gradient * strength)
     if ctx.guidance != WEIGHTED:  # w1*(v - u), added to one of the two
         w0, w1 = (1 - w1, w1) if ctx.guidance == FROM_UNGUIDED else (-w1, 1 + w1)
     to_history = [b * gradient if present else None for b, present in zip((b1, b2, b3), history, strict=True)]
@@ -335,7 +346,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (w1 * to_h0 if guided else to_h0).to(velocity),
         (w0 * to_h0).to(velocity) if guided else None,
         *to_history,
-        *(None,) * 5,  # coefficients, row, rounding, guidance, sum_first
+        *(None,) * 6,  # coefficients, row, rounding, guidance, sum_first, strength
     )
 
 

@@ -65,7 +65,8 @@ def fused_step_(o: Operands) -> None:
 def _result(o: Operands) -> tuple[Tensor, Tensor, Columns]:
     columns = Columns.of(o.coefficients, o.row, o.base.dim())
     h0 = velocity(o.v, o.u, columns, o.guidance)
-    return combine(o.base, (h0, o.h1, o.h2, o.h3), columns, o.rounding, o.sum_first, o.out.dtype), h0, columns
+    terms = h0, o.h1, o.h2, o.h3
+    return combine(o.base, terms, columns, o.rounding, o.sum_first, o.out.dtype, o.strength), h0, columns
 
 
 def velocity(v: Tensor, u: Tensor | None, columns: Columns, guidance: int) -> Tensor:
@@ -90,6 +91,7 @@ def combine(
     rounding: int = PROMOTE,
     sum_first: bool = False,
     out_dtype: torch.dtype | None = None,
+    strength: Tensor | None = None,
 ) -> Tensor:
     """a*base + b0*h0 + ..., left to right, or the sum first; rounded as `ops.fused_step` says.
 
@@ -99,6 +101,7 @@ def combine(
         columns: The row.
         rounding, sum_first: The fused step's arguments.
         out_dtype: None: base's.
+        strength: None, or what b0*h0 is multiplied by.
     """
     S = base.dtype
     if out_dtype is not None and out_dtype is not S:
@@ -111,16 +114,19 @@ def combine(
     elif S is A and base.dtype is S is (out_dtype or S) and (rounding == PROMOTE or velocity_dtype is S):
         # Nothing is rounded by a cast.
         out = base if columns.a is None else columns.a * base
-        for b, term in zip(columns.b, terms, strict=True):
+        for k, (b, term) in enumerate(zip(columns.b, terms, strict=True)):
             if term is not None:
-                out = out + b * term
+                product = b * term
+                out = out + (product if strength is None or k else product * strength)
     else:
         product_dtype = S if rounding == PROMOTE else velocity_dtype
         out = base.to(S) if columns.a is None else (columns.a * base.to(A)).to(S)
-        for b, term in zip(columns.b, terms, strict=True):
+        for k, (b, term) in enumerate(zip(columns.b, terms, strict=True)):
             if term is not None:
                 entered = b.to(product_dtype).to(A) if rounding == ROUNDED else b
                 product = (entered * term.to(A)).to(product_dtype)
+                if strength is not None and k == 0:
+                    product = (product.to(A) * strength.to(A)).to(S)
                 out = (out.to(A) + product.to(A)).to(S)
         if out_dtype is not None:
             out = out.to(out_dtype)

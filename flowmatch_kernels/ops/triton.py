@@ -51,6 +51,7 @@ _RUNTIME_ARGUMENTS = (
     "coefficients",
     "trajectory",
     "history",
+    "strength",
     "row",
     "numel",
     "sample",
@@ -176,6 +177,7 @@ def fused_step_kernel(
     coefficients,
     trajectory,
     history,
+    strength,
     row: tl.int64,
     numel: tl.int64,
     sample: tl.int64,
@@ -201,6 +203,7 @@ def fused_step_kernel(
         coefficients: A[rows, 8].
         trajectory: OUT[numel / sample, slots, sample], or None.
         history: A[numel], or None; may be one of h1..h3.
+        strength: OUT[numel], or None.
         row, slot: Which row of coefficients, which slot of the trajectory.
         numel, sample, slots: Elements of the state, elements of one sample, slots of the trajectory.
         rounding: What products b_k*h_k are rounded to: PROMOTE, EXACT or ROUNDED.
@@ -236,6 +239,8 @@ def fused_step_kernel(
         w1 = tl.load(row_of + 6)
         if guidance == _WEIGHTED:
             w0 = tl.load(row_of + 5)
+    if strength is not None:
+        factor = tl.load(_elements(strength, offset, VECTOR), mask)
     if h1 is not None:
         h1_ = tl.load(_elements(h1, offset, VECTOR), mask)
         b1 = tl.load(row_of + 2)
@@ -275,7 +280,10 @@ def fused_step_kernel(
         result = _sum(x, _product(c, _rounded(a * _widened(result, A), S), A, S), A, S)
     else:
         result = _rounded(a * _widened(x, A), S)
-        result = _sum(result, _product(_as_entered(b0, V, A, rounding), h0, A, P), A, S)
+        newest = _product(_as_entered(b0, V, A, rounding), h0, A, P)
+        if strength is not None:
+            newest = _product(newest, factor, A, S)
+        result = _sum(result, newest, A, S)
         if h1 is not None:
             result = _sum(result, _product(_as_entered(b1, V, A, rounding), h1_, A, P), A, S)
         if h2 is not None:
@@ -334,7 +342,8 @@ def launch(o: Operands, key: int | None = None) -> None:
         o: The operands.
         key: By which `compiled` finds from now on what was launched here.
     """
-    out, base, v, u, h1, h2, h3, coefficients, row, rounding, guidance, sum_first, trajectory, slot, history = o
+    out, base, v, u, h1, h2, h3, coefficients, row = o[:9]
+    rounding, guidance, sum_first, strength, trajectory, slot, history = o[9:]
     numel = sample = base.numel()
     if numel == 0:
         return
@@ -348,7 +357,7 @@ def launch(o: Operands, key: int | None = None) -> None:
         u = dense(u)
     if trajectory is not None:
         sample, slots = numel // base.shape[0], trajectory.shape[1]
-    for optional in (u, h1, h2, h3, trajectory, history):
+    for optional in (u, h1, h2, h3, trajectory, history, strength):
         if optional is None:
             dtypes.append(None)
         else:
@@ -365,7 +374,8 @@ def launch(o: Operands, key: int | None = None) -> None:
     block_size = block(vector)
     variant, blocks = (operands, vector), -(-numel // block_size)
     arguments = (
-        *(out, base, v, u, h1, h2, h3, coefficients, trajectory, history, row, numel, sample, slots, slot),
+        *(out, base, v, u, h1, h2, h3, coefficients, trajectory, history, strength),
+        *(row, numel, sample, slots, slot),
         *(rounding, guidance, sum_first, vector, block_size),
     )
     device = out.get_device()  # -1: the CPU

@@ -78,7 +78,8 @@ def step(o: Operands) -> None:
         *(0 if x is None else x.data_ptr() for x in tensors),
         *(o.row, *(native.DTYPES[x.dtype] for x in (o.base, v, o.out)), o.rounding, o.guidance, o.sum_first),
         *(0 if o.trajectory is None else o.trajectory.data_ptr(), slots, o.slot),
-        *(0 if o.history is None else o.history.data_ptr(), numel, sample, 0),
+        *(0 if x is None else x.data_ptr() for x in (o.history, o.strength)),
+        *(numel, sample, 0),
     )
 
 
@@ -142,10 +143,13 @@ def test_last_thread_first(state: torch.dtype, velocity: torch.dtype, double) ->
 
 
 @every_pair
-@pytest.mark.parametrize("odd", ["out", "base", "v", "u", "h1", "h2", "h3", "trajectory", "history", "coefficients"])
+@pytest.mark.parametrize(
+    "odd", ["out", "base", "v", "u", "h1", "h2", "h3", "trajectory", "history", "coefficients", "strength"]
+)
 def test_one_operand_off_by_one(state: torch.dtype, velocity: torch.dtype, odd: str) -> None:
     """Each operand's alignment is asked for: all others stand on 16 bytes."""
-    case = Case(state, velocity, FORMS[PAIRS.index((state, velocity)) % 3], 3, True, True, False, 1024, True)
+    form, scaled = FORMS[PAIRS.index((state, velocity)) % 3], odd == "strength"
+    case = Case(state, velocity, form, 0 if scaled else 3, True, True, PROMOTE, 1024, True, strength=scaled)
     given, _ = operands(case)
     given = given._replace(**{name: getattr(given, name).clone() for name in ("out", "history")})
     wrong = getattr(given, odd)
@@ -181,7 +185,15 @@ def test_noncontiguous_velocity(guided: bool) -> None:
 # ---- bytes moved, and indexes ----
 
 
-def fake(state: torch.dtype, velocity: torch.dtype, guided: bool, terms: int, trajectory: bool, history: bool):
+def fake(
+    state: torch.dtype,
+    velocity: torch.dtype,
+    guided: bool,
+    terms: int,
+    trajectory: bool,
+    history: bool,
+    strength: bool = False,
+):
     """Addresses for operands that are not there, far apart and on 16 bytes; with (size, kind) of each.
 
     Only v and u are dead after they are read.
@@ -192,13 +204,14 @@ def fake(state: torch.dtype, velocity: torch.dtype, guided: bool, terms: int, tr
     sizes |= {f"h{k}": (arithmetic, "b") for k in (1, 2, 3) if k <= terms}
     sizes |= {"trajectory": (state.itemsize, "s")} if trajectory else {}
     sizes |= {"history": (arithmetic, "w")} if history else {}
+    sizes |= {"strength": (state.itemsize, "b")} if strength else {}
     return {name: (k + 1) << 44 for k, name in enumerate(sizes)}, sizes
 
 
 def launch(
     addresses: dict[str, int], state: torch.dtype, velocity: torch.dtype, guidance: int = WEIGHTED, **sizes: int
 ) -> None:
-    names = ("out", "base", "v", "u", "h1", "h2", "h3", "trajectory", "history")
+    names = ("out", "base", "v", "u", "h1", "h2", "h3", "trajectory", "history", "strength")
     _host.fused_step_cuda(
         **{name: addresses.get(name, 0) for name in names},
         coefficients=1 << 48,
@@ -220,13 +233,15 @@ def launch(
 def test_each_byte_moves_once(state: torch.dtype, velocity: torch.dtype, numel: int, shift: int, double) -> None:
     """Each operand is read once, each result written once, nothing else; 16 bytes at a time for the widest."""
     double.touch, double.record = False, True
-    for guidance, terms, trajectory, history in [
-        (None, 0, False, False),
-        (WEIGHTED, 0, True, False),
-        (FROM_UNGUIDED, 1, False, True),
-        (FROM_GUIDED, 3, True, True),
+    for guidance, terms, trajectory, history, strength in [
+        (None, 0, False, False, False),
+        (WEIGHTED, 0, True, False, False),
+        (FROM_UNGUIDED, 1, False, True, False),
+        (FROM_GUIDED, 3, True, True, False),
+        (None, 0, False, False, True),
+        (FROM_GUIDED, 0, True, True, True),
     ]:
-        addresses, sizes = fake(state, velocity, guidance is not None, terms, trajectory, history)
+        addresses, sizes = fake(state, velocity, guidance is not None, terms, trajectory, history, strength)
         addresses["base"] += shift * state.itemsize
         double = _host.fresh()
         double.touch, double.record = False, True

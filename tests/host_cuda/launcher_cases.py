@@ -39,9 +39,9 @@ def launch(
     **present,
 ):
     """A launch on operands that are not there, on 16 bytes but for those named by `shift`."""
-    names = ("out", "base", "v", "u", "h1", "h2", "h3", "trajectory", "history")
+    names = ("out", "base", "v", "u", "h1", "h2", "h3", "trajectory", "history", "strength")
     arithmetic = F64 if state == F64 else F32
-    dtypes = dict.fromkeys(names, arithmetic) | {"out": state, "base": state, "trajectory": state}
+    dtypes = dict.fromkeys(names, arithmetic) | {"out": state, "base": state, "trajectory": state, "strength": state}
     dtypes |= {"v": velocity, "u": velocity}
     addresses = {name: (k + 1) << 40 for k, name in enumerate(names)}
     for name in shift:

@@ -122,6 +122,9 @@ class Instruction:
         if isinstance(operand, Constant):
             value = np.array([operand.bits & ((1 << 8 * kind.itemsize) - 1)], unsigned).view(kind)
             return lambda threads: value
+        if isinstance(operand, Parameter):  # its address, which ld.param takes: where it stands in parameter memory
+            place = np.array([operand.offset], unsigned).view(kind)
+            return lambda threads: place
         if isinstance(operand, Special):
             return lambda threads: threads.special(operand.name).astype(unsigned).view(kind)
         raise self._unsupported()
@@ -349,11 +352,19 @@ class Instruction:
         if len(targets) != count:
             raise self._unsupported()
         if space == "param":
-            if not isinstance(source, Address) or not isinstance(source.base, Parameter):
+            if not isinstance(source, Address):
                 raise self._unsupported()
-            first = source.base.offset + source.offset
+            known = isinstance(source.base, Parameter)
+            base = None if known else self._address(source)
 
             def parameter(threads: Threads, active: Values | None) -> list[Values]:
+                if base is None:
+                    first = source.base.offset + source.offset
+                else:  # every thread's address is the same: a parameter's, from mov
+                    at = np.broadcast_to(base(threads), threads.count)[threads.lanes(active)]
+                    first = int(at[0])
+                    if (at != first).any() or not 0 <= first <= len(threads.parameters) - count * size:
+                        raise self._unsupported()
                 starts = [first + j * size for j in range(count)]
                 return [np.frombuffer(threads.parameters, word, 1, start) for start in starts]
 

@@ -11,7 +11,7 @@ from flowmatch_kernels.ops.fused_step import WRITTEN
 
 from .memory import Memory
 
-READ = ("base", "v", "u", "h1", "h2", "h3", "coefficients")
+READ = ("base", "v", "u", "h1", "h2", "h3", "strength", "coefficients")
 #: Read once and then dead, or not read before sampling ends: the first to leave the cache.
 EVICTED_FIRST = {"load": {"v", "u"}, "store": {"trajectory"}}
 HINTS = ("evict_first", ".cs.")

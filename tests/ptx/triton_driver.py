@@ -21,7 +21,9 @@ _functions = itertools.count(1)
 _DTYPES = {"*fp32": torch.float32, "*fp64": torch.float64, "*bf16": torch.bfloat16, "*fp16": torch.float16}
 #: The operands' shapes, by the kernel's other arguments.
 _SHAPES: dict[str, Callable[[dict[str, Any]], tuple[int, ...]]] = {
-    **dict.fromkeys(("out", "base", "v", "u", "h1", "h2", "h3", "history"), lambda given: (given["numel"],)),
+    **dict.fromkeys(
+        ("out", "base", "v", "u", "h1", "h2", "h3", "history", "strength"), lambda given: (given["numel"],)
+    ),
     "coefficients": lambda given: (given["row"] + 1, 8),
     "trajectory": lambda given: (given["numel"] // given["sample"], given["slots"], given["sample"]),
 }

@@ -309,3 +309,14 @@ def test_contraction() -> None:
 def test_unknown(text: str) -> None:
     with pytest.raises(UnsupportedError, match=r"PTX line \d+"):
         kernel(f"{text};")
+
+
+def test_the_address_of_a_parameter() -> None:
+    """`mov` takes it, and ld.param reads from there; not outside of the parameters, nor at another for each thread."""
+    given, out = torch.arange(THREADS, dtype=torch.int32), torch.zeros(THREADS, dtype=torch.int32)
+    read = "mov.b64 %rd4, out; ld.param.u64 %rd5, [%rd4+-8]; sub.s64 %rd5, %rd5, %rd0;"  # `in` stands before `out`
+    got = run(f"{read} cvt.u32.u64 %r1, %rd5; st.global.u32 [%rd3], %r1;", given, out)
+    assert got.tolist() == [0] * THREADS
+    for wrong in ("[%rd4+8]", "[%rd2]"):
+        with pytest.raises(UnsupportedError):
+            run(f"mov.b64 %rd4, out; ld.param.u64 %rd5, {wrong};", given, out)

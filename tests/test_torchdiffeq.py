@@ -144,3 +144,11 @@ def test_errors():
         ours.odeint(lambda t, y: y[:, :1].expand(3, 7), y, t, method="euler")
     with pytest.raises(AssertionError, match="strictly"):  # torchdiffeq's own
         ours.odeint(func, y, torch.tensor([0.0, 0.5, 0.3]), method="euler")
+
+
+def test_other_names_are_torchdiffeqs():
+    assert ours.odeint is not torchdiffeq.odeint
+    assert ours.odeint_adjoint is torchdiffeq.odeint_adjoint
+    assert ours.odeint_event is torchdiffeq.odeint_event
+    with pytest.raises(AttributeError, match="no_such_name"):
+        ours.no_such_name  # noqa: B018

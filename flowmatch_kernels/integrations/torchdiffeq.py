@@ -5,6 +5,10 @@
     t = torch.tensor([0.0, 1.0])
     x = odeint(lambda t, x: model(x, t), noise, t, method="midpoint", options={"step_size": 0.05})[-1]
 
+All other names of torchdiffeq are here as they are, so that one line serves code that uses more of them:
+
+    import flowmatch_kernels.integrations.torchdiffeq as torchdiffeq   # was: import torchdiffeq
+
 Needs torchdiffeq: `pip install flowmatch_kernels[torchdiffeq]`.
 
 Source: github.com/rtqichen/torchdiffeq, torchdiffeq/_impl/fixed_grid.py and rk_common.py (0.2.5).
@@ -34,6 +38,11 @@ except ImportError as error:
         f"flowmatch_kernels.integrations.torchdiffeq needs torchdiffeq ({error}): "
         "pip install flowmatch_kernels[torchdiffeq]"
     ) from error
+
+
+def __getattr__(name: str) -> Any:
+    """odeint_adjoint, odeint_event and what else torchdiffeq has."""
+    return getattr(_published, name)
 
 
 class _Stage(NamedTuple):

@@ -41,10 +41,12 @@ class Backend(NamedTuple):
     """How `native.TensorRows` launches without Python, given to it as it is; None: by fused_step_."""
 
 
+_TRITON = f"{__package__}.triton"
+
+
 def _triton() -> Any:
     """The module of the `triton` backend. importlib's own look at what is imported costs 3 us."""
-    name = f"{__package__}.triton"
-    return sys.modules.get(name) or importlib.import_module(name)
+    return sys.modules.get(_TRITON) or importlib.import_module(_TRITON)
 
 
 def _triton_unavailable(device_type: str) -> str | None:

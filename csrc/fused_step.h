@@ -49,11 +49,12 @@ struct Float16 {
 // One row of coefficients: [E, 8], column by column.
 enum Column : int { kA = 0, kB0 = 1, kB1 = 2, kB2 = 3, kB3 = 4, kW0 = 5, kW1 = 6, kC = 7, kColumns = 8 };
 
-// How the two velocities of guidance are combined.
-enum class Guidance : int { kWeighted = 0, kFromUnguided = 1, kFromGuided = 2 };
+// How the two velocities of guidance are combined. One byte, as Rounding: a kernel's parameters then end at 144 bytes,
+// beyond which the float64 kernel with every operand spilled (8 bytes, sm_80).
+enum class Guidance : std::uint8_t { kWeighted = 0, kFromUnguided = 1, kFromGuided = 2 };
 
 // What a product b_k*h_k is rounded to: S; V; or V, with b_k rounded to V first.
-enum class Rounding : int { kPromote = 0, kExact = 1, kRounded = 2 };
+enum class Rounding : std::uint8_t { kPromote = 0, kExact = 1, kRounded = 2 };
 
 struct Dtypes {
   Dtype base;

@@ -229,15 +229,14 @@ __device__ __forceinline__ void step(const Operands& o, const Divisor& by_sample
   } else {
 #pragma unroll
     for (int j = 0; j < kSize; ++j) sum[j] = E::start(a, base[j]);
-    bool scaled = false;
-    if constexpr (E::kHasStrength) {
-      if (present.strength()) {
-        scaled = true;
+    if (E::kHasStrength && present.strength()) {
+      if constexpr (E::kHasStrength) {
 #pragma unroll
         for (int j = 0; j < kSize; ++j) sum[j] = E::accumulate(sum[j], row[kB0], h0_at(j), strength[j]);
       }
+    } else {
+      accumulate(h0_at, kB0);
     }
-    if (!scaled) accumulate(h0_at, kB0);
     if (present.h(0)) accumulate([&](int j) { return h1[j]; }, kB1);
     if (present.h(1)) accumulate([&](int j) { return h2[j]; }, kB2);
     if (present.h(2)) accumulate([&](int j) { return h3[j]; }, kB3);

@@ -142,7 +142,8 @@ def counted(model: Model, functions: Sequence[Numbered]) -> Model:
 
 
 def _takes_step(model: Callable[..., Any]) -> bool:
-    if type(model) is FunctionType and not vars(model):  # as below, in 1 us instead of 15
+    plain = type(model) is FunctionType and not (hasattr(model, "__wrapped__") or hasattr(model, "__signature__"))
+    if plain:  # as below, in 1 us instead of 15
         code = model.__code__
         return "step" in code.co_varnames[code.co_posonlyargcount : code.co_argcount + code.co_kwonlyargcount]
     try:

@@ -139,7 +139,7 @@ format: setup
 	$(BIN)/clang-format -i $(CSRC)
 
 clean:
-	rm -rf .venv build dist *.egg-info flowmatch_kernels/_C.* flowmatch_kernels/_C_cuda.* .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf .venv build dist docs/generated *.egg-info flowmatch_kernels/_C.* flowmatch_kernels/_C_cuda.* .pytest_cache .hypothesis .mypy_cache .ruff_cache
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import flowmatch_kernels
+
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md"), *(ROOT / "examples").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")])
 NEEDS = "# needs: "
 """The first line of a block that cannot run here: what is missing. It is compiled, and its names are looked up."""
 
@@ -184,3 +187,24 @@ def test_every_make_target_that_a_page_names_exists():
     }
     assert len(named) > 5
     assert {name for name in named if not re.search(rf"^{name}:", makefile, re.MULTILINE)} == set()
+
+
+def test_every_page_is_in_the_site():
+    """Sphinx says so too, in `make docs`; here without Sphinx."""
+    entries = set(re.findall(r"^[\w/-]+$", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE))
+    assert {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"} == entries - {"generated/results"}
+
+
+def test_the_reference_names_what_exists_and_every_public_name():
+    page, scope, found = (ROOT / "docs" / "api.md").read_text(), "flowmatch_kernels", set()
+    for directive, name in re.findall(r"^\.\. (currentmodule|autoclass|autofunction):: ([\w.]+)", page, re.MULTILINE):
+        if directive == "currentmodule":
+            scope = name
+            continue
+        module, _, attribute = (name if "." in name else f"{scope}.{name}").rpartition(".")
+        project = module.rpartition(".")[2]
+        if project in OF_THE_TEST_EXTRA and importlib.util.find_spec(project) is None:
+            continue
+        assert hasattr(importlib.import_module(module), attribute), name
+        found.add(attribute)
+    assert set(flowmatch_kernels.__all__) <= found

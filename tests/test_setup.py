@@ -198,10 +198,15 @@ def test_the_source_distribution_holds_what_tests_open(tmp_path):
     assert done.returncode == 0, done.stderr
     held = set((tmp_path / "flowmatch_kernels.egg-info" / "SOURCES.txt").read_text().split("\n"))
     wanted = {"Makefile", "CMakeLists.txt", "constraints.txt", "README.md", "pyproject.toml", "setup.py", "LICENSE"}
+    wanted |= {"CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "CITATION.cff", "flowmatch_kernels/py.typed"}
+    wanted |= {"flowmatch_kernels/demo/flights.LICENSE"}
     for folder in ("flowmatch_kernels", "csrc", "tests", "bench", "docs"):
         for path in (ROOT / folder).rglob("*"):
             parts = path.relative_to(ROOT).parts
-            if path.suffix in {".py", ".cpp", ".h", ".cu", ".md", ".npz", ".png"} and not {*parts} & {"results"}:
+            if path.suffix in {".py", ".cpp", ".h", ".cu", ".md", ".npz", ".png"} and not {*parts} & {
+                "results",
+                "generated",
+            }:
                 wanted.add("/".join(parts))
     wanted -= {"flowmatch_kernels/_C.py", "flowmatch_kernels/_C_cuda.py"}
     assert wanted - held == set()

@@ -212,6 +212,39 @@ def test_the_source_distribution_holds_what_tests_open(tmp_path):
     assert wanted - held == set()
 
 
+@pytest.fixture
+def talking_compiler(tmp_path):
+    """A C++ compiler that says a line, and makes an empty file of what it is asked for, or fails for one source."""
+    script = tmp_path / "c++"
+    script.write_text(
+        "#!/bin/sh\n"
+        'case " $* " in *" -c "*) echo "a raw compiler line";; esac\n'
+        'if [ -n "$FAILS" ]; then case "$*" in *"$FAILS"*) echo "no such instruction"; exit 1;; esac; fi\n'
+        'while [ $# -gt 0 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done\n'
+    )
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return script
+
+
+@pytest.mark.parametrize("quiet, fails", [(True, ""), (True, "launch.cpp"), (False, "")])
+def test_quiet_keeps_the_compilers_lines(tmp_path, talking_compiler, quiet, fails):
+    """`make` builds with --quiet: no line of ninja or a compiler, unless the build fails; then all, on stderr."""
+    done = run(
+        *["setup.py", *["--quiet"] * quiet, "build_ext"],
+        *["--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib"],
+        CXX=str(talking_compiler),
+        FAILS=fails,
+        FLOWMATCH_KERNELS_REQUIRE_EXT="1",
+        FLOWMATCH_KERNELS_NO_CUDA="1",
+        TORCH_DONT_CHECK_COMPILER_ABI="1",
+        MAX_JOBS="2",
+    )
+    assert (done.returncode != 0) == bool(fails), done.stderr
+    line = "a raw compiler line"
+    assert (line in done.stdout) == (not quiet)
+    assert (line in done.stderr) == ("no such instruction" in done.stderr) == bool(fails)
+
+
 # ---- what is installed and cannot be loaded ----
 
 #: An import of the extension, or of a half of it, that ends as it does where a library is missing, or where there is

@@ -70,7 +70,7 @@ def benchmark_results(app):
     page = folder / "results.md"
     if not found.exists():
         page.write_text(
-            "# Results on this machine\n\nThere are none yet: `make bench` measures, in a few minutes, and writes "
+            "# Results on this machine\n\nThere are none yet: `make bench` measures and writes "
             "`bench/results/bench.json`. The next `make docs` shows it here, with its plots. The figures of one "
             "recorded run are on the page [Benchmark](../benchmark.md).\n"
         )

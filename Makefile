@@ -10,9 +10,11 @@
 #   make gpu-memory  on a machine with an NVIDIA GPU: its tests under compute-sanitizer
 #   make cuda-build  the extension built with CUDA, in an environment of its own (6 GB), checked without a GPU
 #   make wheels      wheel and source distribution, each installed in a clean environment and tried
+#   make docs        the documentation site: build/docs/html/index.html
 #   make lint        ruff, mypy, clang-format; changes nothing
 #   make format      let ruff and clang-format rewrite the code
 #   make clean       remove all that make made
+#   make help        print this
 #
 # ARGS goes to the command: make demo ARGS=--compare-solvers, make test ARGS="-k guided". PYTHON is the interpreter
 # that .venv is made from, CUDA_TORCH the CUDA build of torch that cuda-build takes, PROCESSES how many processes
@@ -25,7 +27,7 @@ CUDA_TORCH ?= torch==2.14.1
 PROCESSES ?= 2
 CSRC = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
-.PHONY: setup demo test test-full test-integrations bench gpu-static gpu gpu-memory cuda-build wheels lint format clean
+.PHONY: setup demo test test-full test-integrations bench gpu-static gpu gpu-memory cuda-build wheels docs lint format clean help
 
 setup: .venv/extension.stamp
 
@@ -116,6 +118,15 @@ wheels:
 		echo "$$file: installed and tried"; \
 	done
 
+# Warnings are errors. Without the extension: a page takes what the docstrings say, and no backend.
+docs: .venv/docs.stamp
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs/html $(ARGS)
+	@echo build/docs/html/index.html
+
+.venv/docs.stamp: .venv/packages.stamp
+	FLOWMATCH_KERNELS_NO_EXT=1 $(PIP) --no-build-isolation --editable '.[docs]'
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -128,4 +139,7 @@ format: setup
 	$(BIN)/clang-format -i $(CSRC)
 
 clean:
-	rm -rf .venv build dist *.egg-info flowmatch_kernels/_C.* flowmatch_kernels/_C_cuda.* .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf .venv build dist docs/generated *.egg-info flowmatch_kernels/_C.* flowmatch_kernels/_C_cuda.* .pytest_cache .hypothesis .mypy_cache .ruff_cache
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile

@@ -8,13 +8,17 @@ TORCH_CUDA_ARCH_LIST             the GPU architectures; the default ends in PTX,
 CXX, CUDA_HOME, MAX_JOBS         the C++ compiler, where nvcc is, how many compilers at once
 """
 
+import contextlib
 import copy
 import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
 
@@ -103,6 +107,28 @@ def extension() -> dict:
     def explanation(place: Path) -> Path:
         return place.with_name(f"{place.name.split('.')[0]}.py")
 
+    @contextlib.contextmanager
+    def compilers_output(shown: bool) -> Iterator[None]:
+        """Without `shown`, what ninja and the compilers print is kept, and comes on stderr where they fail."""
+        if shown:
+            yield
+            return
+        sys.stdout.flush()
+        stdout = os.dup(1)
+        with tempfile.TemporaryFile() as kept:
+            os.dup2(kept.fileno(), 1)
+            try:
+                yield
+            except BaseException:
+                sys.stdout.flush()
+                kept.seek(0)
+                os.write(2, kept.read())
+                raise
+            finally:
+                sys.stdout.flush()
+                os.dup2(stdout, 1)
+                os.close(stdout)
+
     class BuildOrExplain(BuildExtension):
         """Where a module cannot be built, one in its place says why when it is imported.
 
@@ -127,7 +153,8 @@ def extension() -> dict:
                 compiler = shlex.split(get_cxx_compiler())[0]
                 if shutil.which(compiler) is None:
                     raise RuntimeError(f"there is no C++ compiler {compiler!r} (CXX names another)")
-                super().run()
+                with compilers_output(bool(self.distribution.verbose)):  # 0 with --quiet
+                    super().run()
             except Exception as error:
                 if flag("FORCE_CUDA") or flag("FLOWMATCH_KERNELS_REQUIRE_EXT"):
                     raise

@@ -41,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     found = run.report(plan, lambda line: print(line, flush=True))
     (chosen.output / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
     (chosen.output / "bench.md").write_text(report.markdown(found))
-    print(f"\n{report.targets(found['targets'])}\n\n{chosen.output / 'bench.md'}: {found['seconds']} seconds")
+    targets_table = report.targets(found["targets"], judged=not found["quick"])
+    print(f"\n{targets_table}\n\n{chosen.output / 'bench.md'}: {found['seconds']} seconds")
     print(
         "".join(f"FAILED: {failure}\n" for failure in found["failures"]) or "every contestant computed the same thing"
     )

@@ -1,6 +1,7 @@
 """Draws the plots from a run's JSON: `python -m bench.plot bench/results/bench.json`, PNG files beside it.
 
-bench.png: for each task and shape, each contestant's time as a share of the published loop's; steps.png: time by steps.
+bench.png: for each task and shape, each contestant's time as a share of the published loop's, with the number at the
+bar's end; steps.png: time by steps.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SERIES = {
     "flow_matching": "#b59fd1",
     "diffusers": "#d9a441",
     "compiled update": "#7fbf9b",
-    "best by hand": "#2b8cbe",
+    "hand-written loop": "#2b8cbe",
     "ours": "#d7301f",
 }
 RATIOS = (0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5)
@@ -40,7 +41,7 @@ def fastest(rows: list[Row]) -> dict[str, float]:
     for row in rows:
         if "median_us" not in row:
             continue
-        name = {"hand": "best by hand", "ours": "ours"}.get(row["kind"], row["contestant"])
+        name = {"hand": "hand-written loop", "ours": "ours"}.get(row["kind"], row["contestant"])
         found[name] = min(row["median_us"], found.get(name, row["median_us"]))
     return found
 
@@ -54,7 +55,7 @@ def plain(rows: list[Row]) -> list[Row]:
 def by_task(rows: list[Row]) -> Figure:
     """A panel for each task, a group of bars for each shape: above or below the published loop's time, which is 1."""
     rows = [row for row in plain(rows) if row["steps"] == 10]
-    figure = Figure(figsize=(13, 7), layout="constrained")
+    figure = Figure(figsize=(15, 9), layout="constrained")
     for axes, task in zip(figure.subplots(2, 3, sharey=True).flat, TASKS, strict=True):
         group = [row for row in rows if row["task"] == task]
         shapes = list(dict.fromkeys(tuple(row["shape"]) for row in group))
@@ -63,22 +64,48 @@ def by_task(rows: list[Row]) -> Figure:
             for k, (name, colour) in enumerate(SERIES.items()):
                 if name in spans:
                     share = spans[name] / spans[PUBLISHED]
-                    axes.bar(place + (k - 2.5) * 0.14, share - 1, 0.13, bottom=1, color=colour)
+                    at = place + (k - 2.5) * 0.14
+                    axes.bar(at, share - 1, 0.13, bottom=1, color=colour)
+                    axes.annotate(
+                        f"{share:.2f}",
+                        (at, share),
+                        xytext=(0, 2 if share >= 1 else -2),
+                        textcoords="offset points",
+                        ha="center",
+                        va="bottom" if share >= 1 else "top",
+                        rotation=90,
+                        fontsize=6,
+                    )
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set(title=task, yscale="log", xticks=range(len(shapes)))
         axes.minorticks_off()
         axes.set_yticks(RATIOS, labels=[f"{ratio:g}" for ratio in RATIOS])
+        axes.margins(y=0.12)  # for the numbers
         axes.grid(axis="y", color="0.9")
         axes.set_axisbelow(True)
         axes.set_xticklabels([textwrap.fill(str(list(shape)), 12) for shape in shapes], fontsize=8)
-    figure.supylabel("time / published loop's: less is better")
+    figure.supylabel("time of one call / published loop's (line at 1); down is faster")
     figure.legend(
         handles=[Patch(color=colour, label=name) for name, colour in SERIES.items()],
         loc="outside lower center",
         ncols=len(SERIES),
+        title=legend_of_bars(rows),
+        title_fontsize=9,
         frameon=False,
     )
     return figure
+
+
+def legend_of_bars(rows: list[Row]) -> str:
+    """What a bar is, and why one is missing."""
+    there = {name for row in rows for name in fastest([row])}
+    absent = [name for name in SERIES if name not in there]
+    text = (
+        "A bar begins at the published loop's time and ends at the contestant's; the number is their ratio. Of several "
+        "hand-written loops, and of ours, the fastest.\nNo bar: the contestant has no such task (diffusers has Euler "
+        "and no trajectory), or is timed for some works only (compiled update)."
+    )
+    return text + (f" Not timed in this run, as not installed: {', '.join(absent)}." if absent else "")
 
 
 def by_steps(rows: list[Row]) -> Figure:

@@ -19,7 +19,7 @@ def markdown(report: Row) -> str:
         "## Targets",
         "Ratios of medians; a free `step_fn`, ten steps, the noise passed in where nothing else is said. With "
         "`--quick` the states are toys and runs are few: then these rows say only that they can be measured.",
-        targets(report["targets"]),
+        targets(report["targets"], judged=not report.get("quick", False)),
         "## Times",
         "Microseconds of one call: the median [first to third quartile], and its ratio to the published loop's. Every "
         "result was first compared with the published loop's: by bits, or, where a contestant does not promise them, "
@@ -51,9 +51,11 @@ def _failures(failures: list[str]) -> str:
     return "**FAILED, and not timed:**\n\n" + "\n".join(f"- {failure}" for failure in failures)
 
 
-def targets(rows: list[Row]) -> str:
-    """Each target, what was measured, and whether it is met."""
+def targets(rows: list[Row], judged: bool = True) -> str:
+    """Each target, what was measured, and whether it is met; not judged where the times say nothing (`--quick`)."""
     words = {True: "met", False: "**not met**", None: "not measured"}
+    if not judged:
+        words |= {True: "not judged", False: "not judged"}
     return table(
         ("work", "against", "at most", "measured", "", "how"),
         (

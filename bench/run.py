@@ -99,5 +99,6 @@ def report(plan: Plan, tell: Callable[[str], None]) -> dict[str, Any]:
         "targets": targets.table(plan, rows),
         "counts": counts.table() if plan.whole else [],
         "failures": failures(rows),
+        "quick": plan.seconds == 0.0,
         "seconds": round(time.perf_counter() - started, 1),
     }

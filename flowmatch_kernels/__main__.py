@@ -1,4 +1,4 @@
-"""`python -m flowmatch_kernels info | demo`: the command line."""
+"""`python -m flowmatch_kernels info | demo`, or `--version`: the command line."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import diagnostics
+from . import __version__, diagnostics
 from .demo import command as demo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m flowmatch_kernels")
+    parser.add_argument("--version", action="version", version=f"flowmatch_kernels {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
     for name, run, add_arguments, summary in (
         (
             "info",
             diagnostics.run,
             diagnostics.add_arguments,
-            "versions, devices, backends and their self-test",
+            "versions, devices, backends and their self-test, as a block to paste into an issue",
         ),
         ("demo", demo.run, demo.add_arguments, "train on real flights, sample, compare, draw"),
     ):

@@ -6,8 +6,10 @@ import argparse
 import copy
 import importlib.metadata
 import itertools
+import os
 import platform
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -29,6 +31,12 @@ from .ops.fused_step import (
     arithmetic_dtype,
 )
 
+#: The packages of the integrations, and what the others often turn on.
+PROJECTS = (
+    *("alpamayo_r1", "alpamayo1_5", "alpamayo2_super", "diffusers", "flow_matching", "lerobot", "openpi"),
+    *("torchdiffeq", "numpy", "transformers", "accelerate"),
+)
+
 #: The integer dtype that shows a floating-point dtype's bits.
 _BITS = {
     torch.float64: torch.int64,
@@ -43,11 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints what `info` prints.
+    """Prints what an issue report needs, as one block of Markdown to paste.
 
     Returns:
         0, or 1 where a backend's self-test failed, or where the extension is installed and cannot be loaded.
     """
+    print("```text")
     for name, value in _environment().items():
         print(f"{name:<18}{value}")
     print("\nbackends")
@@ -64,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     broken = native.broken()
     for reason in broken:
         print(f"\nBROKEN: {reason}.\nTo mend it: {native.REMEDY} for the torch that is installed.")
+    print("```")
     return int(failed or bool(broken))
 
 
@@ -74,19 +84,57 @@ def _environment() -> dict[str, str]:
         triton = "not installed"
     environment = {
         "flowmatch_kernels": __version__,
-        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "Python": f"{platform.python_version()} on {platform.platform()}",
         "torch": f"{torch.__version__}, {native.torch_build()}",
         "triton": triton,
         "CPU": f"{_cpu_name()}, {torch.get_num_threads()} threads",
         "instruction set": native.instruction_set() or "none: the cpu backend is unavailable",
         "states on the CPU": _states(),
+        "other packages": _versions(PROJECTS) or "none that an integration is for",
+        "settings": " ".join(f"{name}={value}" for name, value in sorted(os.environ.items()) if _is_setting(name))
+        or "none",
     }
     if not torch.cuda.is_available():
         environment["GPU"] = "none"
+    if driver := _driver():
+        environment["NVIDIA driver"] = driver
     for k in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(k)
         environment[f"GPU {k}"] = f"{torch.cuda.get_device_name(k)}, compute capability {major}.{minor}"
     return environment
+
+
+def _versions(packages: Iterable[str]) -> str:
+    """Those that are installed, each with its version."""
+    found = []
+    for package in packages:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def _is_setting(name: str) -> bool:
+    """Whether an environment variable of this name changes what is computed, or where, and names no folder."""
+    if name.endswith(("_DIR", "_HOME", "_PATH", "_KEY", "_TOKEN")):
+        return False
+    return name.startswith(("FLOWMATCH_KERNELS_", "TRITON_", "TORCH_LOGS", "TORCHDYNAMO_")) or name in (
+        "CUDA_VISIBLE_DEVICES",
+        "HIP_VISIBLE_DEVICES",
+        "OMP_NUM_THREADS",
+        "PYTORCH_CUDA_ALLOC_CONF",
+    )
+
+
+def _driver() -> str:
+    """The version of NVIDIA's driver, as the kernel module says it."""
+    try:
+        with open("/proc/driver/nvidia/version") as lines:
+            found = re.search(r"Kernel Module\D*?(?:x86_64|aarch64)?\s+(\d+\.[\d.]+)", lines.read())
+    except OSError:
+        return ""
+    return found.group(1) if found else ""
 
 
 def _states() -> str:

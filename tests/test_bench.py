@@ -46,6 +46,7 @@ def test_quick(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "every contestant computed the same thing" in done.stdout
+    assert "not judged" in done.stdout and "not met" not in done.stdout
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["failures"] == []
     timed = {}
@@ -65,6 +66,7 @@ def test_quick(tmp_path):
         "ours, first call",
     }
     text = (tmp_path / "bench.md").read_text()
+    assert "not judged" in text and "not met" not in text
     for part in ("## Targets", "### rk4", "### final, steps of [6, 64, 2]", "## Peak memory", "## Counts", "- CPU: "):
         assert part in text, part
 
@@ -73,6 +75,14 @@ def test_quick(tmp_path):
     assert plot.main([str(tmp_path / "bench.json")]) == 0
     for name in ("bench.png", "steps.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+    axes = plot.by_task(found["results"]).axes[0]
+    numbers = [float(text.get_text()) for text in axes.texts]
+    assert len(numbers) == len(axes.patches) > 4
+    ends = [bar.get_y() + bar.get_height() for bar in axes.patches]
+    assert numbers == [pytest.approx(end, abs=0.005) for end in ends]
+    said = plot.legend_of_bars(found["results"])
+    absent = said.partition("as not installed")[2]
+    assert all((name in absent) == (name not in timed) for name in ("torchdiffeq", "diffusers"))
 
 
 def test_without_the_peers(monkeypatch):

@@ -2,8 +2,10 @@
 
 import argparse
 import math
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +17,7 @@ pytest.importorskip("tqdm", reason="the demo needs pip install .[demo]")
 import torch  # noqa: E402
 
 from flowmatch_kernels import FlowMatching, SolverComparison  # noqa: E402
-from flowmatch_kernels.demo import command, comparison, published_loop, timing  # noqa: E402
+from flowmatch_kernels.demo import command, comparison, picture, published_loop, timing  # noqa: E402
 from flowmatch_kernels.demo.comparison import Comparison, Line, gains, same_bits  # noqa: E402
 from flowmatch_kernels.demo.distance import sliced_wasserstein  # noqa: E402
 from flowmatch_kernels.demo.flights import Flights, IncrementScaling, total_turn  # noqa: E402
@@ -283,6 +285,22 @@ def test_demo_compares_the_solvers_and_writes_their_picture(tmp_path, capsys, mo
     assert [path.name for path in tmp_path.iterdir()] == ["demo-solvers.png"]
     width, height = png_size(tmp_path / "demo-solvers.png")
     assert width > 1500 and height > 600 and 20_000 < (tmp_path / "demo-solvers.png").stat().st_size < 250_000
+
+
+def test_the_picture_says_when_training_was_cut_short(tmp_path, capsys, monkeypatch, quick):
+    notes = []
+    monkeypatch.setattr(picture, "draw", lambda *arguments: notes.append(arguments[-1]))
+    monkeypatch.setattr(command, "TRAINING_SECONDS", 0.01)
+    assert command.run(arguments("--train-steps", 50, "--out", tmp_path / "p.png", "--device", "cpu")) == 0
+    (note,) = notes
+    assert re.fullmatch(r"Training stopped at 0 s, after \d+ of 50 steps\.", note) and note in capsys.readouterr().out
+
+
+def test_the_data_is_credited_with_the_text_of_its_licence():
+    folder = Path(command.__file__).parent
+    assert "flights.LICENSE" in (folder / "README.md").read_text()
+    text = (folder / "flights.LICENSE").read_text()
+    assert text.startswith("MIT License") and "Xavier Olive" in text
 
 
 def test_demo_returns_1_where_the_bits_differ(tmp_path, capsys, monkeypatch, quick):

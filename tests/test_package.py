@@ -2,7 +2,9 @@
 
 import doctest
 import inspect
+import io
 import os
+import re
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ from flowmatch_kernels import (
     arguments,
     base,
     constraints,
+    diagnostics,
     flow_matching,
     guidance,
     sampling,
@@ -21,6 +24,7 @@ from flowmatch_kernels import (
     step_functions,
     time_grids,
 )
+from flowmatch_kernels.__main__ import main
 from flowmatch_kernels.integrations import alpamayo, lerobot, openpi, replacement
 from flowmatch_kernels.ops import dispatch, fused_step, native, reference
 
@@ -324,3 +328,43 @@ def test_there_are_examples():
         e for m in (flow_matching, dispatch, constraints, time_grids) for t in finder.find(m) for e in t.examples
     ]
     assert len(examples) >= 11
+
+
+def test_version():
+    """One version, in the package, in what is built and in what is cited; --version prints it."""
+    with open(os.path.join(ROOT, "pyproject.toml")) as file:
+        (built,) = re.findall(r'^version = "(.*)"$', file.read(), re.MULTILINE)
+    with open(os.path.join(ROOT, "CITATION.cff")) as file:
+        (cited,) = re.findall(r"^version: (.*)$", file.read(), re.MULTILINE)
+    assert flowmatch_kernels.__version__ == built == cited
+    code = "import sys; from flowmatch_kernels.__main__ import main; sys.argv = ['x', '--version']; main()"
+    assert fresh(code) == f"flowmatch_kernels {built}\n"
+    assert os.path.exists(os.path.join(ROOT, "flowmatch_kernels", "py.typed"))
+
+
+def test_info_is_one_block_to_paste(monkeypatch, capsys):
+    """Fenced, so that Markdown keeps its lines, with the settings that change results, and nobody's folders."""
+    monkeypatch.setenv("FLOWMATCH_KERNELS_BACKEND", "reference")
+    monkeypatch.setenv("AN_API_KEY", "secret")
+    monkeypatch.setenv("TRITON_CACHE_DIR", os.path.join(ROOT, "cache"))
+    assert main(["info"]) == 0
+    lines = capsys.readouterr().out.rstrip("\n").split("\n")
+    assert lines[0] == "```text" and lines[-1] == "```" and "```" not in "".join(lines[1:-1])
+    said = {line[:18].strip(): line[18:] for line in lines[1 : lines.index("")]}
+    assert {"flowmatch_kernels", "Python", "torch", "triton", "CPU", "other packages", "settings"} <= set(said)
+    assert "FLOWMATCH_KERNELS_BACKEND=reference" in said["settings"]
+    assert "secret" not in "\n".join(lines) and ROOT not in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "line, version",
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023", "535.104.05"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build", "580.65.06"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  540.4.0  Release Build", "540.4.0"),
+        ("nothing known", ""),
+    ],
+)
+def test_nvidia_driver(monkeypatch, line, version):
+    monkeypatch.setattr("builtins.open", lambda *_: io.StringIO(f"{line}\nGCC version: 12.2.0\n"))
+    assert diagnostics._driver() == version

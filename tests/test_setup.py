@@ -198,13 +198,51 @@ def test_the_source_distribution_holds_what_tests_open(tmp_path):
     assert done.returncode == 0, done.stderr
     held = set((tmp_path / "flowmatch_kernels.egg-info" / "SOURCES.txt").read_text().split("\n"))
     wanted = {"Makefile", "CMakeLists.txt", "constraints.txt", "README.md", "pyproject.toml", "setup.py", "LICENSE"}
+    wanted |= {"CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "CITATION.cff", "flowmatch_kernels/py.typed"}
+    wanted |= {"flowmatch_kernels/demo/flights.LICENSE"}
     for folder in ("flowmatch_kernels", "csrc", "tests", "bench", "docs"):
         for path in (ROOT / folder).rglob("*"):
             parts = path.relative_to(ROOT).parts
-            if path.suffix in {".py", ".cpp", ".h", ".cu", ".md", ".npz", ".png"} and not {*parts} & {"results"}:
+            if path.suffix in {".py", ".cpp", ".h", ".cu", ".md", ".npz", ".png"} and not {*parts} & {
+                "results",
+                "generated",
+            }:
                 wanted.add("/".join(parts))
     wanted -= {"flowmatch_kernels/_C.py", "flowmatch_kernels/_C_cuda.py"}
     assert wanted - held == set()
+
+
+@pytest.fixture
+def talking_compiler(tmp_path):
+    """A C++ compiler that says a line, and makes an empty file of what it is asked for, or fails for one source."""
+    script = tmp_path / "c++"
+    script.write_text(
+        "#!/bin/sh\n"
+        'case " $* " in *" -c "*) echo "a raw compiler line";; esac\n'
+        'if [ -n "$FAILS" ]; then case "$*" in *"$FAILS"*) echo "no such instruction"; exit 1;; esac; fi\n'
+        'while [ $# -gt 0 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done\n'
+    )
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return script
+
+
+@pytest.mark.parametrize("quiet, fails", [(True, ""), (True, "launch.cpp"), (False, "")])
+def test_quiet_keeps_the_compilers_lines(tmp_path, talking_compiler, quiet, fails):
+    """`make` builds with --quiet: no line of ninja or a compiler, unless the build fails; then all, on stderr."""
+    done = run(
+        *["setup.py", *["--quiet"] * quiet, "build_ext"],
+        *["--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib"],
+        CXX=str(talking_compiler),
+        FAILS=fails,
+        FLOWMATCH_KERNELS_REQUIRE_EXT="1",
+        FLOWMATCH_KERNELS_NO_CUDA="1",
+        TORCH_DONT_CHECK_COMPILER_ABI="1",
+        MAX_JOBS="2",
+    )
+    assert (done.returncode != 0) == bool(fails), done.stderr
+    line = "a raw compiler line"
+    assert (line in done.stdout) == (not quiet)
+    assert (line in done.stderr) == ("no such instruction" in done.stderr) == bool(fails)
 
 
 # ---- what is installed and cannot be loaded ----

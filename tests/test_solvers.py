@@ -331,7 +331,7 @@ def singular(x, t):
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("int_method", EVERY_SOLVER)
 def test_who_evaluates_at_the_end(int_method, steps):
-    """The README's table says who does; euler_at_final takes that evaluation away, and changes the last step alone."""
+    """docs/solvers.md says who does; euler_at_final takes that evaluation away, and changes the last step alone."""
     wanted = int_method in ("heun", "rk4", "rk4_classic") or (int_method == "ab3" and steps == 1)
     noise, results = torch.randn(3, 2), {}
     for euler_at_final in (False, True):

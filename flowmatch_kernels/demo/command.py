@@ -108,8 +108,10 @@ def _course(
     network = VelocityNetwork((WAYPOINTS, AXES)).to(device)
     states = scaling.states(flights.train).to(device)
     network, taken = train(flow_matching, network, states, args.train_steps, TRAINING_SECONDS)
+    note = ""
     if taken < args.train_steps:
-        print(f"Training stopped at {TRAINING_SECONDS:.0f} s, after {taken:,} of {args.train_steps:,} steps.")
+        note = f"Training stopped at {TRAINING_SECONDS:.0f} s, after {taken:,} of {args.train_steps:,} steps."
+        print(f"{note} This machine is slow or busy: expect samples that are further from the held-out flights.")
 
     comparison = Comparison(flow_matching, network, scaling, flights, device, args.seed)
     fitting = time.perf_counter()
@@ -139,7 +141,7 @@ def _course(
             "Euler, 4 evaluations": comparison.positions("euler", 4),
             "Fitted, 4 evaluations": comparison.positions(four),
         }
-        draw(out, flights.test, sampled, measured, comparison.floor)
+        draw(out, flights.test, sampled, measured, comparison.floor, note)
     print(f"Picture: {out}\nDone in {time.perf_counter() - begin:.0f} s.")
     if not same:
         print("error: the two loops did not give the same bits", file=sys.stderr)

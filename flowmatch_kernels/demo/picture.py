@@ -32,7 +32,14 @@ CURVES = {"euler": "#dfe4f2", "fitted": "#ffe14d"}
 OTHER = "#5b7cff"
 
 
-def draw(out: Path, held_out: Tensor, sampled: Mapping[str, Tensor], measured: SolverComparison, floor: float) -> None:
+def draw(
+    out: Path,
+    held_out: Tensor,
+    sampled: Mapping[str, Tensor],
+    measured: SolverComparison,
+    floor: float,
+    note: str = "",
+) -> None:
     """Writes the picture as a PNG: flights side by side, and the quality against the evaluations.
 
     Args:
@@ -41,6 +48,7 @@ def draw(out: Path, held_out: Tensor, sampled: Mapping[str, Tensor], measured: S
         sampled: By its title, [N, 64, 2], km.
         measured: The solvers, with the distance to the held-out as their quality, km.
         floor: That of training to the held-out, km.
+        note: What else a reader must know, as that training was cut short.
     """
     figure = Figure(figsize=(15, 9.6), dpi=110, facecolor=NIGHT)
     rows = figure.add_gridspec(
@@ -48,7 +56,7 @@ def draw(out: Path, held_out: Tensor, sampled: Mapping[str, Tensor], measured: S
     )
     limits = _limits(held_out)
     panels = {"Held-out flights": held_out, **sampled}
-    places = rows[0].subgridspec(1, len(panels), wspace=0.06)
+    places = rows[0].subgridspec(1, len(panels), wspace=0.1)
     for k, (title, positions) in enumerate(panels.items()):
         axes = figure.add_subplot(places[k])
         _trajectories(axes, positions, total_turn(positions), limits, width=0.8, alpha=0.5)
@@ -57,14 +65,13 @@ def draw(out: Path, held_out: Tensor, sampled: Mapping[str, Tensor], measured: S
         axes.set_xlabel("km, along the first heading", color=FAINT, fontsize=11)
         if k == 0:
             axes.set_ylabel("km, to the left", color=FAINT, fontsize=11)
-        else:
-            axes.tick_params(labelleft=False)
     _curve(figure.add_subplot(rows[1]), measured, floor)
     figure.text(0.055, 0.95, "Four evaluations of the network are enough", color=INK, fontsize=25, weight="bold")
     figure.text(
         0.055,
-        0.918,
-        "A solver fitted to the model in seconds, beside the published Euler loop: same network, same noise.",
+        0.905,
+        "A solver fitted to the model in seconds, beside the published Euler loop: same network, same noise.\n"
+        "The noise at t = 0: one normal number for each coordinate of each of a flight's 64 increments.",
         color=FAINT,
         fontsize=13,
     )
@@ -76,6 +83,7 @@ def draw(out: Path, held_out: Tensor, sampled: Mapping[str, Tensor], measured: S
         fontsize=9,
         ha="right",
     )
+    figure.text(0.055, 0.012, note, color=CURVES["fitted"], fontsize=11)
     _colour_bar(figure)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", facecolor=NIGHT)

@@ -15,6 +15,11 @@ import build_cache
 # Triton's own cache, by sources, options and versions: it belongs to this clone, as all that tests compile.
 os.environ.setdefault("TRITON_CACHE_DIR", str(build_cache.FOLDER / "triton"))
 
+# torch.compile's caches: their keys hold an op's name, and neither its schema nor what it does. In torch's own place,
+# one for all clones of a user, a graph is found that another revision compiled: with another number of arguments.
+_ops = sorted(build_cache.ROOT.glob("flowmatch_kernels/ops/*.py"))
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(build_cache.FOLDER / f"inductor-{build_cache.digest(_ops)}"))
+
 BACKENDS = ("cpu", "reference")
 REQUIRE_GPU = "FLOWMATCH_KERNELS_REQUIRE_GPU"
 NO_DEVICE = "there is no CUDA or ROCm device"

@@ -45,9 +45,10 @@ setup: .venv/extension.stamp
 demo: setup
 	$(BIN)/python -m flowmatch_kernels demo $(ARGS)
 
-# A file's tests run in one process, so that what a module's fixtures make is made once. Not in pyproject.toml, so
-# that plain pytest stays one process, with its debugger and its output as they come.
-PYTEST = $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
+# A file's tests run in one process, so that what a module's fixtures make is made once. In tests/conftest.py's order,
+# the slowest files first: by itself pytest-xdist takes those with most tests first, and the slowest have the fewest.
+# Not in pyproject.toml, so that plain pytest stays one process, with its debugger and its output as they come.
+PYTEST = $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test: lint
 	$(PYTEST) $(ARGS)

@@ -1,6 +1,7 @@
 """What every test shares: a clean table cache, torch's defaults put back, and whether a GPU must be there."""
 
 import functools
+import gc
 import os
 import sys
 
@@ -15,6 +16,31 @@ import build_cache
 # Triton's own cache, by sources, options and versions: it belongs to this clone, as all that tests compile.
 os.environ.setdefault("TRITON_CACHE_DIR", str(build_cache.FOLDER / "triton"))
 
+# torch.compile's caches belong to this clone too. Their keys hold an op's name, and neither its schema nor what it
+# does: in torch's own place, one for all clones, a graph was found that calls another revision's op. So a tag.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(build_cache.FOLDER / "inductor"))
+_ops = build_cache.digest(sorted(build_cache.ROOT.glob("flowmatch_kernels/ops/*.py")))
+os.environ.setdefault("TORCH_COMPILE_CACHE_KEY_TAG", _ops)
+
+#: Run first: a worker gets a file at a time, and one of these at the end would leave the other workers with nothing.
+SLOWEST = (
+    "test_exactness.py",
+    "test_cuda_host.py",
+    "test_triton_interpreter.py",
+    "test_tracing.py",
+    "test_sample.py",
+    "test_fitting.py",
+    "test_bench.py",
+    "test_demo.py",
+    "test_setup.py",
+    "test_cuda_compiled.py",
+    "test_ptx_cuda.py",
+    "test_ops.py",
+    "test_guidance.py",
+    "test_differentiable.py",
+    "test_subclasses.py",
+    "test_static_triton.py",
+)
 BACKENDS = ("cpu", "reference")
 REQUIRE_GPU = "FLOWMATCH_KERNELS_REQUIRE_GPU"
 NO_DEVICE = "there is no CUDA or ROCm device"
@@ -90,6 +116,17 @@ class GpuRun:
             terminalreporter.write_line(f"{self.left_out} GPU tests left out: {NO_DEVICE}")
         if self.none_ran():
             terminalreporter.write_line(f"FAILED: {REQUIRE_GPU}=1 is set, and no GPU test ran", red=True)
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: k for k, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+def pytest_collection_finish():
+    """What is there now stays to the end: a garbage collection, by a test or by Python, need not go through it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config):

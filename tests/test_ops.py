@@ -69,8 +69,16 @@ def call_(names):
 PAIRS = [(state, velocity) for state, narrower in VELOCITY_DTYPES.items() for velocity in narrower]
 
 
-@pytest.mark.parametrize("state, velocity", PAIRS, ids=str)
-@pytest.mark.parametrize("guidance, terms", [(None, 0), (WEIGHTED, 3), (FROM_UNGUIDED, 1), (FROM_GUIDED, 0)])
+SETS = [(None, 0), (WEIGHTED, 3), (FROM_UNGUIDED, 1), (FROM_GUIDED, 0)]
+#: Each dtype, as the state's and as the velocity's, with every set of operands; two dtypes that differ with two of the
+#: four sets, with all of them by `make test-full`.
+OPCHECKED = [
+    pytest.param(*pair, *chosen, marks=pytest.mark.full if pair[0] != pair[1] and (k + j) % 2 else [])
+    for (k, pair), (j, chosen) in itertools.product(enumerate(PAIRS), enumerate(SETS))
+]
+
+
+@pytest.mark.parametrize("state, velocity, guidance, terms", OPCHECKED, ids=str)
 def test_opcheck_functional(state, velocity, guidance, terms):
     names = operands(state, velocity, guidance, terms)
     torch.library.opcheck(OP.default, tuple(names.values()))

@@ -559,9 +559,15 @@ def test_output_has_no_gradient():
     assert not got.requires_grad
 
 
-@pytest.mark.parametrize("return_all_steps", [False, True], ids=["last", "all"])
-@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def compilations():
+    """Every two of compiler, guidance and result meet; all three in every way by `make test-full`."""
+    for compiler, guided, all_steps in itertools.product(["eager", "aot_eager"], [False, True], [False, True]):
+        left_out = (compiler == "eager") + guided + all_steps
+        name = f"{compiler}-{'guided' if guided else 'plain'}-{'all' if all_steps else 'last'}"
+        yield pytest.param(compiler, guided, all_steps, id=name, marks=pytest.mark.full if left_out % 2 else [])
+
+
+@pytest.mark.parametrize("compiler, guided, return_all_steps", list(compilations()))
 def test_compile(compiler, guided, return_all_steps):
     torch._dynamo.reset()
     fm = FlowMatching((3, 2))

@@ -97,9 +97,18 @@ def special(numel: int, aligned: bool) -> Iterator[Case]:
 
 def quarter(cases: Iterable[Case], turn: int) -> list[Case]:
     """A quarter of the cases, by lot, which is another one in each of four successive turns."""
+    return _part(cases, turn, 4)
+
+
+def half(cases: Iterable[Case], turn: int) -> list[Case]:
+    """A half of the cases, by lot, which is the other one in the next turn."""
+    return _part(cases, turn, 2)
+
+
+def _part(cases: Iterable[Case], turn: int, parts: int) -> list[Case]:
     cases = list(cases)
     random.Random(0).shuffle(cases)
-    return cases[turn % 4 :: 4]
+    return cases[turn % parts :: parts]
 
 
 class Guarded:

@@ -206,6 +206,39 @@ def test_solver_scheduler_is_better_than_euler():
     assert errors["heun"] < errors["euler"] / 4
 
 
+@pytest.mark.parametrize("int_method", ["ab3", "heun"])
+def test_solver_scheduler_guided(int_method, launches):
+    """The bits of the two usual lines, in one launch where the velocities have one dtype and shape."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype in NARROW:
+        schedulers = [FlowMatchSolverScheduler(shift=3.0, int_method=int_method) for _ in range(2)]
+        for scheduler in schedulers:
+            scheduler.set_timesteps(5)
+        x = y = values((2, 3, 4), dtype, generator, special=False)
+        scale = 1.5
+        for t in schedulers[0].timesteps:
+            scale += 0.5  # followed from step to step
+            cond, uncond = values((4, 3, 4), dtype, generator, special=False).chunk(2)
+            x = schedulers[0].step_guided(cond, uncond, scale, t, x, return_dict=False)[0]
+            y = schedulers[1].step(uncond + scale * (cond - uncond), t, y)[0]
+            assert x.dtype == dtype
+            assert_same_bits(x, y, f"{dtype} {scale}")
+    if native.cpu_unavailable() is None:
+        assert [o.u is not None for o in launches] == [True, False] * (len(launches) // 2)
+    scheduler.set_timesteps(5)
+    t = scheduler.timesteps[0]
+    mixed = scheduler.step_guided(cond.float(), uncond.bfloat16(), 2.0, t, x)[0]
+    scheduler.set_timesteps(5)
+    assert_same_bits(mixed, scheduler.step(uncond.bfloat16() + 2.0 * (cond.float() - uncond.bfloat16()), t, x)[0])
+    scheduler.set_timesteps(5)
+    with pytest.raises(TypeError, match="guidance_scale must be a number"):
+        scheduler.step_guided(x, x, torch.ones(1), t, x)
+    with pytest.raises(ValueError, match="got the integer 3"):
+        scheduler.step_guided(x, x, 2.0, 3, x)
+    with pytest.raises(ValueError, match=r"v must have base's shape \[2, 3, 4\], got \[1, 3, 4\]"):
+        scheduler.step(x[:1], t, x)
+
+
 @pytest.mark.parametrize("int_method", ["ab2", "heun"])
 def test_solver_scheduler_in_the_middle(int_method):
     """Image to image: begins anew on the rest of the schedule, by a begin index or by the timestep alone."""

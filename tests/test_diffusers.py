@@ -289,3 +289,70 @@ def test_solver_scheduler_dtypes_and_errors(tmp_path):
     again = FlowMatchSolverScheduler.from_pretrained(tmp_path)
     assert again.config.int_method == "ab2"
     assert Theirs.from_config(again.config).config.shift == again.config.shift
+
+
+# ---- diffusers' own solvers ----
+
+
+def assert_within(got, wanted, eps):
+    """Within so many eps of the largest entry: another order of the same sums."""
+    assert got.dtype == wanted.dtype
+    error = float((got - wanted).abs().max() / wanted.abs().max())
+    assert error <= eps * torch.finfo(got.dtype).eps, f"{error / torch.finfo(got.dtype).eps:.1f} eps, wanted {eps}"
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 10, 50])
+def test_unipc_is_diffusers(n, shift):
+    """Whole runs as Wan's pipelines make them; theirs are some 20 roundings a step, ours one row: within 4 + n eps."""
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        theirs = diffusers.UniPCMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift
+        )
+        theirs.set_timesteps(n)
+        theirs.sigmas = theirs.sigmas.to(dtype)  # or theirs computes its coefficients in float32 for a float64 state
+        wanted = x.to(dtype)
+        for t, sigma in zip(theirs.timesteps, theirs.sigmas, strict=False):
+            wanted = theirs.step(field(wanted, sigma), t, wanted, return_dict=False)[0]
+        fm = FlowMatching(64, "unipc", noise_at=1)
+        got = fm.sample(4, lambda x, t: field(x, t), noise=x.to(dtype), time_steps=theirs.sigmas, dtype=dtype)
+        assert_within(got, wanted, 4 + n)
+    ours = FlowMatchSolverScheduler(int_method="unipc")
+    ours.set_timesteps(sigmas=theirs.sigmas[:-1].tolist())
+    assert torch.equal(ours.sigmas, theirs.sigmas.float())
+    assert_within(run(ours, x.float()), wanted.float(), 4 + n)
+
+
+def test_unipc_corrects():
+    """What it is for: nearer to the solution than its predictor alone, which is dpmpp_2m's."""
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def sampled(int_method, n):
+        fm = FlowMatching(3, int_method, noise_at=1)
+        return fm.sample(2, lambda x, t: field(x, t), noise=x, dtype=torch.float64, inference_step=n)
+
+    exact = sampled("rk4", 200)
+    errors = [float((sampled(name, 20) - exact).abs().max()) for name in ("unipc", "dpmpp_2m")]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("n", [2, 3, 10, 50])
+def test_heun_is_diffusers(n, shift):
+    """2n - 1 evaluations, Euler last, a cast after each.
+
+    Theirs takes the velocity from a prediction of the data, (x - (x - v*sigma)) / sigma: up to eps / sigma of x is
+    lost, of which half a step remains. With bfloat16 that is nothing beside the cast.
+    """
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16):
+        theirs = diffusers.FlowMatchHeunDiscreteScheduler(shift=shift)
+        theirs.set_timesteps(n)
+        ours = FlowMatchSolverScheduler(int_method="heun")
+        ours.set_timesteps(sigmas=theirs.sigmas[[0, *range(1, 2 * n - 1, 2)]].tolist())
+        assert len(ours.timesteps) == len(theirs.timesteps) == 2 * n - 1
+        assert torch.equal(ours.timesteps, theirs.timesteps)
+        assert ours.order == theirs.order == 2
+        lost = (ours.sigmas.diff().abs() / ours.sigmas[1:])[:-2:2].sum() / 2
+        assert_within(run(ours, x, dtype), run(theirs, x, dtype), n + lost if dtype == torch.float32 else 4)

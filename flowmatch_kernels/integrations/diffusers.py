@@ -386,7 +386,7 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
         if first + len(table.evaluations) != len(whole.evaluations):
             raise ValueError(
                 f"{self.config.int_method} evaluates twice in its first step, for which a schedule that starts in the "
-                "middle has no timestep: use ab2, dpmpp_2m or a solver of one step"
+                "middle has no timestep: use ab2, dpmpp_2m, unipc or a solver of one step"
             )
         self._first, self._history, self._guidance_scale = first, [], None
         # A copy: the guidance scale is written to it.

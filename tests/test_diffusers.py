@@ -116,7 +116,8 @@ def test_handed_on(launches):
         assert_same_bits(results[0].detach(), results[1].detach())
         return results[0]
 
-    same(x, v, {"stochastic_sampling": True})
+    if "stochastic_sampling" in Theirs().config:  # 0.33 and later
+        same(x, v, {"stochastic_sampling": True})
     same(x.double(), v.double())
     same(x.to(memory_format=torch.channels_last), v)
     same(x, v[:1])
@@ -143,7 +144,10 @@ def test_configuration(tmp_path):
         assert type(again) is kind
         assert again.config.num_train_timesteps == 500
     assert isinstance(ours, Theirs)
-    assert list(inspect.signature(Ours.step).parameters) == list(inspect.signature(Theirs.step).parameters)
+    theirs = list(inspect.signature(Theirs.step).parameters)  # without per_token_timesteps before 0.33
+    assert [name for name in inspect.signature(Ours.step).parameters if name in theirs] == theirs
+    assert set(inspect.signature(Ours.step).parameters) - set(theirs) <= {"per_token_timesteps"}
+    assert inspect.signature(FlowMatchSolverScheduler.set_timesteps) == inspect.signature(Theirs.set_timesteps)
 
 
 def test_compiled():
@@ -283,8 +287,9 @@ def test_solver_scheduler_dtypes_and_errors(tmp_path):
         FlowMatchSolverScheduler(int_method="euler2")
     with pytest.raises(TypeError, match="int_method must be a solver's name"):
         FlowMatchSolverScheduler(int_method="policy.json")
-    with pytest.raises(ValueError, match="stochastic_sampling and a solver"):
-        FlowMatchSolverScheduler(stochastic_sampling=True)
+    if "stochastic_sampling" in Theirs().config:
+        with pytest.raises(ValueError, match="stochastic_sampling and a solver"):
+            FlowMatchSolverScheduler(stochastic_sampling=True)
     scheduler.save_pretrained(tmp_path)
     again = FlowMatchSolverScheduler.from_pretrained(tmp_path)
     assert again.config.int_method == "ab2"
@@ -301,6 +306,7 @@ def assert_within(got, wanted, eps):
     assert error <= eps * torch.finfo(got.dtype).eps, f"{error / torch.finfo(got.dtype).eps:.1f} eps, wanted {eps}"
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers 0.32 and NumPy 2
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 10, 50])
 def test_unipc_is_diffusers(n, shift):

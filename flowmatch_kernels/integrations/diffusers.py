@@ -311,6 +311,11 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
         self.timesteps = at * self.config.num_train_timesteps
         self.sigmas = torch.cat([at, self._grid[-1:]])
 
+    # Pipelines look whether it takes sigmas.
+    set_timesteps.__signature__ = inspect.signature(  # type: ignore[attr-defined]
+        FlowMatchEulerDiscreteScheduler.set_timesteps
+    )
+
     def _fuses(self, timestep: Any, per_token_timesteps: Any, sample: Any, *velocities: Any) -> bool:
         """Whether one launch can take the velocities: always a single one, as there is no other step to hand on to.
 

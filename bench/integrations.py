@@ -2,10 +2,10 @@
 
     python -m bench.integrations [--seconds 30] [--shape 1 50 32]
 
-Both run the same whole sampling of STEPS steps, and their results are compared first: to the bit, or, where the project
-rounds otherwise, within a bound that its row states. They take turns in one run, on one thread; the times are its own CPU
-time, as in bench/host.py. A project that is not installed has no row; lerobot's loop is the one of tests/lerobot_loop.py,
-written from facts. Exits with 1 where a result differs.
+Both run the same whole sampling of STEPS steps without gradients, and their results are compared first: to the bit, or,
+where the project rounds otherwise, within a bound that its row states. They take turns in one run, on one thread; the
+times are its own CPU time, as in bench/host.py. A project that is not installed has no row; lerobot's loop is that of
+tests/lerobot_loop.py, written from facts. Exits with 1 where a result differs.
 """
 
 from __future__ import annotations
@@ -136,6 +136,7 @@ def difference(row: Row) -> str | None:
     return None if error <= row.eps else f"{row.name}: {error:.1f} eps apart, wanted {row.eps}"
 
 
+@torch.no_grad()
 def measured(shape: tuple[int, ...], seconds: float) -> dict[str, tuple[Timing, Timing]]:
     """Timings of a whole sampling by theirs and by ours, in turn.
 
@@ -166,12 +167,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=30, help="for all measurements together")
     parser.add_argument("--shape", type=int, nargs="+", default=POLICY)
     given = parser.parse_args(arguments)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         print(table(measured(tuple(given.shape), given.seconds)))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
+    finally:
+        torch.set_num_threads(threads)
     return 0
 
 

@@ -13,9 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from flowmatch_kernels import use_backend
 from flowmatch_kernels.ops import dispatch, native, reference
 from flowmatch_kernels.ops.fused_step import (
+    EXACT,
     FROM_GUIDED,
     FROM_UNGUIDED,
     PROMOTE,
+    READ,
+    ROUNDED,
     VELOCITY_DTYPES,
     WEIGHTED,
     Operands,
@@ -102,6 +105,32 @@ def test_opcheck_in_place(state, velocity, full):
     names = operands(state, velocity, guidance, terms=3 if full else 0)
     names |= written(state, slots=4 if full else 0, history=full)
     torch.library.opcheck(OP_.default, tuple(names[name] for name in ORDER))
+
+
+@pytest.mark.parametrize("rounding", [PROMOTE, EXACT, ROUNDED])
+@pytest.mark.parametrize("velocity", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_opcheck_roundings(rounding, velocity):
+    """The functional op with its gradient; the other with a result of the velocity's dtype, where there is one."""
+    names = operands(torch.float32, velocity, FROM_UNGUIDED, terms=1) | {"rounding": rounding}
+    torch.library.opcheck(OP.default, tuple(names.values()))
+    into = torch.float32 if rounding == PROMOTE else velocity
+    names |= written(torch.float32, slots=0, history=True) | {"out": torch.empty(names["base"].shape, dtype=into)}
+    torch.library.opcheck(OP_.default, tuple(names[name] for name in ORDER))
+    for name in ("base", "v", "u", "h1"):
+        names[name].requires_grad_()
+    torch.library.opcheck(OP.default, tuple(names[name] for name in READ))
+
+
+@pytest.mark.parametrize("state", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("terms", range(4))
+def test_opcheck_sum_first(state, terms):
+    names = operands(state, state, None, terms) | {"sum_first": True}
+    torch.library.opcheck(OP.default, tuple(names[name] for name in READ))
+    into = names | written(state, slots=4, history=True)
+    torch.library.opcheck(OP_.default, tuple(into[name] for name in ORDER))
+    for name in ("base", "v", *(f"h{k}" for k in range(1, terms + 1))):
+        names[name].requires_grad_()
+    torch.library.opcheck(OP.default, tuple(names[name] for name in READ))
 
 
 def test_op_equals_reference():

@@ -24,7 +24,9 @@ SOLVERS = {
     "ab2": (2, lambda n: n),
     "ab3": (3, lambda n: n + 1),
     "dpmpp_2m": (2, lambda n: n),
+    "unipc": (2, lambda n: n),
 }
+EXPONENTIAL = ("dpmpp_2m", "unipc")  # their first and last steps are of first order
 BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(native._C is None, reason="not built"))]
 
 
@@ -81,7 +83,7 @@ def observed_order(name, problem, uneven, sizes=(80, 160)):
 
 @pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize("problem", PROBLEMS)
-@pytest.mark.parametrize("name", [name for name in SOLVERS if name != "dpmpp_2m"])
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name not in EXPONENTIAL])
 def test_order(name, problem, uneven):
     order = observed_order(name, problem, uneven)
     assert abs(order - SOLVERS[name][0]) < 0.15, order
@@ -125,10 +127,12 @@ def test_order_on_a_gaussian_mixture(name, uneven):
 
 
 @pytest.mark.parametrize("uneven", [False, True])
-@pytest.mark.parametrize(("low", "high", "least"), [(0.0, 1.0, 1.45), (0.1, 0.9, 1.85)])
-def test_order_of_dpmpp_2m(low, high, least, uneven):
-    # Its exponential variable is singular at 0 and 1, so that its first and last step count for more there.
-    errors = [_mixture_error("dpmpp_2m", n, low, high, uneven) for n in (160, 320)]
+@pytest.mark.parametrize(("name", "low", "high", "least"), [
+    ("dpmpp_2m", 0.0, 1.0, 1.45), ("dpmpp_2m", 0.1, 0.9, 1.85), ("unipc", 0.0, 1.0, 1.9), ("unipc", 0.1, 0.9, 1.9),
+])  # fmt: skip
+def test_order_of_exponential_solvers(name, low, high, least, uneven):
+    # Their exponential variable is singular at 0 and 1, so that dpmpp_2m's first and last step count for more there.
+    errors = [_mixture_error(name, n, low, high, uneven) for n in (160, 320)]
     assert math.log2(errors[0] / errors[1]) > least
 
 
@@ -201,7 +205,7 @@ def test_trajectory_ends_where_sample_does_and_kept_states_stay(name, kept):
     assert torch.equal(states[:, 0], start) and torch.equal(states[:, -1], last)
     # A state of the trajectory is what fewer steps of the same grid end with.
     part = fm.sample(5, velocity, noise=start, time_steps=times[:6])
-    if name != "dpmpp_2m":  # whose last step is of first order
+    if name not in EXPONENTIAL:
         assert torch.equal(states[:, 5], part)
     assert all(torch.equal(x, copy) for x, copy in zip(seen, copies, strict=True))
 
@@ -244,7 +248,7 @@ def test_predictions_give_the_velocitys_path(name, prediction_type, noise_at):
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["euler", "midpoint", "ab2", "dpmpp_2m"])
+@pytest.mark.parametrize("name", ["euler", "midpoint", "ab2", "dpmpp_2m", "unipc"])
 def test_data_prediction_reaches_the_data(name):
     data = torch.tensor([3.0, -1.0])
     x = FlowMatching(2, name, prediction_type="data").sample(4, lambda x, t: data.expand(4, 2))

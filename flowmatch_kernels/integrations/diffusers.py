@@ -111,7 +111,7 @@ class FlowMatchEulerDiscreteScheduler(_Published):
         Raises:
             ValueError: timestep is an integer, as in diffusers.
         """
-        if per_token_timesteps is None and self._fuses(sample, model_output) and not _is_integer(timestep):
+        if self._fuses(timestep, per_token_timesteps, sample, model_output):
             return self._fused(model_output, None, None, timestep, sample, return_dict)
         keywords = {} if per_token_timesteps is None else {"per_token_timesteps": per_token_timesteps}
         return super().step(
@@ -150,13 +150,15 @@ class FlowMatchEulerDiscreteScheduler(_Published):
         """
         if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float)):
             raise TypeError(f"guidance_scale must be a number, got {guidance_scale!r:.60}")
-        if self._fuses(sample, conditional, unconditional) and not _is_integer(timestep):
+        if self._fuses(timestep, None, sample, conditional, unconditional):
             return self._fused(conditional, unconditional, float(guidance_scale), timestep, sample, return_dict)
         predicted = unconditional + guidance_scale * (conditional - unconditional)
         return self.step(predicted, timestep, sample, generator=generator, return_dict=return_dict)
 
-    def _fuses(self, sample: Any, *velocities: Any) -> bool:
-        """Whether the fused step can take these tensors."""
+    def _fuses(self, timestep: Any, per_token_timesteps: Any, sample: Any, *velocities: Any) -> bool:
+        """Whether the fused step can take these arguments."""
+        if per_token_timesteps is not None or _is_integer(timestep):
+            return False
         if type(sample) is not Tensor or self.config.get("stochastic_sampling"):
             return False
         shape, device, differentiable = sample.shape, sample.device, torch.is_grad_enabled()
@@ -185,23 +187,27 @@ class FlowMatchEulerDiscreteScheduler(_Published):
         sample: Tensor,
         return_dict: bool,
     ) -> Any:
+        """One launch, and the index one further."""
         if self.step_index is None:
             self._init_step_index(timestep)
-        row = self.step_index
+        out = self._launched(v, u, guidance_scale, sample)
+        self._step_index += 1
+        return _published.FlowMatchEulerDiscreteSchedulerOutput(prev_sample=out) if return_dict else (out,)
+
+    def _launched(self, v: Tensor, u: Tensor | None, guidance_scale: float | None, sample: Tensor) -> Tensor:
+        """The next sample."""
         # A 0-dim dt on v's device is rounded to v's dtype; one on the CPU beside a GPU's v is a number.
         rounding = ROUNDED if self.sigmas.device == sample.device else EXACT
         guidance = WEIGHTED if u is None else FROM_UNGUIDED
         out = torch.empty_like(sample, dtype=v.dtype)
         nothing = (None, None, None)
-        given = Operands(
-            out, sample, v, u, *nothing, self._coefficients(sample.device, guidance_scale), row, rounding, guidance
-        )
+        coefficients = self._coefficients(sample.device, guidance_scale)
+        given = Operands(out, sample, v, u, *nothing, coefficients, self.step_index, rounding, guidance)
         if tracing.is_eager():
             dispatch.choose("auto", sample.device.type).load()(given)
         else:
             torch.ops.flowmatch_kernels.fused_step_(*given)
-        self._step_index += 1
-        return _published.FlowMatchEulerDiscreteSchedulerOutput(prev_sample=out) if return_dict else (out,)
+        return out
 
     def _coefficients(self, device: torch.device, guidance_scale: float | None) -> Tensor:
         """The rows of the schedule as it is now."""
@@ -280,8 +286,10 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
             raise ValueError("stochastic_sampling and a solver: use diffusers' FlowMatchEulerDiscreteScheduler")
         self.register_to_config(int_method=int_method)
         self._grid: Tensor | None = None  # the steps' sigmas; `sigmas` are the evaluations'
-        self._first = 0  # the evaluation that `_table` begins with
+        self._table: Table | None = None  # from the first step that is taken on
+        self._first = 0  # the evaluation that it begins with
         self._history: list[Tensor] = []
+        self._guidance_scale: float | None = None  # that in its rows
 
     #: What from_config passes on: diffusers' own arguments, and ours.
     __init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -294,7 +302,7 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
     def set_timesteps(self, *arguments: Any, **keywords: Any) -> None:
         """Sets the schedule, as diffusers' scheduler: `sigmas` and `timesteps` for each evaluation."""
         super().set_timesteps(*arguments, **keywords)
-        self._grid = self.sigmas
+        self._grid, self._table = self.sigmas, None
         table = self._whole = self._build(self._grid)
         self.order = max(1, round(len(table.evaluations) / max(table.steps, 1)))
         if len(table.evaluations) == table.steps:  # the schedule's own timesteps, which may be scaled otherwise
@@ -303,25 +311,16 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
         self.timesteps = at * self.config.num_train_timesteps
         self.sigmas = torch.cat([at, self._grid[-1:]])
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        s_churn: float = 0.0,
-        s_tmin: float = 0.0,
-        s_tmax: float = float("inf"),
-        s_noise: float = 1.0,
-        generator: torch.Generator | None = None,
-        per_token_timesteps: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """The sample at the next entry of `timesteps`; see `FlowMatchEulerDiscreteScheduler.step`.
+    # Pipelines look whether it takes sigmas.
+    set_timesteps.__signature__ = inspect.signature(  # type: ignore[attr-defined]
+        FlowMatchEulerDiscreteScheduler.set_timesteps
+    )
+
+    def _fuses(self, timestep: Any, per_token_timesteps: Any, sample: Any, *velocities: Any) -> bool:
+        """Whether one launch can take the velocities: always a single one, as there is no other step to hand on to.
 
         Raises:
-            ValueError: set_timesteps was not called, timestep is an integer, per_token_timesteps is given, or the first
-                step is not one at which the solver can start.
-            TypeError: model_output is of a dtype wider than float32.
+            ValueError: set_timesteps was not called, timestep is an integer, or per_token_timesteps is given.
         """
         if self._grid is None:
             raise ValueError("call set_timesteps first")
@@ -329,40 +328,36 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
             raise ValueError("per_token_timesteps and a solver: use FlowMatchEulerDiscreteScheduler")
         if _is_integer(timestep):
             raise ValueError(f"timestep must be an entry of timesteps, got the integer {timestep}")
-        if self.step_index is None:
-            self._init_step_index(timestep)
-            self._start(self._grid, sample.device)
-        table = self._table
-        row = self.step_index - self._first
+        return len(velocities) == 1 or (velocities[0].dtype, velocities[0].shape) == (
+            velocities[1].dtype,
+            velocities[1].shape,
+        )
+
+    def _launched(self, v: Tensor, u: Tensor | None, guidance_scale: float | None, sample: Tensor) -> Tensor:
+        """The state to evaluate at next.
+
+        Raises:
+            ValueError: the first step is not one at which the solver can start.
+            TypeError: v is of a dtype wider than float32.
+        """
+        if self._table is None:
+            self._table = self._start(sample.device)
+        table, row = self._table, self.step_index - self._first
         evaluation = table.evaluations[row]
         sample = sample.to(torch.float32).contiguous()
         if row == 0 or table.evaluations[row - 1].commit:
             self._base = sample
         while len(self._history) < table.buffers:
             self._history.append(torch.empty_like(sample))
-        history = None if evaluation.write is None else self._history[evaluation.write]
+        if guidance_scale is not None and guidance_scale != self._guidance_scale:
+            table.coefficients[:, COLUMNS.index("w1")] = self._guidance_scale = guidance_scale
         out = torch.empty_like(sample)
         torch.ops.flowmatch_kernels.fused_step_(
-            *(out, self._base, model_output, None, *terms(self._history, evaluation.read), table.coefficients, row),
-            history=history,
+            *(out, self._base, v, u, *terms(self._history, evaluation.read), table.coefficients, row),
+            guidance=WEIGHTED if u is None else FROM_UNGUIDED,
+            history=None if evaluation.write is None else self._history[evaluation.write],
         )
-        self._step_index += 1
-        out = out.to(model_output.dtype)
-        return _published.FlowMatchEulerDiscreteSchedulerOutput(prev_sample=out) if return_dict else (out,)
-
-    def step_guided(
-        self,
-        conditional: Tensor,
-        unconditional: Tensor,
-        guidance_scale: float,
-        timestep: float | Tensor,
-        sample: Tensor,
-        generator: torch.Generator | None = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """Classifier-free guidance, then the step; see `FlowMatchEulerDiscreteScheduler.step_guided`."""
-        predicted = unconditional + guidance_scale * (conditional - unconditional)
-        return self.step(predicted, timestep, sample, return_dict=return_dict)
+        return out.to(v.dtype)
 
     def _build(self, grid: Tensor) -> Table:
         """The solver's rows on a grid of sigmas, on the host."""
@@ -382,8 +377,9 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
             table = built(True)
         return table
 
-    def _start(self, grid: Tensor, device: torch.device) -> None:
+    def _start(self, device: torch.device) -> Table:
         """The table from the first step on, and no memory of another run."""
+        assert self._grid is not None
         first, whole = self.step_index, self._whole
         if first and not whole.evaluations[first - 1].commit:
             raise ValueError(
@@ -391,11 +387,12 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
                 f"{self.config.int_method}: start at a multiple of {self.order}"
             )
         skipped = sum(evaluation.commit for evaluation in whole.evaluations[:first])
-        table = self._build(grid[skipped:]) if skipped else whole
+        table = self._build(self._grid[skipped:]) if skipped else whole
         if first + len(table.evaluations) != len(whole.evaluations):
             raise ValueError(
                 f"{self.config.int_method} evaluates twice in its first step, for which a schedule that starts in the "
-                "middle has no timestep: use ab2, dpmpp_2m or a solver of one step"
+                "middle has no timestep: use ab2, dpmpp_2m, unipc or a solver of one step"
             )
-        self._table = table._replace(coefficients=table.coefficients.to(device))
-        self._first, self._history = first, []
+        self._first, self._history, self._guidance_scale = first, [], None
+        # A copy: the guidance scale is written to it.
+        return table._replace(coefficients=table.coefficients.to(device, copy=True))

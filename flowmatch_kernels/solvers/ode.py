@@ -91,37 +91,98 @@ def dpmpp_2m(steps: Steps) -> list[Segment]:
 
     Source: DPM-Solver++, arXiv 2211.01095, algorithm 2.
     """
-    data = 1 - steps.noise_at
-    t, t_next = steps.start.double(), steps.end.double()
-    left = data - t  # signed time to the data
-    log_snr = torch.log((t - steps.noise_at).abs() / left.abs())
+    left, h = _to_data(steps)
     first, now, last = steps.part(0, 1), steps.part(1, steps.n - 1), steps.part(max(steps.n - 1, 1), steps.n)
-    log_next = torch.log((t_next - steps.noise_at).abs() / (data - t_next).abs())
-    h = log_next - log_snr
-
-    def of(x: Tensor, steps: Steps, ago: int = 0) -> Tensor:
-        begin = max(steps.first - ago, 0)
-        return part(x, begin, begin + steps.n)
-
-    g = of(h, now) / of(h, now, ago=1) / 2
-    b = now.h / of(left, now)
+    g = _of(h, now) / _of(h, now, ago=1) / 2
+    b = now.h / _of(left, now)
     later = Stage(
         now.start,
         now.h * (1 + g),
-        (Earlier(-b * g * of(left, now, ago=1), ago=1),),
+        (Earlier(-b * g * _of(left, now, ago=1), ago=1),),
         a=1 + b * g,
-        c=1 / of(left, now),
+        c=1 / _of(left, now),
     )
-    start = Stage(first.start, first.h, c=1 / of(left, first))
+    start = Stage(first.start, first.h, c=1 / _of(left, first))
     return [Segment(first, (start,)), Segment(now, (later,)), *euler(last)]
 
 
+def unipc(steps: Steps) -> list[Segment]:
+    """UniPC-2 (bh2, data prediction) for flow: alpha = t, sigma = 1 - t. One evaluation a step.
+
+    With D_k = x_k + (1 - t_k)*v_k the predicted data, h_k the step in log(alpha / sigma), w_k = dt_k / (1 - t_k) and
+    g_k = h_k / h_(k-1) / 2, a step corrects the state that it begins at, and predicts the next one from there:
+
+        y_k     = x_k + w_(k-1) * (rho*(D_k - D_(k-1)) + g_(k-1)*(2*rho_1 - 1)*(D_(k-1) - D_(k-2)))
+        x_(k+1) = (1 - w_k)*y_k + w_k*((1 + g_k)*D_k - g_k*D_(k-1))
+
+    Both x_k and y_k come from y_(k-1): written as their difference, the correction needs no y, and a step is one row.
+    The states of a trajectory are x_k, before it. The first and the last prediction are of order 1, as in diffusers,
+    and so is the correction after the first: order 2 in all. What it remembers is D / (1 - t).
+
+    Source: UniPC, arXiv 2302.04867, algorithms 1 and 2, with B(h) = exp(h) - 1.
+    """
+    left, h = _to_data(steps)
+    first, second, last = steps.part(0, 1), steps.part(1, min(2, steps.n - 1)), steps.part(max(steps.n - 1, 1), steps.n)
+
+    def corrected(now: Steps, corrector: int, predictor: int) -> Segment:
+        w, w1 = now.h / _of(left, now), _of(steps.h / left, now, ago=1)
+        g = _of(h, now) / _of(h, now, ago=1) / 2 if predictor == 2 else torch.zeros_like(w)
+        rho, bend = torch.full_like(w, 0.5), None
+        if corrector == 2:
+            h1, h2 = _of(h, now, ago=1), _of(h, now, ago=2)
+            bound = _langevin(h1)
+            rho_1 = bound / (h1 + h2)
+            rho, bend = (1 + bound) / 2 - rho_1, h1 / h2 / 2 * (2 * rho_1 - 1)
+        scale = (1 - w) * w1
+        newest, before = scale * rho + w * (1 + g), -scale * rho - w * g
+        earlier: tuple[Earlier, ...] = ()
+        if bend is not None:
+            before = before + scale * bend
+            earlier = (Earlier(-scale * bend * _of(left, now, ago=2), ago=2),)
+        stage = Stage(
+            now.start,
+            newest * _of(left, now),
+            (Earlier(before * _of(left, now, ago=1), ago=1), *earlier),
+            a=1 - w + newest,
+            c=1 / _of(left, now),
+        )
+        return Segment(now, (stage,))
+
+    return [
+        Segment(first, (Stage(first.start, first.h, c=1 / _of(left, first)),)),
+        corrected(second, 1, 2),
+        corrected(steps.part(2, steps.n - 1), 2, 2),
+        corrected(last, 1 if steps.n == 2 else 2, 1),
+    ]
+
+
+def _langevin(h: Tensor) -> Tensor:
+    """coth(h/2) - 2/h, to which UniPC's integrals of exp come down; a series where the difference would lose digits."""
+    series = h / 6 - h**3 / 360 + h**5 / 15120 - h**7 / 604800 + h**9 / 23950080
+    return torch.where(h < 0.3, series, 1 / torch.tanh(h / 2) - 2 / h)
+
+
+def _to_data(steps: Steps) -> tuple[Tensor, Tensor]:
+    """The signed time from each step's start to the data, and each step's size in log(alpha / sigma)."""
+    data, t, t_next = 1 - steps.noise_at, steps.start.double(), steps.end.double()
+    left = data - t
+    log_snr = torch.log((t - steps.noise_at).abs() / left.abs())
+    log_next = torch.log((t_next - steps.noise_at).abs() / (data - t_next).abs())
+    return left, log_next - log_snr
+
+
+def _of(x: Tensor, steps: Steps, ago: int = 0) -> Tensor:
+    """Those entries of a column of all steps that belong to some of them, or to as many steps before."""
+    begin = max(steps.first - ago, 0)
+    return part(x, begin, begin + steps.n)
+
+
 SOLVERS: dict[str, Solver] = {
-    solver.__name__: solver for solver in (euler, midpoint, heun, rk4, rk4_classic, ab2, ab3, dpmpp_2m)
+    solver.__name__: solver for solver in (euler, midpoint, heun, rk4, rk4_classic, ab2, ab3, dpmpp_2m, unipc)
 }
 
 #: Those that compute with the time itself, and not with differences of times alone.
-ABSOLUTE = frozenset({"dpmpp_2m"})
+ABSOLUTE = frozenset({"dpmpp_2m", "unipc"})
 
 
 IntMethod = str | os.PathLike[str] | FittedSolver

@@ -30,7 +30,9 @@ def predicting(segments: list[Segment], end: int, entries: Sequence[float] | Non
         if entries[0] == end and end != noise_at:
             way_out = f"the time grid begins there, and noise_at={noise_at} is its other end"
         elif end != noise_at:
-            way_out += ", or use a solver that does not evaluate at a step's end (euler, midpoint, ab2, dpmpp_2m)"
+            way_out += (
+                ", or use a solver that does not evaluate at a step's end (euler, midpoint, ab2, dpmpp_2m, unipc)"
+            )
             way_out += ", or euler_at_final=True"
         raise ValueError(
             f"what step_fn predicts stands at t = {end} and says nothing of the velocity there, where this "

@@ -16,6 +16,7 @@ from flowmatch_kernels import (
     constraints,
     flow_matching,
     guidance,
+    noise,
     sampling,
     solvers,
     step_functions,
@@ -206,7 +207,7 @@ print("ok")
 
 def test_public_names():
     wanted = ["BaseDiffusion", "FittedSolver", "FlowMatching", "Sample", "SolverComparison", "StepFn"]
-    wanted += ["StepFunction"]
+    wanted += ["KeyedNoise", "StepFunction"]
     wanted += ["available_backends", "empty_cache", "inpaint", "use_backend"]
     assert sorted(flowmatch_kernels.__all__) == sorted(wanted)
     for name in wanted:
@@ -297,6 +298,7 @@ def test_base_is_abstract():
         constraints,
         flow_matching,
         guidance,
+        noise,
         sampling,
         solvers,
         step_functions,

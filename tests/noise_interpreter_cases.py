@@ -10,24 +10,22 @@ import os
 import torch
 
 from flowmatch_kernels import FlowMatching, KeyedNoise
-from flowmatch_kernels.ops import triton_noise
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     raise RuntimeError("run tests/test_noise.py: this file needs TRITON_INTERPRET=1 from the start")
 
 cases = 0
 noise = KeyedNoise(0x9234567887654321, first=(1 << 32) - 2, stream=40000)
-for x_dims in ((1,), (4,), (7,), (64, 2), (511,), (512,), (1025,), (3, 5, 7)):
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        got = noise.draw(5, x_dims, dtype=dtype, evaluation=65535, backend="triton")
-        wanted = noise.draw(5, x_dims, dtype=dtype, evaluation=65535, backend="reference")
-        assert torch.equal(got, wanted), (x_dims, dtype, int((got != wanted).sum()))
-        cases += 1
+shapes = [(1,), (4,), (7,), (64, 2), (511,), (512,), (1025,), (3, 5, 7)]
+every = [(x_dims, torch.float32) for x_dims in shapes]
+every += [(x_dims, dtype) for x_dims in shapes[2:5:2] for dtype in (torch.float64, torch.bfloat16, torch.float16)]
+for x_dims, dtype in [*every, ((515,), torch.bfloat16)]:
+    got = noise.draw(5, x_dims, dtype=dtype, evaluation=65535, backend="triton")
+    wanted = noise.draw(5, x_dims, dtype=dtype, evaluation=65535, backend="reference")
+    assert torch.equal(got, wanted), (x_dims, dtype, int((got != wanted).sum()))
+    cases += 1
 assert noise.draw(0, (3,), backend="triton").shape == (0, 3)
 assert noise.draw(3, (0,), backend="triton").shape == (3, 0)
-
-# Every quarter turn, both halves of the uniform and its ends: words of our choice, without Philox.
-edges = torch.tensor([0, 1, 2**29 - 1, 2**29, 2**30, 2**31 - 1, 2**31, 2**31 + 1, 3 * 2**30, 2**32 - 2, 2**32 - 1])
 
 
 def step_fn(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -37,5 +35,4 @@ def step_fn(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 by_triton = FlowMatching(6, backend="triton").sample(3, step_fn, noise=[KeyedNoise(s) for s in (1, 2, 1 << 63)])
 by_reference = FlowMatching(6, backend="reference").sample(3, step_fn, noise=[KeyedNoise(s) for s in (1, 2, 1 << 63)])
 assert torch.equal(by_triton, by_reference)
-assert triton_noise.keyed_noise_kernel is not None
 os.write(1, f"{cases} cases\n".encode())

@@ -319,7 +319,7 @@ def keyed_noise(
     """
     # A compiled graph keeps the choice it was traced with: the op would make its own when it runs.
     chosen = choose(backend, keys.device.type)
-    if tracing.is_transforming():  # which see PyTorch's own operations only
+    if _transformed():
         noise_contract.check(keys, x_dims, dtype, evaluation)
         return reference_noise.keyed_noise(keys, x_dims, dtype, evaluation)
     if not tracing.is_eager():
@@ -329,6 +329,15 @@ def keyed_noise(
         out = torch.empty((keys.shape[0], *x_dims), dtype=dtype, device=keys.device)
     chosen.load_noise()(out, keys, evaluation)
     return out
+
+
+def _transformed() -> bool:
+    """Within a transform, which sees PyTorch's own operations only."""
+    return tracing.is_transforming()
+
+
+# A compiler asks while it traces; what it made of the question itself would always be yes. As `_resolve`.
+_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # ---- the kernels of the registered ops ----

@@ -24,8 +24,8 @@ to float32: so u is never 0 or 1, the smallest distance is 2^-33, and the larges
 
 Rounding. Integers, and float32 products, sums and square roots, each rounded by itself to nearest even, in one order;
 never an FMA. So every backend gives the same bits. Against the exact normal of the same u and angle the error is at
-most 2 ulp; measured, below 1 ulp, as are those of -2 ln u, of the sine and of the cosine. A float64 result is the
-float32 one, widened; a 16-bit one is rounded from it.
+most 2 ulp, as are those of -2 ln u, of the sine and of the cosine; measured, all are below 0.9 ulp. A float64 result is
+the float32 one, widened; a 16-bit one is rounded from it.
 
 Bytes moved per element: the result, written once.
 

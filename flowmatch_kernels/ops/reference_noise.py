@@ -48,19 +48,16 @@ def keyed_noise(keys: Tensor, x_dims: Sequence[int], dtype: torch.dtype, evaluat
     elements = 1
     for size in x_dims:
         elements *= size
-    seed, index, stream = keys.view(-1, 3, 1).unbind(1)  # each [B, 1]
-    block = torch.arange((elements + 3) // 4, device=keys.device)
-    words = philox(
-        (
-            block & _WORD,
-            block >> 32 | ((index >> 32) << 16),
-            stream | (evaluation << 16),
-            index & _WORD,
-        ),
-        (seed & _WORD, (seed >> 32) & _WORD),
-    )
+    words = philox(*counters(keys, torch.arange((elements + 3) // 4, device=keys.device), evaluation))
     z = torch.stack([*normals(words[0], words[1]), *normals(words[2], words[3])], dim=-1)
-    return z.flatten(1)[:, :elements].to(dtype).reshape(keys.shape[0], *x_dims)
+    return z.flatten(1)[:, :elements].to(dtype).contiguous().view(keys.shape[0], *x_dims)
+
+
+def counters(keys: Tensor, block: Tensor, evaluation: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The counter's four words and the key's two, each [B, blocks] or what expands to it; block is element // 4."""
+    seed, index, stream = keys.view(-1, 3, 1).unbind(1)
+    high = block >> 32 | ((index >> 32) << 16)
+    return (block & _WORD, high, stream | (evaluation << 16), index & _WORD), (seed & _WORD, (seed >> 32) & _WORD)
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, ...]:

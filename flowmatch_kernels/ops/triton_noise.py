@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton import _LAUNCH_OPTIONS, _rounded
+from .triton import _LAUNCH_OPTIONS, _elements, _rounded
 
 #: Counters of a block: one for each thread, of four elements.
 _BLOCK = 128
@@ -132,7 +132,7 @@ def keyed_noise_kernel(
         elements: Of one sample.
         counters: samples * ceil(elements / 4).
         evaluation: In [0, 2^16).
-        FOURS: elements is a multiple of four: then a thread's four are one access.
+        FOURS: elements is a multiple of four, and out of four elements' bytes: then a thread's four are one access.
         BLOCK: Counters of a block, a power of two.
     """
     DTYPE: tl.constexpr = out.dtype.element_ty
@@ -164,7 +164,8 @@ def keyed_noise_kernel(
     if FOURS:
         z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
         offset = start * 4 + tl.arange(0, 4 * BLOCK)
-        tl.store(out + offset, _rounded(z, DTYPE), offset < counters * 4)
+        within = tl.max_constancy(offset < counters * 4, 4)
+        tl.store(_elements(out, offset, 4), _rounded(z, DTYPE), within)
     else:
         element = block * 4
         place = out + (first + q) * elements + element
@@ -180,6 +181,7 @@ def keyed_noise_(out: Tensor, keys: Tensor, evaluation: int) -> None:
         return
     elements = out.numel() // out.shape[0]
     counters = out.shape[0] * ((elements + 3) // 4)
-    arguments = out, keys, elements, counters, evaluation, elements % 4 == 0, _BLOCK
+    fours = elements % 4 == 0 and out.data_ptr() % (4 * out.element_size()) == 0
+    arguments = out, keys, elements, counters, evaluation, fours, _BLOCK
     with torch.cuda.device(out.get_device()):  # -1, the CPU, changes nothing
         keyed_noise_kernel[(triton.cdiv(counters, _BLOCK),)](*arguments, **_LAUNCH_OPTIONS)

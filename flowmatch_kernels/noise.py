@@ -51,6 +51,7 @@ class KeyedNoise:
     seed: int
     first: int = 0
     stream: int = 0
+    _bits: int = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, end, wanted in (("seed", 1 << 64, "2^64"), ("first", INDEXES, "2^48"), ("stream", STREAMS, "2^16")):
@@ -60,6 +61,8 @@ class KeyedNoise:
                 object.__setattr__(self, name, value)
             if not 0 <= value < end:
                 raise ValueError(f"{name} must be in [0, {wanted}), got {value}")
+        # The seed's 64 bits as int64 holds them: made here, since a compiler's symbolic integers are int64.
+        object.__setattr__(self, "_bits", self.seed - (1 << 64) if self.seed >= 1 << 63 else self.seed)
 
     def draw(
         self,
@@ -108,17 +111,12 @@ def _int(value: Any, name: str) -> int:
         raise TypeError(f"{name} must be an int, got {shown(value)}") from None
 
 
-def _signed(seed: int) -> int:
-    """The seed's 64 bits as int64 holds them."""
-    return seed - (1 << 64) if seed >= 1 << 63 else seed
-
-
 def _keys(noise: KeyedNoise, batch_size: int, device: torch.device) -> Tensor:
     """Rows of keys, [B, 3], made on the device."""
     if noise.first + batch_size > INDEXES:
         raise ValueError(f"first + batch_size must be at most 2^48, got {noise.first} + {batch_size}")
     index = torch.arange(batch_size, dtype=torch.int64, device=device) + noise.first
-    seed, stream = torch.full_like(index, _signed(noise.seed)), torch.full_like(index, noise.stream)
+    seed, stream = torch.full_like(index, noise._bits), torch.full_like(index, noise.stream)
     return torch.stack([seed, index, stream], dim=1)
 
 
@@ -140,7 +138,10 @@ def source(noise: Any, batch_size: int, generator: torch.Generator | None) -> tu
         if not any(all(isinstance(one, kind) for one in noise) for kind in kinds):
             other = next((one for one in noise if not isinstance(one, kinds)), None)
             got = "both" if other is None else shown(other)
-            raise TypeError(f"noise, as a sequence, must hold KeyedNoise only, or torch.Generator only; got {got}")
+            raise TypeError(
+                "noise must be a tensor, a KeyedNoise, or a list that holds KeyedNoise only, or torch.Generator only; "
+                f"got {got} in {shown(noise)}"
+            )
         if len(noise) != batch_size:
             raise ValueError(f"noise must have an entry for each sample, {batch_size}; got {len(noise)}")
         found = list(noise)
@@ -176,7 +177,7 @@ def drawn(
         rows, draws = [], []
         for one in source:
             if isinstance(one, KeyedNoise):
-                rows.append([_signed(one.seed), one.first, one.stream])
+                rows.append([one._bits, one.first, one.stream])
             else:
                 draws.append(torch.randn(1, *x_dims, dtype=dtype, device=one.device, generator=one).to(device))
         if draws:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flowmatch_kernels import FlowMatching, KeyedNoise, available_backends, use_backend
 from flowmatch_kernels.noise import _keys
-from flowmatch_kernels.ops import native, reference_noise
+from flowmatch_kernels.ops import dispatch, native, reference_noise
 from flowmatch_kernels.ops.fused_step import VELOCITY_DTYPES
 
 CASES = Path(__file__).with_name("noise_interpreter_cases.py")
@@ -314,6 +314,8 @@ def test_a_compiler_does_not_look_inside():
         assert_same_bits(compiled(), KeyedNoise(5).draw(1, (4,)))
         targets = [str(node.target) for node in graphs[-1].graph.nodes if node.op == "call_function"]
         assert "flowmatch_kernels.keyed_noise" in targets and len(targets) < 10
+        drawn = next(node for node in graphs[-1].graph.nodes if "keyed_noise" in str(node.target))
+        assert drawn.args[-1] == (backend if backend != "auto" else dispatch.choose("auto", "cpu").name)
 
 
 def test_a_compiled_graph_keeps_its_backend():
@@ -551,7 +553,7 @@ def test_keys_are_values():
     [
         ({"noise": [KeyedNoise(1)]}, ValueError, "noise must have an entry for each sample, 2; got 1"),
         ({"noise": []}, ValueError, "noise must have an entry for each sample, 2; got 0"),
-        ({"noise": [KeyedNoise(1), 2]}, TypeError, "must hold KeyedNoise only, or torch.Generator only; got 2"),
+        ({"noise": [KeyedNoise(1), 2]}, TypeError, "holds KeyedNoise only, or torch.Generator only; got 2 in"),
         ({"noise": [KeyedNoise(1), torch.Generator()]}, TypeError, "got both"),
         ({"noise": [torch.zeros(3), torch.zeros(3)]}, TypeError, "got tensor"),
         ({"noise": 7}, TypeError, "noise must be a tensor .2, 3., a KeyedNoise, .* got 7"),

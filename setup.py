@@ -34,8 +34,16 @@ if (
     )
 
 NAME, CUDA_NAME = "flowmatch_kernels._C", "flowmatch_kernels._C_cuda"
-# No FMA, ever; selects may be computed without a branch, so that loops vectorise.
-CXX_FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
+# No FMA, ever; selects and square roots without a branch, so that loops vectorise.
+CXX_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-trapping-math",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-g0",
+]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false", "-Xcompiler=-fvisibility=hidden"]
 CUDA_SOURCES = ["csrc/launch_cuda.cpp", "csrc/fused_step_cuda.cu"]
 ROOT = Path(__file__).resolve().parent

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from flowmatch_kernels.ops import reference_noise
 from flowmatch_kernels.ops.dispatch import BACKENDS, choose
 from flowmatch_kernels.ops.fused_step import COLUMNS, Operands
 
@@ -84,13 +85,14 @@ def works(plan: Plan) -> list[Work]:
 
 
 def table(plan: Plan, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every target; ratios are of the run's own `rows`, the last seven are measured here.
+    """Every target; ratios are of the run's own `rows`, the last eight are measured here.
 
     Of a plan that is not whole the ratios of its works alone.
     """
     found = [measured(ratio, rows) for ratio in ratios(plan) if plan.whole or ratio.work in plan.works]
     if plan.whole:
-        found += [*triad(plan), trajectory_memory(plan.large), cost_per_step(plan), *host_on_a_gpu(plan)]
+        found += [*triad(plan), keyed_noise(plan), trajectory_memory(plan.large), cost_per_step(plan)]
+        found += host_on_a_gpu(plan)
     return [target.json() for target in found]
 
 
@@ -143,6 +145,25 @@ def triad(plan: Plan) -> list[Target]:
         Target(work, "triad, same bytes", 1.1, _ratio(timings, "step", "triad"), f"{backend}; triad {rate:.1f} GB/s"),
         Target(f"{work}, in place", "triad in place", 1.1, _ratio(timings, "step in place", "triad in place"), backend),
     ]
+
+
+def keyed_noise(plan: Plan) -> Target:
+    """Keyed noise into memory that is there, against torch.randn's, on the same threads; its bits checked first."""
+    backend, samples = choose("auto", "cpu"), 4
+    elements = max(1, plan.triad // samples)
+    keys = torch.tensor([[7, index, 0] for index in range(samples)])
+    out = torch.full((samples, elements), torch.nan)
+    draw = backend.load_noise()
+    draw(out, keys, 0)
+    wanted = reference_noise.keyed_noise(keys[:1], (elements,), torch.float32)
+    assert torch.equal(out[:1], wanted), "keyed noise has other bits than the reference"
+    timings = in_turn(
+        {"keyed": lambda: draw(out, keys, 0), "randn": lambda: torch.randn(out.shape, out=out)},
+        2 * plan.seconds,
+        plan.least_runs,
+    )
+    work = f"keyed noise, {samples * elements} floats"
+    return Target(work, "torch.randn", 1 / 4, _ratio(timings, "keyed", "randn"), backend.name)
 
 
 def _ratio(timings: dict[str, Timing], mine: str, other: str) -> float:

@@ -3,6 +3,7 @@
 from .base import BaseDiffusion, StepFn
 from .constraints import inpaint
 from .flow_matching import FlowMatching, Sample
+from .noise import KeyedNoise
 from .ops.dispatch import available_backends, use_backend
 from .ops.native import empty_cache
 from .solver_comparison import SolverComparison
@@ -13,6 +14,7 @@ __all__ = [
     "BaseDiffusion",
     "FittedSolver",
     "FlowMatching",
+    "KeyedNoise",
     "Sample",
     "SolverComparison",
     "StepFn",

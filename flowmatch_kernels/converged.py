@@ -203,7 +203,7 @@ def problems(
     generator = arguments.get("generator")
     if generator is None:  # the same noise at each call, and the default generator is left as it is
         generator = torch.Generator("cpu").manual_seed(0)
-    shared = {name: arguments[name] for name in NOISE if name in arguments} | {"generator": generator}
+    shared = {name: arguments[name] for name in NOISE if name in arguments}
     made = []
     for item in items:
         own: dict[str, Any] = dict(item) if isinstance(item, Mapping) else {"step_fn": item}
@@ -215,7 +215,8 @@ def problems(
         size = own.get("batch_size", noise.size(0) if isinstance(noise, Tensor) and noise.dim() else batch_size)
         if count(size, "batch_size") == 0:
             raise ValueError("batch_size must be 1 or more, got 0")
-        start = drawing.sample(size, own.get("step_fn"), device, **(shared | {"noise": noise} | options))  # type: ignore[arg-type]
+        drawn = {"generator": generator} if noise is None else {}  # else noise says what it is drawn from
+        start = drawing.sample(size, own.get("step_fn"), device, **(shared | drawn | {"noise": noise} | options))  # type: ignore[arg-type]
         made.append(Problem(flow_matching, own["step_fn"], start, options))
     return made
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import fitting, guidance, layouts, solver_comparison, solvers, time_grids, tracing
+from . import noise as noises
 from .arguments import (
     LARGEST,
     available_device,
@@ -29,6 +30,7 @@ from .arguments import (
 from .base import BaseDiffusion, StepFn
 from .guidance import Weight
 from .hooks import Hooks
+from .noise import KeyedNoise
 from .ops import dispatch
 from .ops.fused_step import EXACT, PROMOTE, ROUNDED, VELOCITY_DTYPES, WEIGHTED, arithmetic_dtype
 from .progress import bar as progress_bar
@@ -189,7 +191,7 @@ class FlowMatching(BaseDiffusion):
         combined_guidance: bool = False,
         skip_irrelevant_model: bool = False,
         temperature: float = 1.0,
-        noise: Tensor | None = None,
+        noise: Tensor | KeyedNoise | Sequence[KeyedNoise] | Sequence[torch.Generator] | None = None,
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
         time_steps: Tensor | Sequence[float] | None = None,
@@ -238,6 +240,9 @@ class FlowMatching(BaseDiffusion):
                 Where it is batch first in another dense format than contiguous, as channels_last, each x and the result
                 keep its format, as in the loop above. Other noise, and tensor subclasses, are sampled contiguous. A
                 constraint that returns another format does not change it.
+                Or what to draw it from: a `KeyedNoise`, whose bits depend on nothing but its key; a list of B of them,
+                each for one sample, which has the index `first`; or a list of B generators, each for one sample, drawn
+                by itself as diffusers does.
             generator: For the draw. A CPU generator with a GPU device draws on the CPU and moves.
             dtype: The state's: float32, float64, bfloat16 or float16. None: the noise's, or torch's default.
                 A bfloat16 state rounds each product and each sum to bfloat16.
@@ -290,12 +295,13 @@ class FlowMatching(BaseDiffusion):
         device = available_device(device)
         if not callable(step_fn):
             raise TypeError(f"step_fn must be callable, got {step_fn!r:.60}")
+        source, start = (None, noise) if isinstance(noise, Tensor) else noises.source(noise, batch_size, generator)
         numbers: list[Numbered] = []  # of the step functions that are given the number of the evaluation
         if isinstance(step_fn, StepFunction) or isinstance(unguided_step_fn, StepFunction):
             step_fn, unguided_step_fn = numbered(step_fn, numbers), numbered(unguided_step_fn, numbers)
         differentiable = _differentiable(
             differentiable,
-            noise,
+            start,
             time_steps=time_steps,
             step_sizes=step_sizes,
             velocity_strength=velocity_strength,
@@ -325,7 +331,7 @@ class FlowMatching(BaseDiffusion):
         bar = progress_bar() if progress else iter
         hooks = None if constraint is None and callback is None else Hooks(constraint, callback)
         shape = (batch_size, *self.x_dims)
-        dtype = _state_dtype(dtype, noise, shape, device)
+        dtype = _state_dtype(dtype, start, shape, device)
         if type(temperature) is float and temperature != 1.0:
             held(temperature, "temperature", dtype)
         eager = tracing.is_eager()
@@ -344,9 +350,9 @@ class FlowMatching(BaseDiffusion):
                     f"got {_or(int_method, self.int_method)!r:.60} and {self.prediction_type!r}"
                 )
             velocity_strength = strength(velocity_strength, shape, dtype, device)
-        layout = None if noise is None or noise.is_contiguous() else layouts.of(noise)
-        if layout is not None and noise is not None:
-            noise = layout.stored(noise)
+        layout = None if start is None or start.is_contiguous() else layouts.of(start)
+        if layout is not None and start is not None:
+            start = layout.stored(start)
             if velocity_strength is not None:
                 velocity_strength = layout.stored(velocity_strength).contiguous()
             step_fn, velocities, hooks = layout.applied(step_fn, velocities, hooks)
@@ -367,12 +373,12 @@ class FlowMatching(BaseDiffusion):
                     backend or self.backend,
                     velocity_strength,
                 ),
-                noise,
+                start,
             )
             rows, state, steps = integrate(
                 table,
                 rows,
-                _start(rows, noise, generator, temperature, velocities, eager),  # no name keeps it
+                _start(rows, start, source or generator, temperature, velocities, eager, backend_.name),
                 counted(evaluate, numbers) if numbers else evaluate,
                 hooks,
                 bar,
@@ -812,7 +818,10 @@ def _state_dtype(
     """The state's dtype, with `noise` checked against it, the shape and the device."""
     if noise is not None:
         if not isinstance(noise, Tensor):
-            raise TypeError(f"noise must be a tensor {list(shape)}, got {shown(noise)}")
+            raise TypeError(
+                f"noise must be a tensor {list(shape)}, a KeyedNoise, or a list of KeyedNoise or of torch.Generator, "
+                f"one for each sample; got {shown(noise)}"
+            )
         check_dense(noise, "noise")
         if not noise.is_floating_point():
             raise TypeError(f"noise must be floating point, got {noise.dtype}")
@@ -830,10 +839,11 @@ def _state_dtype(
 def _start(
     rows: Any,
     noise: Tensor | None,
-    generator: torch.Generator | None,
+    source: noises.Source | torch.Generator | None,
     temperature: float | Tensor,
     velocities: Velocities,
     eager: bool,
+    backend: str,
 ) -> Any:
     """The first state: the noise, given or drawn, times the temperature."""
     scaled = isinstance(temperature, Tensor) or temperature != 1.0
@@ -843,9 +853,13 @@ def _start(
         if not scaled:
             return rows.start(noise, drawn=False)
         return rows.start(_scaled(noise.to(velocities.dtype), temperature), drawn=True)
-    device = velocities.device if generator is None else generator.device
+    if source is not None and not isinstance(source, torch.Generator):
+        shape, dtype, device = velocities.shape, velocities.dtype, velocities.device
+        noise = noises.drawn(source, shape, dtype, device, backend, rows.empty())
+        return rows.start(_scaled(noise, temperature) if scaled else noise, drawn=True)
+    device = velocities.device if source is None else source.device
     out = rows.empty() if device == velocities.device else None
-    noise = torch.randn(velocities.shape, dtype=velocities.dtype, device=device, generator=generator, out=out)
+    noise = torch.randn(velocities.shape, dtype=velocities.dtype, device=device, generator=source, out=out)
     noise = noise.to(velocities.device)
     return rows.start(_scaled(noise, temperature) if scaled else noise, drawn=True)
 

@@ -1,4 +1,4 @@
-"""Every program in examples runs, but those that a test file of their name runs; two have the bits of what they replace."""
+"""Every program in examples runs, but those that a test file of their name runs; two have their loop's bits."""
 
 import re
 import runpy

@@ -27,7 +27,7 @@ from gpu_operands import (
 )
 from operands import FORMS, FORMULAS, LAYOUTS, assert_same_bits, bits, combinations, laid_out, values
 
-from flowmatch_kernels import FittedSolver, FlowMatching, available_backends, use_backend
+from flowmatch_kernels import FittedSolver, FlowMatching, KeyedNoise, available_backends, use_backend
 from flowmatch_kernels.ops import dispatch, reference
 from flowmatch_kernels.ops.fused_step import (
     COLUMNS,
@@ -135,6 +135,22 @@ def test_sizes_and_ranks(place, shape):
         for seed, combination in enumerate([(None, 0, None, None, True), (FROM_UNGUIDED, 1, 3, "new", True)]):
             for aligned in (True, False):
                 check(place, shape, state, velocity, False, combination, seed=seed, aligned=aligned)
+
+
+@placed(PLACES)
+@pytest.mark.parametrize("dtype", VELOCITY_DTYPES, ids=name)
+def test_keyed_noise(place, dtype):
+    """The bits of the reference on the CPU; and a sample's alone are those it has in the batch."""
+    noise = KeyedNoise(0x9234567887654321, first=2**32 - 2, stream=40000)
+    for x_dims in [(1,), (7,), (64, 2), (511,), (1025,), (PRIME if place.gpu else 5003,)]:
+        wanted = noise.draw(5, x_dims, dtype=dtype, backend="reference")
+        got = noise.draw(5, x_dims, place.device, dtype, backend=place.backend)
+        assert_same_bits(got.cpu(), wanted)
+        alone = KeyedNoise(noise.seed, noise.first + 4, noise.stream)
+        assert_same_bits(alone.draw(1, x_dims, place.device, dtype, backend=place.backend).cpu(), wanted[4:])
+        fm = FlowMatching(x_dims, num_inference_steps=0, backend=place.backend)
+        keys = [KeyedNoise(noise.seed, noise.first + i, noise.stream) for i in (3, 0)]
+        assert_same_bits(fm.sample(2, torch.add, place.device, noise=keys, dtype=dtype).cpu(), wanted[[3, 0]])
 
 
 @placed(PLACES)

@@ -19,6 +19,7 @@ from flowmatch_kernels import (
     diagnostics,
     flow_matching,
     guidance,
+    noise,
     sampling,
     solvers,
     step_functions,
@@ -210,7 +211,7 @@ print("ok")
 
 def test_public_names():
     wanted = ["BaseDiffusion", "FittedSolver", "FlowMatching", "Sample", "SolverComparison", "StepFn"]
-    wanted += ["StepFunction"]
+    wanted += ["KeyedNoise", "StepFunction"]
     wanted += ["available_backends", "empty_cache", "inpaint", "use_backend"]
     assert sorted(flowmatch_kernels.__all__) == sorted(wanted)
     for name in wanted:
@@ -302,6 +303,7 @@ def test_base_is_abstract():
         constraints,
         flow_matching,
         guidance,
+        noise,
         sampling,
         solvers,
         step_functions,

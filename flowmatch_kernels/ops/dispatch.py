@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from .. import tracing
-from . import native, reference, subclasses
+from . import keyed_noise as noise_contract
+from . import native, reference, reference_noise, subclasses
 from .fused_step import Operands, check_operands, check_overlap, library
 
 logger = logging.getLogger("flowmatch_kernels")
@@ -39,6 +40,9 @@ class Backend(NamedTuple):
     """Its fused_step_; unchecked, where its checks would cost a step."""
     load_launch: Callable[[], Any] = lambda: None
     """How `native.TensorRows` launches without Python, given to it as it is; None: by fused_step_."""
+    load_noise: Callable[[], Callable[[Tensor, Tensor, int], None]] = lambda: reference_noise.keyed_noise_
+    """Its keyed_noise_, of out, keys and the evaluation; unchecked. `cuda` has none of its own: the same bits in plain
+    PyTorch, some 250 launches."""
 
 
 _TRITON = f"{__package__}.triton"
@@ -123,6 +127,7 @@ BACKENDS = {
             _triton_unavailable,
             lambda: _triton().launch,
             lambda: _triton().compiled,
+            lambda: importlib.import_module(f"{__package__}.triton_noise").keyed_noise_,
         ),
         Backend(
             "cuda",
@@ -136,6 +141,7 @@ BACKENDS = {
             ("cpu",),
             lambda device_type: native.cpu_unavailable(),
             lambda: native.fused_step_,
+            load_noise=lambda: native.keyed_noise_,
         ),
         Backend("reference", (), lambda device_type: reference.unavailable(), lambda: reference.fused_step_),
     )
@@ -291,7 +297,64 @@ def _op_by(backend: str, *operands: Any) -> Tensor:
         return torch.ops.flowmatch_kernels.fused_step(*operands)
 
 
+def keyed_noise(
+    keys: Tensor,
+    x_dims: Sequence[int],
+    dtype: torch.dtype,
+    evaluation: int = 0,
+    backend: str = "auto",
+    out: Tensor | None = None,
+) -> Tensor:
+    """Normals [B, *x_dims], as `ops.keyed_noise` says: from the backend itself where nothing watches, else by the op.
+
+    Args:
+        keys: int64 [B, 3], contiguous.
+        x_dims: The shape of one sample.
+        dtype: Of the result.
+        evaluation: Which of the draws.
+        backend: As for `choose`.
+        out: [B, *x_dims] of this dtype on the keys' device, contiguous, to write to; used where nothing watches.
+
+    Raises:
+        TypeError, ValueError: as `ops.keyed_noise.check` says.
+        RuntimeError: the backend was asked for by name and cannot serve.
+    """
+    # A compiled graph keeps the choice it was traced with: the op would make its own when it runs.
+    chosen = choose(backend, keys.device.type)
+    if _transformed():
+        noise_contract.check(keys, x_dims, dtype, evaluation)
+        return reference_noise.keyed_noise(keys, x_dims, dtype, evaluation)
+    if not tracing.is_eager():
+        return torch.ops.flowmatch_kernels.keyed_noise(keys, x_dims, dtype, evaluation, chosen.name)
+    noise_contract.check(keys, x_dims, dtype, evaluation)
+    if out is None:
+        out = torch.empty((keys.shape[0], *x_dims), dtype=dtype, device=keys.device)
+    chosen.load_noise()(out, keys, evaluation)
+    return out
+
+
+def _transformed() -> bool:
+    """Within a transform, which sees PyTorch's own operations only."""
+    return tracing.is_transforming()
+
+
+# A compiler asks while it traces; what it made of the question itself would always be yes. As `_resolve`.
+_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 # ---- the kernels of the registered ops ----
+
+
+def _routed_keyed_noise(
+    keys: Tensor, x_dims: Sequence[int], dtype: torch.dtype, evaluation: int = 0, backend: str = "auto"
+) -> Tensor:
+    noise_contract.check(keys, x_dims, dtype, evaluation)
+    out = torch.empty((keys.shape[0], *x_dims), dtype=dtype, device=keys.device)
+    choose(backend, keys.device.type).load_noise()(out, keys, evaluation)
+    return out
+
+
+library.impl("keyed_noise", _routed_keyed_noise, "CompositeExplicitAutograd")
 
 
 def _routed_fused_step_(*operands: Any) -> None:

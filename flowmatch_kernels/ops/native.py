@@ -152,6 +152,15 @@ def fused_step_(operands: Operands) -> None:
     _C.fused_step_(operands)
 
 
+def keyed_noise_(out: Tensor, keys: Tensor, evaluation: int) -> None:
+    """`ops.keyed_noise` in C++ for the CPU; out and keys contiguous."""
+    if _C is None:
+        raise RuntimeError(_import_error)
+    samples = out.shape[0]
+    if out.numel():
+        _C.keyed_noise(out.data_ptr(), DTYPES[out.dtype], keys.data_ptr(), samples, out.numel() // samples, evaluation)
+
+
 #: The states of one sample() on the CPU, in counted memory: csrc/row.cpp. None where this torch cannot make a tensor
 #: over memory of ours, or there is no extension: then `rows.Fresh` or `rows.Functional` serves.
 Rows: Callable[..., Any] | None = getattr(_C, "Rows", None)

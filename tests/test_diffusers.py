@@ -330,6 +330,21 @@ def test_unipc_is_diffusers(n, shift):
     assert_within(run(ours, x.float()), wanted.float(), 4 + n)
 
 
+def test_unipc_from_wans_configuration(tmp_path):
+    """The shift has another name there; and a scheduler that is not for flow matching is refused."""
+    theirs = diffusers.UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0, num_train_timesteps=500
+    )
+    ours = FlowMatchSolverScheduler.from_config(theirs.config, int_method="unipc")
+    assert (ours.config.shift, ours.config.num_train_timesteps, ours.config.int_method) == (5.0, 500, "unipc")
+    assert FlowMatchSolverScheduler.from_config(theirs.config, shift=2.0).config.shift == 2.0
+    assert FlowMatchSolverScheduler.from_config(ours.config).config.shift == 5.0
+    ours.save_pretrained(tmp_path)
+    assert FlowMatchSolverScheduler.from_pretrained(tmp_path).config.shift == 5.0
+    with pytest.raises(ValueError, match="for flow matching, got one with use_flow_sigmas=False"):
+        FlowMatchSolverScheduler.from_config(diffusers.UniPCMultistepScheduler().config)
+
+
 def test_unipc_corrects():
     """What it is for: nearer to the solution than its predictor alone, which is dpmpp_2m's."""
     x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -299,6 +299,22 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
         ]
     )
 
+    @classmethod
+    def from_config(cls, config: Any = None, *arguments: Any, **settings: Any) -> Any:
+        """As diffusers' method; of a UniPC or DPM-Solver++ scheduler's configuration, flow_shift is taken as the shift.
+
+        Raises:
+            ValueError: that configuration is not one for flow matching.
+        """
+        if isinstance(config, dict) and "flow_shift" in config and "shift" not in config:  # else it would be dropped
+            if not config.get("use_flow_sigmas"):
+                found = config.get("use_flow_sigmas")
+                raise ValueError(f"wanted a configuration for flow matching, got one with use_flow_sigmas={found}")
+            settings.setdefault("shift", config["flow_shift"])
+            said = ("flow_shift", "use_flow_sigmas", "prediction_type")  # diffusers would warn that they are ignored
+            config = {name: value for name, value in config.items() if name not in said}
+        return super().from_config(config, *arguments, **settings)
+
     def set_timesteps(self, *arguments: Any, **keywords: Any) -> None:
         """Sets the schedule, as diffusers' scheduler: `sigmas` and `timesteps` for each evaluation."""
         super().set_timesteps(*arguments, **keywords)

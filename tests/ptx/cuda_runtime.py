@@ -131,6 +131,10 @@ _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 
+#: PyTorch looks at a tensor's description once more when the tensor goes, which may be after its `OnCuda`.
+_descriptions: list[object] = []
+
+
 class OnCuda:
     """A tensor that says that it is on a CUDA device, over the memory of one on the CPU.
 
@@ -149,6 +153,7 @@ class OnCuda:
             *(self._kept[0], self._kept[1], 0),
         )
         self._managed = _DLManagedTensor(described, None, None)
+        _descriptions.append((self._managed, self._kept))
         with mock.patch.object(torch.cuda, "_lazy_init", return_value=None):  # which looks for a driver
             self.tensor = torch._C._from_dlpack(_new_capsule(ctypes.addressof(self._managed), b"dltensor", None))
         assert self.tensor.device == torch.device("cuda", device)

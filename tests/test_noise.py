@@ -561,7 +561,6 @@ def test_keys_are_values():
         ({"noise": KeyedNoise(1, first=2**48 - 1)}, ValueError, r"first \+ batch_size must be at most 2\^48"),
         ({"noise": KeyedNoise(1), "backend": "cuda"}, RuntimeError, "'cuda' was asked for and cannot be used"),
     ],
-    ids=str,
 )
 def test_bad_noise(options, error, message):
     with pytest.raises(error, match=message):
@@ -577,7 +576,6 @@ def test_bad_noise(options, error, message):
         ({"backend": "triton"}, RuntimeError, "'triton' was asked for"),
         ({"backend": "none"}, ValueError, "unknown backend 'none'"),
     ],
-    ids=str,
 )
 def test_bad_draw(options, error, message):
     with pytest.raises(error, match=message):

@@ -60,7 +60,9 @@ def rows_for(setting: Setting, noise: Tensor | None) -> Any:
         return Functional(setting)
     if fused_step_ is native.fused_step_ and setting.backend.name == "cpu" and native.Rows is not None:
         return Counted(setting, native.Rows)
-    return FreshInPython(setting) if native.TensorRows is None else Fresh(setting, native.TensorRows)
+    if native.TensorRows is None or setting.velocities.device.type == "meta":  # which has no memory to look at
+        return FreshInPython(setting)
+    return Fresh(setting, native.TensorRows)
 
 
 class Functional:

@@ -740,7 +740,7 @@ def test_registered_ops(place, guidance):
         assert_same_bits(op(base, *operands).cpu(), wanted.cpu())
         out, trajectory = torch.full_like(base, torch.nan), base.new_zeros(6, 3, 64, 2)
         history = torch.full_like(base, torch.nan)
-        op_(out, base, *operands, trajectory, 1, history)
+        op_(out, base, *operands, None, trajectory, 1, history)
         assert_same_bits(out.cpu(), wanted.cpu())
         assert_same_bits(trajectory[:, 1].cpu(), wanted.cpu())
         assert_same_bits(history.cpu(), guided.cpu())

@@ -81,7 +81,7 @@ def test_sample(cuda: cuda_runtime.CudaHalf, monkeypatch: pytest.MonkeyPatch) ->
         if len(cuda.launches) - before < 4:
             failed.append(f"not one launch an evaluation [{loop}]")
     assert not failed, "\n".join(failed)
-    assert len(loops) == 28
+    assert len(loops) == 30
 
 
 def test_rows(cuda: cuda_runtime.CudaHalf) -> None:
@@ -93,4 +93,4 @@ def test_rows(cuda: cuda_runtime.CudaHalf) -> None:
         if len(cuda.launches) - before < 4:
             failed.append(f"not one launch an evaluation [{loop}]")
     assert not failed, "\n".join(failed)
-    assert len(loops) == 28
+    assert len(loops) == 30

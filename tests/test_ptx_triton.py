@@ -70,4 +70,4 @@ def test_sample(driver: ExecutingDriver, monkeypatch: pytest.MonkeyPatch) -> Non
         if len(driver.launches) - before < 4:
             failed.append(f"not one launch an evaluation [{loop}]")
     assert not failed, "\n".join(failed)
-    assert len(cases.LOOPS) == 16
+    assert len(cases.LOOPS) == 17

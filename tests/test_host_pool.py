@@ -25,6 +25,13 @@ def velocity(x, t):
     return torch.sin(x) * t - x
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _small_heap():
+    """What other tests have imported stays: each collection here would go through it, for half a second."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def empty():
     gc.collect()

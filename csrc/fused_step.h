@@ -4,8 +4,10 @@
 //   h0  = w0*u + w1*v                          guided, three roundings to V: kWeighted,
 //   h0  = u + w1*(v - u)                       kFromUnguided,
 //   h0  = v + w1*(v - u)                       kFromGuided
-//   out = a*base + b0*h0 + b1*h1 + b2*h2 + b3*h3       left to right, never an FMA; (b0*h0)*strength, where there is
-//   one history = h0 + c*base                      h0 alone where c is 0
+//   out = a*base + b0*h0 + b1*h1 + b2*h2 + b3*h3       left to right, never an FMA
+//   history = h0 + c*base                      h0 alone where c is 0
+//
+// With strength, (b0*h0)*strength stands in the place of b0*h0.
 //
 // With sum_first, out = base + ((b2*h2 + b1*h1 + b0*h0) * a) * c; with h3, of b3*h3 + b1*(h2 + h1) + b0*h0; and
 // history = h0.
@@ -264,18 +266,12 @@ struct Element {
   // a*base
   static FLOWMATCH_INLINE S start(A a, B base) { return To<S>::narrow(multiply(a, static_cast<A>(widen(base)))); }
   // out + b_k*h_k
-  static FLOWMATCH_INLINE S accumulate(S out, A b, A h) {
-    using P = std::conditional_t<kTerms == Terms::kToVelocity, V, S>;
-    const A product = static_cast<A>(widen(To<P>::narrow(multiply(b, h))));
-    return To<S>::narrow(add(static_cast<A>(widen(out)), product));
-  }
+  static FLOWMATCH_INLINE S accumulate(S out, A b, A h) { return plus(out, term(b, h)); }
   static constexpr bool kHasStrength = !kSumFirst && std::is_same_v<B, O>;
   // out + (b_0*h_0)*strength
   static FLOWMATCH_INLINE S accumulate(S out, A b, A h, S strength) {
-    using P = std::conditional_t<kTerms == Terms::kToVelocity, V, S>;
-    const A product = static_cast<A>(widen(To<P>::narrow(multiply(b, h))));
-    const A scaled = static_cast<A>(widen(To<S>::narrow(multiply(product, static_cast<A>(widen(strength))))));
-    return To<S>::narrow(add(static_cast<A>(widen(out)), scaled));
+    const S scaled = To<S>::narrow(multiply(term(b, h), static_cast<A>(widen(strength))));
+    return plus(out, static_cast<A>(widen(scaled)));
   }
   // With sum_first: b_k*h_k, the oldest; h2 + h1; and base + (sum * a) * c. `accumulate` adds the other terms.
   static FLOWMATCH_INLINE S oldest(A b, A h) { return To<S>::narrow(multiply(b, h)); }
@@ -297,6 +293,12 @@ struct Element {
   }
 
  private:
+  // b_k*h_k
+  static FLOWMATCH_INLINE A term(A b, A h) {
+    using P = std::conditional_t<kTerms == Terms::kToVelocity, V, S>;
+    return static_cast<A>(widen(To<P>::narrow(multiply(b, h))));
+  }
+  static FLOWMATCH_INLINE S plus(S out, A term) { return To<S>::narrow(add(static_cast<A>(widen(out)), term)); }
   static FLOWMATCH_INLINE V product(Weight w, V v) { return To<V>::narrow(multiply(w, widen(v))); }
   static FLOWMATCH_INLINE V sum(V x, V y) { return To<V>::narrow(add(widen(x), widen(y))); }
 };

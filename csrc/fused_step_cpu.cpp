@@ -7,6 +7,8 @@
 
 #include <algorithm>
 
+#include "instruction_set.h"
+
 // Iterations are independent, though out may be base: element j is read before it is written.
 #if defined(__clang__)
 #define FLOWMATCH_IVDEP _Pragma("clang loop vectorize(assume_safety)")
@@ -149,7 +151,7 @@ struct Baseline {
 struct Avx2 {
   static constexpr const char* kName = "AVX2";
   template <class E>
-  __attribute__((target("avx2"))) static void run(const Operands& o, std::int64_t begin, std::int64_t end) {
+  FLOWMATCH_AVX2 static void run(const Operands& o, std::int64_t begin, std::int64_t end) {
     strips<E>(o, begin, end);
   }
 };
@@ -157,8 +159,7 @@ struct Avx2 {
 struct Avx512 {
   static constexpr const char* kName = "AVX-512";
   template <class E>
-  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))) static void run(
-      const Operands& o, std::int64_t begin, std::int64_t end) {
+  FLOWMATCH_AVX512 static void run(const Operands& o, std::int64_t begin, std::int64_t end) {
     strips<E>(o, begin, end);
   }
 };
@@ -166,11 +167,7 @@ struct Avx512 {
 // Calls f with the widest instruction set of this machine.
 template <class F>
 auto with_instruction_set(F&& f) {
-  static const int level = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
-                               ? 2
-                           : __builtin_cpu_supports("avx2") ? 1
-                                                            : 0;
+  const int level = instruction_set_level();
   return level == 2 ? f(Avx512{}) : level == 1 ? f(Avx2{}) : f(Baseline{});
 }
 #else

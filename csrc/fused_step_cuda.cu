@@ -351,13 +351,9 @@ void launch_widest(const Operands& o, cudaStream_t stream) {
   if (o.strength && !E::kHasStrength) {
     throw std::invalid_argument("fused_step: strength needs out of base's dtype, and no sum_first");
   }
-  if (kStrength && o.strength && fits<E, kSize>(o)) {
-    launch<E, Known<kGuided, kTerms, kStrength>, kSize>(o, stream);
-  } else if (!o.strength && fits<E, kSize>(o)) {
-    launch<E, Known<kGuided, kTerms, false>, kSize>(o, stream);
-  } else {
-    launch<E, Tested, 1>(o, stream);
-  }
+  if ((o.strength && !kStrength) || !fits<E, kSize>(o)) return launch<E, Tested, 1>(o, stream);
+  if (o.strength) return launch<E, Known<kGuided, kTerms, kStrength>, kSize>(o, stream);
+  launch<E, Known<kGuided, kTerms, false>, kSize>(o, stream);
 }
 
 template <class E, bool kGuided>

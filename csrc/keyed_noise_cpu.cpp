@@ -6,6 +6,8 @@
 
 #include <algorithm>
 
+#include "instruction_set.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -22,9 +24,6 @@ struct Strip {
 };
 
 #if defined(__x86_64__)
-#define FLOWMATCH_AVX2 __attribute__((target("avx2")))
-#define FLOWMATCH_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
-
 // Philox on lanes of 64 bits, of which only the lower halves count; MULTIPLY is their product. Compilers do not find
 // that instruction: they multiply 64 bits by 64, which takes six times as long. It runs to a multiple of the lanes.
 #define FLOWMATCH_PHILOX(NAME, TARGET, LANES, VECTOR, MULTIPLY)                                        \
@@ -118,15 +117,6 @@ FLOWMATCH_AVX2 void avx2(const NoiseOperands& o, std::int64_t begin, std::int64_
 template <class T>
 FLOWMATCH_AVX512 void avx512(const NoiseOperands& o, std::int64_t begin, std::int64_t end) {
   strips<T, philox_avx512>(o, begin, end);
-}
-
-int instruction_set_level() {
-  static const int level = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
-                               ? 2
-                           : __builtin_cpu_supports("avx2") ? 1
-                                                            : 0;
-  return level;
 }
 #endif
 

@@ -45,6 +45,18 @@ constexpr PyMethodDef define(const char* name, const char* documentation) {
           documentation};
 }
 
+// T's Python type; `methods` ends in an entry of nulls.
+template <class T>
+PyObject* type_of(const char* name, newfunc create, PyMethodDef* methods, const char* documentation) {
+  PyType_Slot slots[] = {{Py_tp_new, reinterpret_cast<void*>(create)},
+                         {Py_tp_dealloc, reinterpret_cast<void*>(&deallocate<T>)},
+                         {Py_tp_methods, methods},
+                         {Py_tp_doc, const_cast<char*>(documentation)},
+                         {0, nullptr}};
+  PyType_Spec spec = {name, sizeof(PythonObject<T>), 0, Py_TPFLAGS_DEFAULT, slots};
+  return Object(PyType_FromSpec(&spec)).release();
+}
+
 // step_fn(x=x, t=t)
 inline PyObject* call(PyObject* step_fn, PyObject* x, PyObject* t) {
   static PyObject* const names = Object(Py_BuildValue("(NN)", interned("x"), interned("t"))).release();

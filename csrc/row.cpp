@@ -268,17 +268,6 @@ PyMethodDef kMethods[] = {
         "owns", "owns(state, v)\n--\n\nWhether v lies in the state's memory."),
     {nullptr, nullptr, 0, nullptr}};
 
-PyType_Slot kRowsSlots[] = {
-    {Py_tp_new, reinterpret_cast<void*>(rows_new)},
-    {Py_tp_dealloc, reinterpret_cast<void*>(&deallocate<Rows>)},
-    {Py_tp_methods, kMethods},
-    {Py_tp_doc,
-     const_cast<char*>(
-         "Rows(shape, dtype, coefficients, times, slots, buffers, rounding, guidance, sum_first, "
-         "strength, deferred)\n--\n\nThe states of one sample() on the CPU, in memory that counts who holds it.")},
-    {0, nullptr}};
-PyType_Spec kRows = {"flowmatch_kernels._C.Rows", sizeof(PythonObject<Rows>), 0, Py_TPFLAGS_DEFAULT, kRowsSlots};
-
 PyType_Slot kStateSlots[] = {{Py_tp_dealloc, reinterpret_cast<void*>(state_dealloc)}, {0, nullptr}};
 PyType_Spec kState = {"flowmatch_kernels._C.State", sizeof(State), 0,
                       Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, kStateSlots};
@@ -289,7 +278,10 @@ void add_rows(pybind11::module_& m) {
   if (!exchange_api()) return;  // then flowmatch_kernels.rows.Fresh serves
   state_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&kState));
   if (!state_type) throw pybind11::error_already_set();
-  m.attr("Rows") = pybind11::reinterpret_steal<pybind11::object>(PyType_FromSpec(&kRows));
+  m.attr("Rows") = pybind11::reinterpret_steal<pybind11::object>(
+      type_of<Rows>("flowmatch_kernels._C.Rows", rows_new, kMethods,
+                    "Rows(shape, dtype, coefficients, times, slots, buffers, rounding, guidance, sum_first, strength, "
+                    "deferred)\n--\n\nThe states of one sample() on the CPU, in memory that counts who holds it."));
 }
 
 }  // namespace flowmatch_kernels

@@ -243,22 +243,14 @@ PyMethodDef kMethods[] = {
         "slot", "slot()\n--\n\nThe slot of base."),
     {nullptr, nullptr, 0, nullptr}};
 
-PyType_Slot kSlots[] = {
-    {Py_tp_new, reinterpret_cast<void*>(tensor_rows_new)},
-    {Py_tp_dealloc, reinterpret_cast<void*>(&deallocate<TensorRows>)},
-    {Py_tp_methods, kMethods},
-    {Py_tp_doc,
-     const_cast<char*>("TensorRows(shape, dtype, device, coefficients, times, trajectory, history, rounding, "
-                       "guidance, sum_first, strength, empty_like, launch, fused_step_, changed)\n--\n\n"
-                       "The states of one sample(), each a tensor that PyTorch allocated.")},
-    {0, nullptr}};
-PyType_Spec kSpec = {"flowmatch_kernels._C.TensorRows", sizeof(PythonObject<TensorRows>), 0, Py_TPFLAGS_DEFAULT,
-                     kSlots};
-
 }  // namespace
 
 void add_tensor_rows(pybind11::module_& m) {
-  m.attr("TensorRows") = pybind11::reinterpret_steal<pybind11::object>(PyType_FromSpec(&kSpec));
+  m.attr("TensorRows") = pybind11::reinterpret_steal<pybind11::object>(
+      type_of<TensorRows>("flowmatch_kernels._C.TensorRows", tensor_rows_new, kMethods,
+                          "TensorRows(shape, dtype, device, coefficients, times, trajectory, history, rounding, "
+                          "guidance, sum_first, strength, empty_like, launch, fused_step_, changed)\n--\n\n"
+                          "The states of one sample(), each a tensor that PyTorch allocated."));
 }
 
 }  // namespace flowmatch_kernels

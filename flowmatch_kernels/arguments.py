@@ -168,6 +168,11 @@ def check_dense(tensor: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {layout}")
 
 
+def elsewhere(tensor: Tensor, device: torch.device) -> bool:
+    """Whether a tensor is on another device; one without an index is any of its type."""
+    return tensor.device != device and (device.index is not None or tensor.device.type != device.type)
+
+
 def strength(value: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """velocity_strength in the state's shape, contiguous.
 
@@ -182,7 +187,7 @@ def strength(value: Any, shape: tuple[int, ...], dtype: torch.dtype, device: tor
     check_dense(value, name)
     if not expands(value.shape, shape):
         raise ValueError(f"{name} must be {wanted}, got {list(value.shape)}")
-    if value.device != device and (device.index is not None or value.device.type != device.type):
+    if elsewhere(value, device):
         raise ValueError(f"{name} must be {wanted}, got one on {value.device}")
     return value.detach().resolve_neg().expand(shape).contiguous()
 

@@ -18,6 +18,7 @@ from .arguments import (
     available_device,
     check_dense,
     count,
+    elsewhere,
     end_of_time,
     finite,
     flag,
@@ -827,7 +828,7 @@ def _state_dtype(
             raise TypeError(f"noise must be floating point, got {noise.dtype}")
         if noise.shape != shape:
             raise ValueError(f"noise must be [batch_size, *x_dims] = {shown(list(shape))}, got {list(noise.shape)}")
-        if noise.device != device and (device.index is not None or noise.device.type != device.type):
+        if elsewhere(noise, device):
             raise ValueError(f"noise is on {noise.device}, and device is {device}: move one to the other")
     if dtype is None:
         dtype = torch.get_default_dtype() if noise is None else noise.dtype
@@ -856,11 +857,11 @@ def _start(
     if source is not None and not isinstance(source, torch.Generator):
         shape, dtype, device = velocities.shape, velocities.dtype, velocities.device
         noise = noises.drawn(source, shape, dtype, device, backend, rows.empty())
-        return rows.start(_scaled(noise, temperature) if scaled else noise, drawn=True)
-    device = velocities.device if source is None else source.device
-    out = rows.empty() if device == velocities.device else None
-    noise = torch.randn(velocities.shape, dtype=velocities.dtype, device=device, generator=source, out=out)
-    noise = noise.to(velocities.device)
+    else:
+        device = velocities.device if source is None else source.device
+        out = rows.empty() if device == velocities.device else None
+        noise = torch.randn(velocities.shape, dtype=velocities.dtype, device=device, generator=source, out=out)
+        noise = noise.to(velocities.device)
     return rows.start(_scaled(noise, temperature) if scaled else noise, drawn=True)
 
 

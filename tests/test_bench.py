@@ -79,7 +79,7 @@ def test_quick(tmp_path):
     numbers = [float(text.get_text()) for text in axes.texts]
     assert len(numbers) == len(axes.patches) > 4
     ends = [bar.get_y() + bar.get_height() for bar in axes.patches]
-    assert numbers == [pytest.approx(end, abs=0.005) for end in ends]
+    assert numbers == [pytest.approx(end, abs=0.005) for end in ends]  # a bar's number has two decimals
     said = plot.legend_of_bars(found["results"])
     absent = said.partition("as not installed")[2]
     assert all((name in absent) == (name not in timed) for name in ("torchdiffeq", "diffusers"))

@@ -10,7 +10,7 @@ import torch
 from operands import assert_same_bits
 from torch import Tensor, nn
 
-from flowmatch_kernels.integrations import gr00t
+from flowmatch_kernels.integrations import gr00t, replacement
 
 HORIZON, DIM, WIDTH, BUCKETS = 9, 4, 6, 1000
 
@@ -149,7 +149,7 @@ def ramp(x: Tensor, overlap: int, frozen: int, rate: float) -> Tensor:
 def _known(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-ins count as the versions that they stand for."""
     for kind, found in ((N1d6, gr00t._n1d6), (N1d7, gr00t._n1d7)):
-        key = gr00t.fingerprint(kind.get_action_with_features)
+        key = replacement.fingerprint(kind.get_action_with_features)
         monkeypatch.setitem(gr00t.KNOWN, key, ("the stand-in", found))
 
 

@@ -7,7 +7,7 @@ import torch
 from operands import assert_same_bits
 
 from flowmatch_kernels import FlowMatching
-from flowmatch_kernels.integrations import openpi
+from flowmatch_kernels.integrations import openpi, replacement
 
 
 def loop(denoise, noise, num_steps):
@@ -66,7 +66,7 @@ class Policy:
 @pytest.fixture
 def known(monkeypatch):
     """The stand-in's method counts as a known version."""
-    monkeypatch.setitem(openpi.KNOWN, openpi.fingerprint(Model.sample_actions), "the stand-in")
+    monkeypatch.setitem(openpi.KNOWN, replacement.fingerprint(Model.sample_actions), "the stand-in")
 
 
 OBSERVATION = types.SimpleNamespace(state=torch.linspace(-1, 1, 6).view(2, 3))
@@ -192,6 +192,6 @@ def test_fingerprint():
         def function(self, x):
             return [x, 2]
 
-    one, two, three = (openpi.fingerprint(cls.function) for cls in (One, Two, Three))
+    one, two, three = (replacement.fingerprint(cls.function) for cls in (One, Two, Three))
     assert one == three
     assert one != two

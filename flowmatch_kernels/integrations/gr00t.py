@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..flow_matching import FlowMatching
 from ..step_functions import StepFunction
-from .replacement import fingerprint
+from .replacement import check_known
 
 logger = logging.getLogger("flowmatch_kernels")
 
@@ -126,12 +126,7 @@ def accelerate(policy: Any, **options: Any) -> Any:
     """
     head = _head(policy)
     method = getattr(type(head), _METHOD)
-    found = fingerprint(method)
-    if found not in KNOWN:
-        raise RuntimeError(
-            f"{_METHOD} of {type(head).__module__}.{type(head).__qualname__} is a version that is not known here "
-            f"({found}); known are GR00T's {', '.join(name for name, _ in KNOWN.values())}"
-        )
+    found = check_known(type(head), _METHOD, KNOWN, (name for name, _ in KNOWN.values()), "GR00T's")
     sampler = FlowMatching((head.config.action_horizon, head.action_dim), **{"step_rounding": "exact"} | options)
     setattr(head, _METHOD, _loop(head, method, sampler, KNOWN[found][1]))
     return policy

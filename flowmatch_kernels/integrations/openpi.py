@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..arguments import count
 from ..flow_matching import FlowMatching
 from ..step_functions import StepFunction
-from .replacement import fingerprint
+from .replacement import check_known
 
 KNOWN = {"68148dc847d52b00": "5546575 (2025-08-28) to 15a9616 (2026-06-15)"}
 """The versions of `PI0Pytorch.sample_actions` that `accelerate` replaces: `fingerprint` to the commits of openpi."""
@@ -101,13 +101,7 @@ def accelerate(policy: Any, **options: Any) -> Any:
     """
     model = _model(policy)
     method = type(model).sample_actions
-    found = fingerprint(method)
-    if found not in KNOWN:
-        name = f"{type(model).__module__}.{type(model).__qualname__}"
-        raise RuntimeError(
-            f"sample_actions of {name} is a version that is not known here ({found}); "
-            f"known are openpi's commits {', '.join(KNOWN.values())}"
-        )
+    check_known(type(model), "sample_actions", KNOWN, KNOWN.values(), "openpi's commits")
     sampler = FlowMatching((model.config.action_horizon, model.config.action_dim), **options)
     restore(policy)
     before = vars(model).get("sample_actions")

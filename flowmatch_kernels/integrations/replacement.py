@@ -9,7 +9,7 @@ import io
 import sys
 import textwrap
 import tokenize
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -99,6 +99,28 @@ def fingerprint(function: Callable[..., Any]) -> str:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     code = " ".join(token.string for token in tokens if token.type not in _LAYOUT)
     return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+def check_known(kind: type, name: str, known: Mapping[str, Any], names: Iterable[str], project: str) -> str:
+    """The fingerprint of a method of a project, if it is known.
+
+    Args:
+        kind: A class of the project.
+        name: The method's.
+        known: By fingerprint.
+        names: What the known versions are called.
+        project: And of what they are.
+
+    Raises:
+        RuntimeError: it is not; the message names the versions that are.
+    """
+    found = fingerprint(getattr(kind, name))
+    if found not in known:
+        raise RuntimeError(
+            f"{name} of {kind.__module__}.{kind.__qualname__} is a version that is not known here ({found}); "
+            f"known are {project} {', '.join(names)}"
+        )
+    return found
 
 
 def is_installed(package: str) -> bool:

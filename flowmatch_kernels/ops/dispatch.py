@@ -326,10 +326,16 @@ def keyed_noise(
         return reference_noise.keyed_noise(keys, x_dims, dtype, evaluation)
     if not tracing.is_eager():
         return torch.ops.flowmatch_kernels.keyed_noise(keys, x_dims, dtype, evaluation, chosen.name)
+    return _drawn(chosen, keys, x_dims, dtype, evaluation, out)
+
+
+def _drawn(
+    backend: Backend, keys: Tensor, x_dims: Sequence[int], dtype: torch.dtype, evaluation: int, out: Tensor | None
+) -> Tensor:
     noise_contract.check(keys, x_dims, dtype, evaluation)
     if out is None:
         out = torch.empty((keys.shape[0], *x_dims), dtype=dtype, device=keys.device)
-    chosen.load_noise()(out, keys, evaluation)
+    backend.load_noise()(out, keys, evaluation)
     return out
 
 
@@ -348,10 +354,7 @@ _transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _routed_keyed_noise(
     keys: Tensor, x_dims: Sequence[int], dtype: torch.dtype, evaluation: int = 0, backend: str = "auto"
 ) -> Tensor:
-    noise_contract.check(keys, x_dims, dtype, evaluation)
-    out = torch.empty((keys.shape[0], *x_dims), dtype=dtype, device=keys.device)
-    choose(backend, keys.device.type).load_noise()(out, keys, evaluation)
-    return out
+    return _drawn(choose(backend, keys.device.type), keys, x_dims, dtype, evaluation, None)
 
 
 library.impl("keyed_noise", _routed_keyed_noise, "CompositeExplicitAutograd")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -88,17 +89,12 @@ def _load_cuda() -> str | None:
     if module is not None:
         assert _C is not None
         _C.use_cuda(module.launch)
-        global _launch_cuda
-        _launch_cuda = module.launch
     return reason
-
-
-_launch_cuda: Any = None
 
 
 def launch_cuda() -> Any:
     """The capsule of csrc/launch_cuda.cpp, which `TensorRows` launches by; None where it is not loaded."""
-    return _launch_cuda
+    return getattr(sys.modules.get("flowmatch_kernels._C_cuda"), "launch", None)
 
 
 def cuda_architectures() -> str | None:

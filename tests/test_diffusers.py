@@ -3,6 +3,7 @@
 import inspect
 import itertools
 
+import numpy
 import pytest
 import torch
 from operands import assert_same_bits, values
@@ -259,16 +260,118 @@ def test_solver_scheduler_in_the_middle(int_method):
     assert_same_bits(run(scheduler, x, start=start), wanted)
     noisy = scheduler.scale_noise(x, scheduler.timesteps[start : start + 1], torch.ones_like(x))
     assert_same_bits(noisy, sigmas.scale_noise(x, sigmas.timesteps[3:4], torch.ones_like(x)))
-    ab3 = FlowMatchSolverScheduler(int_method="ab3")
-    ab3.set_timesteps(8)
-    ab3.set_begin_index(4)
-    with pytest.raises(ValueError, match="ab3 evaluates twice in its first step"):
-        ab3.step(x, ab3.timesteps[4], x)
-    if int_method == "heun":
+    if int_method == "heun":  # the second evaluation of a step is at the next one's start
         scheduler.set_timesteps(8)
-        scheduler.set_begin_index(1)
-        with pytest.raises(ValueError, match="within a step of heun: start at a multiple of 2"):
-            scheduler.step(x, scheduler.timesteps[1], x)
+        scheduler.set_begin_index(start - 1)
+        assert_same_bits(run(scheduler, x, start=start - 1), wanted)
+    midpoint = FlowMatchSolverScheduler(int_method="midpoint")
+    midpoint.set_timesteps(8)
+    midpoint.set_begin_index(3)
+    with pytest.raises(ValueError, match="evaluation 3 of 16, which is within a step of midpoint: start at a multiple"):
+        midpoint.step(x, midpoint.timesteps[3], x)
+
+
+def adams_bashforth(x, grid):
+    """Euler, then two velocities, then three: the integral of the polynomial through them, in float64."""
+    velocities, points = [], []
+    for t, t_next in itertools.pairwise(grid.double().tolist()):
+        velocities, points = [field(x, t), *velocities][:3], [t, *points][:3]
+        powers = torch.tensor([[p**k for p in points] for k in range(len(points))], dtype=torch.float64)
+        integrals = torch.tensor([(t_next ** (k + 1) - t ** (k + 1)) / (k + 1) for k in range(len(points))])
+        x = x + sum(w * v for w, v in zip(torch.linalg.solve(powers, integrals.double()), velocities, strict=True))
+    return x
+
+
+@pytest.mark.parametrize("steps", [3, 8])
+def test_ab3_in_the_middle(steps):
+    """From any entry of timesteps: Euler first there, as Heun would need an evaluation more than there are timesteps.
+
+    Within some eps a step of Adams' formula, whose weights are computed otherwise here.
+    """
+    scheduler, x = FlowMatchSolverScheduler(shift=3.0, int_method="ab3"), torch.randn(2, 5)
+    scheduler.set_timesteps(steps)
+    grid, results = scheduler.sigmas[1:], []
+    for start in range(1, steps + 1):  # 0 and 1 are Heun's evaluations, of which 1 is at the second step's start
+        scheduler.set_timesteps(steps)
+        scheduler.set_begin_index(start)
+        results.append(run(scheduler, x, start=start))
+        wanted = adams_bashforth(x.double(), grid[max(start - 1, 1) :])
+        assert_within(results[-1], wanted.float(), 4 * steps)
+        assert scheduler.step_index == len(scheduler.timesteps)
+    assert_same_bits(results[0], results[1])
+    scheduler.set_timesteps(steps)
+    assert_same_bits(scheduler.step(x, scheduler.timesteps[1], x)[0], FlowMatching(5).sample(
+        2, lambda **_: x, noise=x, time_steps=grid[1:3]
+    ))  # the timestep alone, which occurs twice, means the second  # fmt: skip
+
+
+def fitted_solver(noise_at=1, history=True):
+    """A solver of four evaluations; without history its third row starts anew."""
+    rows = [(1.02, -0.2), (0.98, -0.31, 0.04), (1.01, -0.22), (0.99, -0.33, 0.05, *([0.02] * history))]
+    times = (0.97, 0.7, 0.41, 0.2, 0.01)
+    if not noise_at:
+        times, rows = [1 - t for t in times], [(a, *(-b for b in others)) for a, *others in rows]
+    return solvers.FittedSolver(times, rows, noise_at=noise_at)
+
+
+@pytest.mark.parametrize("given", ["solver", "path", "name of a file", "dict"])
+def test_fitted_solver_scheduler(given, tmp_path):
+    """The bits of sample() with the fitted solver, whatever times the pipeline asks for; and after a round trip."""
+    fitted, file = fitted_solver(), tmp_path / "policy.json"
+    fitted.save(file)
+    int_method = {"solver": fitted, "path": file, "name of a file": str(file), "dict": fitted.to_dict()}[given]
+    scheduler = FlowMatchSolverScheduler.from_config(Theirs(shift=3.0).config, int_method=int_method)
+    file.unlink()  # the configuration holds the solver
+    x = torch.randn(2, 4, 9)
+    wanted = FlowMatching((4, 9), fitted, noise_at=1).sample(2, lambda x, t: field(x, t * 1000 / 1000), noise=x)
+    scheduler.save_pretrained(tmp_path)
+    for again in (
+        scheduler,
+        FlowMatchSolverScheduler.from_pretrained(tmp_path),
+        FlowMatchSolverScheduler.from_config(scheduler.config),
+    ):
+        for asked in ({"num_inference_steps": 4}, {"sigmas": [1.0, 0.75, 0.5, 0.25]}):  # as SD3 does, and Flux
+            again.set_timesteps(**asked)
+            assert again.order == 1
+            assert_same_bits(again.timesteps, fitted.grid(torch.float32)[:-1] * 1000)
+            assert_same_bits(run(again, x), wanted)
+    assert Theirs.from_pretrained(tmp_path).config.shift == 3.0
+
+
+def test_fitted_solver_scheduler_errors():
+    scheduler = FlowMatchSolverScheduler(int_method=fitted_solver())
+    with pytest.raises(ValueError, match="wanted 28 steps, and the fitted solver has 4 evaluations: pass num_inf"):
+        scheduler.set_timesteps(28)
+    with pytest.raises(ValueError, match="the noise is at sigma 1, and the solver was fitted with noise_at=0"):
+        FlowMatchSolverScheduler(int_method=fitted_solver(0)).set_timesteps(4)
+    with pytest.raises(ValueError, match="the noise is at sigma 0, and the solver was fitted with noise_at=1"):
+        FlowMatchSolverScheduler(int_method=fitted_solver(), invert_sigmas=True).set_timesteps(4)
+    inverted, x = FlowMatchSolverScheduler(int_method=fitted_solver(0), invert_sigmas=True), torch.randn(2, 5)
+    inverted.set_timesteps(4)
+    wanted = FlowMatching(5, fitted_solver(0)).sample(2, lambda x, t: field(x, t * 1000 / 1000), noise=x)
+    assert_same_bits(run(inverted, x), wanted)
+    for broken in ({"format": "another"}, fitted_solver().to_dict() | {"times": [0.0]}):
+        with pytest.raises(ValueError, match=r'it does not say "format"|times must be strictly monotonic'):
+            FlowMatchSolverScheduler(int_method=broken)
+
+
+def test_fitted_solver_scheduler_in_the_middle():
+    """From where no row reads what came before; an error elsewhere."""
+    x = torch.randn(2, 5)
+    for start, history, missing in ((1, True, 1), (2, True, 3), (2, False, None), (3, False, 3)):
+        scheduler = FlowMatchSolverScheduler(int_method=fitted_solver(history=history))
+        scheduler.set_timesteps(4)
+        scheduler.set_begin_index(start)
+        if missing is not None:
+            with pytest.raises(ValueError, match=f"evaluation {missing} of the fitted solver reads velocities from"):
+                run(scheduler, x, start=start)
+            continue
+        got = run(scheduler, x, start=start)
+        t = fitted_solver().grid(torch.float32)
+        v = field(x, t[2])
+        y = x * torch.tensor([1.01]) + torch.tensor([-0.22]) * v
+        later = torch.tensor([0.99]) * y + torch.tensor([-0.33]) * field(y, t[3]) + torch.tensor([0.05]) * v
+        assert_within(got, later, 4)
 
 
 def test_solver_scheduler_dtypes_and_errors(tmp_path):
@@ -285,8 +388,12 @@ def test_solver_scheduler_dtypes_and_errors(tmp_path):
         scheduler.step(x, scheduler.timesteps[0], x, per_token_timesteps=x)
     with pytest.raises(ValueError, match="Invalid integration method: euler2"):
         FlowMatchSolverScheduler(int_method="euler2")
-    with pytest.raises(TypeError, match="int_method must be a solver's name"):
+    with pytest.raises(FileNotFoundError):
         FlowMatchSolverScheduler(int_method="policy.json")
+    with pytest.raises(ValueError, match="dpmpp_2m has no finite coefficients on this time grid"):
+        FlowMatchSolverScheduler(int_method="dpmpp_2m").set_timesteps(sigmas=[0.9, 0.0, 0.5])
+    with pytest.raises(ValueError, match="use_flow_sigmas and invert_sigmas"):
+        FlowMatchSolverScheduler(use_flow_sigmas=True, invert_sigmas=True)
     if "stochastic_sampling" in Theirs().config:
         with pytest.raises(ValueError, match="stochastic_sampling and a solver"):
             FlowMatchSolverScheduler(stochastic_sampling=True)
@@ -324,10 +431,10 @@ def test_unipc_is_diffusers(n, shift):
         fm = FlowMatching(64, "unipc", noise_at=1)
         got = fm.sample(4, lambda x, t: field(x, t), noise=x.to(dtype), time_steps=theirs.sigmas, dtype=dtype)
         assert_within(got, wanted, 4 + n)
-    ours = FlowMatchSolverScheduler(int_method="unipc")
-    ours.set_timesteps(sigmas=theirs.sigmas[:-1].tolist())
-    assert torch.equal(ours.sigmas, theirs.sigmas.float())
-    assert_within(run(ours, x.float()), wanted.float(), 4 + n)
+    ours = FlowMatchSolverScheduler.from_config(theirs.config, int_method="unipc")  # its schedule too
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(n)
+    assert_within(run(ours, x.float()), run(theirs, x.float()), 4 + n)
 
 
 def test_unipc_from_wans_configuration(tmp_path):
@@ -343,6 +450,41 @@ def test_unipc_from_wans_configuration(tmp_path):
     assert FlowMatchSolverScheduler.from_pretrained(tmp_path).config.shift == 5.0
     with pytest.raises(ValueError, match="for flow matching, got one with use_flow_sigmas=False"):
         FlowMatchSolverScheduler.from_config(diffusers.UniPCMultistepScheduler().config)
+    config = {**theirs.config, "final_sigmas_type": "sigma_min"}
+    with pytest.raises(ValueError, match="for flow matching, got one with final_sigmas_type=sigma_min"):
+        FlowMatchSolverScheduler.from_config(config)
+
+
+def wan(**settings):
+    """Wan's scheduler."""
+    kind = diffusers.UniPCMultistepScheduler
+    return kind(**{"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 5.0} | settings)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("settings", [
+    {"flow_shift": 1.0}, {"flow_shift": 5.0}, {"num_train_timesteps": 500}, {"use_karras_sigmas": True},
+    {"use_dynamic_shifting": True, "time_shift_type": "linear"}, {"shift_terminal": 0.02},
+], ids=str)  # fmt: skip
+def test_wans_schedule(settings, tmp_path):
+    """Its sigmas and timesteps, to the bit, by from_config alone; with sigmas and mu of the pipeline's too."""
+    known = inspect.signature(diffusers.UniPCMultistepScheduler.__init__).parameters
+    if not settings.keys() <= known.keys():
+        pytest.skip("this diffusers' UniPC has no such setting")
+    theirs = wan(**settings)
+    ours = FlowMatchSolverScheduler.from_config(theirs.config, int_method="unipc")
+    ours.save_pretrained(tmp_path)
+    calls = [{"num_inference_steps": n} for n in (2, 10, 40)]
+    if "sigmas" in inspect.signature(theirs.set_timesteps).parameters:
+        calls.append({"sigmas": [1.0, 0.7, 0.3]})
+    for keywords, again in itertools.product(calls, (ours, FlowMatchSolverScheduler.from_pretrained(tmp_path))):
+        if settings.get("use_dynamic_shifting"):
+            keywords = keywords | {"mu": 0.8}
+        again.set_timesteps(**keywords)
+        theirs.set_timesteps(**{k: numpy.array(v) if k == "sigmas" else v for k, v in keywords.items()})
+        assert_same_bits(again.sigmas, theirs.sigmas)
+        assert torch.equal(again.timesteps, theirs.timesteps.float()) and again.timesteps.dtype == torch.float32
+        assert again.num_inference_steps == theirs.num_inference_steps
 
 
 def test_unipc_corrects():

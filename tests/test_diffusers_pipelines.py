@@ -9,7 +9,7 @@ from operands import assert_same_bits
 diffusers = pytest.importorskip("diffusers", reason="the oracle is diffusers itself, of the test extra")
 pytest.importorskip("transformers", reason="diffusers' pipeline classes need it; of the test extra")
 
-from flowmatch_kernels import FlowMatching  # noqa: E402
+from flowmatch_kernels import FittedSolver, FlowMatching  # noqa: E402
 from flowmatch_kernels.integrations.diffusers import (  # noqa: E402
     FlowMatchEulerDiscreteScheduler,
     FlowMatchSolverScheduler,
@@ -53,58 +53,73 @@ def decoder():
     )
 
 
-def stable_diffusion_3():
-    """A pipeline of 12,100 random weights beside the decoder's, and the arguments of a call: guided, two batches."""
-    transformer = diffusers.SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=1,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        caption_projection_dim=16,
-        pooled_projection_dim=16,
-        pos_embed_max_size=16,
-    )
-    no_text = dict.fromkeys(f"{kind}{n}" for kind in ("text_encoder", "tokenizer") for n in ("", "_2", "_3"))
-    pipe = diffusers.StableDiffusion3Pipeline(transformer, Theirs(shift=3.0), decoder(), **no_text)
-    call = {
-        "prompt_embeds": embeddings(1, 2, 3, 16),
-        "negative_prompt_embeds": embeddings(2, 2, 3, 16),
-        "pooled_prompt_embeds": embeddings(3, 2, 16),
-        "negative_pooled_prompt_embeds": embeddings(4, 2, 16),
-        "guidance_scale": 4.0,
-    }
-    return pipe, call
+def texts(*parts):
+    """Pipelines without text encoders: their arguments for them."""
+    return dict.fromkeys(f"{kind}{n}" for kind in ("text_encoder", "tokenizer") for n in parts)
 
 
-def flux():
-    """A pipeline of 20,096 random weights beside the decoder's, and the arguments of a call: a shift by resolution."""
-    transformer = diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=1,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=(4, 4, 8),
-    )
-    no_text = dict.fromkeys(f"{kind}{n}" for kind in ("text_encoder", "tokenizer") for n in ("", "_2"))
-    pipe = diffusers.FluxPipeline(Theirs(use_dynamic_shifting=True), decoder(), transformer=transformer, **no_text)
-    return pipe, {"prompt_embeds": embeddings(1, 2, 3, 16), "pooled_prompt_embeds": embeddings(3, 2, 16)}
+#: Pipelines, their random weights beside the decoder's, the shape of a prompt's embeddings, and what else a call takes.
+PIPELINES = {
+    "stable_diffusion_3": (  # 12,100 weights; guided, two batches
+        lambda: diffusers.StableDiffusion3Pipeline(
+            diffusers.SD3Transformer2DModel(
+                sample_size=8,
+                patch_size=1,
+                in_channels=4,
+                out_channels=4,
+                num_layers=1,
+                attention_head_dim=8,
+                num_attention_heads=2,
+                joint_attention_dim=16,
+                caption_projection_dim=16,
+                pooled_projection_dim=16,
+                pos_embed_max_size=16,
+            ),
+            Theirs(shift=3.0),
+            decoder(),
+            **texts("", "_2", "_3"),
+        ),
+        {
+            "prompt_embeds": 1,
+            "negative_prompt_embeds": 2,
+            "pooled_prompt_embeds": 3,
+            "negative_pooled_prompt_embeds": 4,
+        },
+        {"guidance_scale": 4.0},
+    ),
+    "flux": (  # 20,096 weights; its own sigmas, and a shift by resolution
+        lambda: diffusers.FluxPipeline(
+            Theirs(use_dynamic_shifting=True),
+            decoder(),
+            transformer=diffusers.FluxTransformer2DModel(
+                patch_size=1,
+                in_channels=16,
+                num_layers=1,
+                num_single_layers=1,
+                attention_head_dim=16,
+                num_attention_heads=1,
+                joint_attention_dim=16,
+                pooled_projection_dim=16,
+                axes_dims_rope=(4, 4, 8),
+            ),
+            **texts("", "_2"),
+        ),
+        {"prompt_embeds": 1, "pooled_prompt_embeds": 3},
+        {},
+    ),
+}
 
 
-@pytest.fixture(params=[stable_diffusion_3, flux], ids=lambda make: make.__name__)
+@pytest.fixture(params=PIPELINES)
 def made(request):
+    """A pipeline, and the arguments of a call."""
+    make, prompts, call = PIPELINES[request.param]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pipe, call = request.param()
+        pipe = make()
     pipe.set_progress_bar_config(disable=True)
-    return pipe, call
+    shapes = {name: (2, 16) if "pooled" in name else (2, 3, 16) for name in prompts}
+    return pipe, call | {name: embeddings(seed, *shapes[name]) for name, seed in prompts.items()}
 
 
 def images(pipe, call, dtype=torch.float32, **more):
@@ -165,7 +180,7 @@ def test_saved_and_loaded(made, tmp_path):
         assert_same_bits(images(pipe, call), wanted)
 
 
-@pytest.mark.parametrize("int_method", ["ab2", "unipc", "heun"])
+@pytest.mark.parametrize("int_method", ["ab2", "ab3", "unipc", "heun"])
 def test_solvers_run_in_a_pipeline(made, int_method, monkeypatch):
     """Each latent is the state that sample() evaluates at on the pipeline's schedule, given the same velocities."""
     pipe, call = made
@@ -189,3 +204,73 @@ def test_solvers_run_in_a_pipeline(made, int_method, monkeypatch):
 
     got = fm.sample(2, step_fn, noise=calls[0][0], time_steps=grid)
     assert_same_bits(got, last.reshape(got.shape))
+
+
+def test_a_fitted_solver_runs_in_a_pipeline(made, tmp_path):
+    """At its own times, whatever sigmas the pipeline passes; a folder keeps it."""
+    pipe, call = made
+    rows = [(1.0, -0.25), *[(1.0, -0.3, 0.05)] * (STEPS - 1)]
+    fitted = FittedSolver([1.0, 0.8, 0.55, 0.3, 0.1, 0.0], rows, noise_at=1)
+    pipe.scheduler = FlowMatchSolverScheduler.from_config(pipe.scheduler.config, int_method=fitted)
+    wanted = images(pipe, call)
+    assert torch.equal(pipe.scheduler.sigmas, fitted.grid(torch.float32))
+    pipe.scheduler.save_pretrained(tmp_path)
+    pipe.scheduler = FlowMatchSolverScheduler.from_pretrained(tmp_path)
+    assert_same_bits(images(pipe, call), wanted)
+    with pytest.raises(ValueError, match="wanted 3 steps, and the fitted solver has 5 evaluations"):
+        images(pipe, call, num_inference_steps=3)
+
+
+def wan():
+    """A pipeline of 12,176 random weights beside the decoder's, which is not called, with Wan's own scheduler."""
+    transformer = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=8,
+        ffn_dim=16,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+    vae = diffusers.AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    scheduler = diffusers.UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0
+    )
+    return diffusers.WanPipeline(None, None, vae, scheduler, transformer)
+
+
+def test_wans_pipeline():
+    """Its UniPC against ours, by one line: the same times, and latents within some eps a step of each other."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe = wan()
+    pipe.set_progress_bar_config(disable=True)
+    seen = []
+
+    def record(pipe, k, t, given):
+        seen[-1].append((t, given["latents"]))
+        return given
+
+    for change in (False, True):
+        if change:
+            pipe.scheduler = FlowMatchSolverScheduler.from_config(pipe.scheduler.config, int_method="unipc")
+        seen.append([])
+        pipe(
+            prompt_embeds=embeddings(1, 2, 3, 16),
+            negative_prompt_embeds=embeddings(2, 2, 3, 16),
+            num_inference_steps=STEPS,
+            height=16,
+            width=16,
+            num_frames=5,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(7),
+            callback_on_step_end=record,
+        )
+    assert [float(t) for t, _ in seen[1]] == [float(t) for t, _ in seen[0]]
+    (*_, (_, wanted)), (*_, (_, got)) = seen
+    assert wanted.dtype == got.dtype and wanted.std() > 0.5
+    # The guided network, scale 5, passes on differences of the steps before: twice the 4 + STEPS of one run.
+    assert float((got - wanted).abs().max() / wanted.abs().max()) <= 2 * (4 + STEPS) * torch.finfo(torch.float32).eps

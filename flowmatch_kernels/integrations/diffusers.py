@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -22,10 +24,7 @@ from .. import tracing
 from ..ops import dispatch
 from ..ops.fused_step import COLUMNS, EXACT, FROM_UNGUIDED, ROUNDED, WEIGHTED, Operands
 from ..rows import terms
-from ..solvers import Table
-from ..solvers.grid import Grid
-from ..solvers.ode import solver
-from ..solvers.table import build
+from ..solvers import Evaluation, FittedSolver, Grid, IntMethod, Table, build, check_finite, loaded
 
 try:
     _published = importlib.import_module("diffusers.schedulers.scheduling_flow_match_euler_discrete")
@@ -43,14 +42,19 @@ else:
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class _Rows(NamedTuple):
-    """The rows of a schedule, one for each step."""
+class _Plan(NamedTuple):
+    """How the steps of a schedule are launched, and what that holds for."""
 
     sigmas: Tensor
     version: int
+    device: torch.device
     guidance_scale: float | None
+    backend: str | None
+    """What `use_backend` says."""
     coefficients: Tensor
-    """float32, [N, 8], on the samples' device."""
+    """float32, [N, 8], a row for each step, on the samples' device."""
+    rounding: int
+    launch: Callable[[Operands], None]
 
 
 class FlowMatchEulerDiscreteScheduler(_Published):
@@ -79,7 +83,7 @@ class FlowMatchEulerDiscreteScheduler(_Published):
 
     sigmas: Tensor
     timesteps: Tensor
-    _rows: _Rows | None = None
+    _plan: _Plan | None = None
 
     def step(
         self,
@@ -155,28 +159,17 @@ class FlowMatchEulerDiscreteScheduler(_Published):
         predicted = unconditional + guidance_scale * (conditional - unconditional)
         return self.step(predicted, timestep, sample, generator=generator, return_dict=return_dict)
 
-    def _fuses(self, timestep: Any, per_token_timesteps: Any, sample: Any, *velocities: Any) -> bool:
+    def _fuses(self, timestep: Any, per_token_timesteps: Any, sample: Any, v: Any, u: Any = None) -> bool:
         """Whether the fused step can take these arguments."""
-        if per_token_timesteps is not None or _is_integer(timestep):
-            return False
-        if type(sample) is not Tensor or self.config.get("stochastic_sampling"):
-            return False
-        shape, device, differentiable = sample.shape, sample.device, torch.is_grad_enabled()
-        for x in (sample, *velocities):  # a loop: all() of a generator takes three times as long
-            if (
-                type(x) is not Tensor
-                or x.dtype not in _DTYPES
-                or x.shape != shape
-                or x.device != device
-                or x.layout is not torch.strided
-                or x.is_nested
-                or (differentiable and x.requires_grad)
-            ):
-                return False
-        one_dtype = len(velocities) == 1 or velocities[0].dtype is velocities[1].dtype
-        if not (one_dtype and sample.is_contiguous() and self.sigmas.dtype is torch.float32):
-            return False
-        return not tracing.is_transforming()
+        return (
+            per_token_timesteps is None
+            and not _is_integer(timestep)
+            and not self.config.get("stochastic_sampling")
+            and _are_plain(sample, v, u)
+            and sample.is_contiguous()
+            and self.sigmas.dtype is torch.float32
+            and not tracing.is_transforming()
+        )
 
     def _fused(
         self,
@@ -188,7 +181,7 @@ class FlowMatchEulerDiscreteScheduler(_Published):
         return_dict: bool,
     ) -> Any:
         """One launch, and the index one further."""
-        if self.step_index is None:
+        if self._step_index is None:
             self._init_step_index(timestep)
         out = self._launched(v, u, guidance_scale, sample)
         self._step_index += 1
@@ -196,36 +189,35 @@ class FlowMatchEulerDiscreteScheduler(_Published):
 
     def _launched(self, v: Tensor, u: Tensor | None, guidance_scale: float | None, sample: Tensor) -> Tensor:
         """The next sample."""
-        # A 0-dim dt on v's device is rounded to v's dtype; one on the CPU beside a GPU's v is a number.
-        rounding = ROUNDED if self.sigmas.device == sample.device else EXACT
-        guidance = WEIGHTED if u is None else FROM_UNGUIDED
+        plan, sigmas = self._plan, self.sigmas
+        if (
+            plan is None
+            or plan.sigmas is not sigmas
+            or plan.version != sigmas._version
+            or plan.device != sample.device
+            or plan.guidance_scale != guidance_scale
+            or plan.backend != dispatch.override()
+        ):
+            plan = self._plan = self._planned(sample.device, guidance_scale)
         out = torch.empty_like(sample, dtype=v.dtype)
-        nothing = (None, None, None)
-        coefficients = self._coefficients(sample.device, guidance_scale)
-        given = Operands(out, sample, v, u, *nothing, coefficients, self.step_index, rounding, guidance)
-        if tracing.is_eager():
-            dispatch.choose("auto", sample.device.type).load()(given)
-        else:
-            torch.ops.flowmatch_kernels.fused_step_(*given)
+        guidance = WEIGHTED if u is None else FROM_UNGUIDED
+        row, rounding = self._step_index, plan.rounding
+        _run(plan.launch, Operands(out, sample, v, u, None, None, None, plan.coefficients, row, rounding, guidance))
         return out
 
-    def _coefficients(self, device: torch.device, guidance_scale: float | None) -> Tensor:
+    def _planned(self, device: torch.device, guidance_scale: float | None) -> _Plan:
         """The rows of the schedule as it is now."""
-        rows, sigmas = self._rows, self.sigmas
-        if (
-            rows is None
-            or rows.sigmas is not sigmas
-            or rows.version != sigmas._version
-            or rows.coefficients.device != device
-            or rows.guidance_scale != guidance_scale
-        ):
-            coefficients = torch.zeros(len(sigmas) - 1, len(COLUMNS), device=device)
-            coefficients[:, COLUMNS.index("a")] = 1.0
-            coefficients[:, COLUMNS.index("b0")] = sigmas.diff()
-            if guidance_scale is not None:
-                coefficients[:, COLUMNS.index("w1")] = guidance_scale
-            rows = self._rows = _Rows(sigmas, sigmas._version, guidance_scale, coefficients)
-        return rows.coefficients
+        sigmas = self.sigmas
+        coefficients = torch.zeros(len(sigmas) - 1, len(COLUMNS), device=device)
+        coefficients[:, COLUMNS.index("a")] = 1.0
+        coefficients[:, COLUMNS.index("b0")] = sigmas.diff()
+        if guidance_scale is not None:
+            coefficients[:, COLUMNS.index("w1")] = guidance_scale
+        # A 0-dim dt on v's device is rounded to v's dtype; one on the CPU beside a GPU's v is a number.
+        rounding = ROUNDED if sigmas.device == device else EXACT
+        launch = dispatch.choose("auto", device.type).load()
+        override = dispatch.override()
+        return _Plan(sigmas, sigmas._version, device, guidance_scale, override, coefficients, rounding, launch)
 
     def _init_step_index(self, timestep: float | Tensor) -> None:
         timesteps = self.timesteps
@@ -241,6 +233,33 @@ class FlowMatchEulerDiscreteScheduler(_Published):
             super()._init_step_index(timestep)
 
 
+def _are_plain(sample: Any, v: Any, u: Any) -> bool:
+    """Whether the fused step can read these tensors as they are; of the sample, whether it is contiguous aside."""
+    if type(sample) is not Tensor:
+        return False
+    shape, device = sample.shape, sample.device
+    for x in (sample, v) if u is None else (sample, v, u):  # a loop: all() of a generator takes three times as long
+        if (
+            type(x) is not Tensor
+            or x.dtype not in _DTYPES
+            or x.shape != shape
+            or x.device != device
+            or x.layout is not torch.strided
+            or x.is_nested
+            or (x.requires_grad and torch.is_grad_enabled())
+        ):
+            return False
+    return u is None or u.dtype is v.dtype
+
+
+def _run(launch: Callable[[Operands], None], operands: Operands) -> None:
+    """One fused step: by the backend itself, or by the registered op where something watches."""
+    if tracing.is_eager():
+        launch(operands)
+    else:
+        torch.ops.flowmatch_kernels.fused_step_(*operands)
+
+
 def _is_integer(timestep: object) -> bool:
     """Whether diffusers refuses it."""
     return isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point())
@@ -252,19 +271,30 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
         pipe.scheduler = FlowMatchSolverScheduler.from_config(pipe.scheduler.config, int_method="ab3")
 
     Schedules, shifts and configuration are diffusers'. `timesteps` has an entry for each evaluation: with heun two for
-    each step but the last, with rk4 four, with the others one. A solver that would evaluate at the end of the schedule
-    takes an Euler step last, as diffusers' Heun does.
+    each step but the last, with rk4 four, with the others one, and with ab3 one more. A solver that would evaluate at
+    the end of the schedule takes an Euler step last, as diffusers' Heun does.
+
+    A fitted solver brings its own times, in place of those that `set_timesteps` computes or is given; their number must
+    be that of its evaluations. It must have been fitted with noise_at=1, as sigmas are, or with invert_sigmas
+    noise_at=0. `save_pretrained` writes it into the configuration as a whole.
 
     The steps are taken in float32, and the result has the dtype of model_output. A start in the middle of the schedule
-    (image to image) begins the solver anew there; ab3 cannot, as its first step evaluates twice.
+    (image to image) begins the solver anew on the rest of it. ab3 then begins with Euler, for its Heun needs an
+    evaluation for which that schedule has no timestep. A fitted solver starts in the middle only where no row from
+    there on reads an earlier velocity.
 
     Args:
-        int_method: The solver's name; see `flowmatch_kernels.solvers`.
+        int_method: The solver: a name (see `flowmatch_kernels.solvers`), a `FittedSolver`, its `to_dict()`, or the path
+            of its file, which ends in .json.
+        use_flow_sigmas: Take the schedule of diffusers' UniPCMultistepScheduler, that of Wan's pipelines:
+            linspace(1, 1 / num_train_timesteps, N + 1)[:-1], shifted, the first less 1e-6 where it is 1, then 0. Its
+            timesteps are whole numbers. It is a setting of that scheduler too, and `from_config` takes it over.
         *arguments, **settings: As for diffusers' scheduler.
 
     Raises:
-        ValueError: there is no such solver, or stochastic_sampling is on.
-        TypeError: int_method is no name.
+        OSError: the file cannot be read.
+        ValueError: there is no such solver, the file or dict holds none, stochastic_sampling is on, or use_flow_sigmas
+            and invert_sigmas are.
 
     Example:
         >>> from flowmatch_kernels.integrations.diffusers import FlowMatchSolverScheduler
@@ -275,18 +305,20 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
         ...     x = scheduler.step(-x, t, x).prev_sample
     """
 
-    def __init__(self, *arguments: Any, int_method: str = "ab2", **settings: Any) -> None:
+    def __init__(
+        self, *arguments: Any, int_method: Any = "ab2", use_flow_sigmas: bool = False, **settings: Any
+    ) -> None:
         super().__init__(*arguments, **settings)
-        if not isinstance(int_method, str) or int_method.endswith(".json"):
-            raise TypeError(
-                f"int_method must be a solver's name, got {int_method!r:.60}: fitted solvers have own times"
-            )
-        solver(int_method)
+        self._solver = FittedSolver.from_dict(int_method) if isinstance(int_method, Mapping) else loaded(int_method)
         if self.config.get("stochastic_sampling"):
             raise ValueError("stochastic_sampling and a solver: use diffusers' FlowMatchEulerDiscreteScheduler")
-        self.register_to_config(int_method=int_method)
+        if use_flow_sigmas and self.config.invert_sigmas:
+            raise ValueError("use_flow_sigmas and invert_sigmas: diffusers' UniPC has no inverted sigmas")
+        written = self._solver.to_dict() if isinstance(self._solver, FittedSolver) else self._solver
+        self.register_to_config(int_method=written, use_flow_sigmas=use_flow_sigmas)
         self._grid: Tensor | None = None  # the steps' sigmas; `sigmas` are the evaluations'
-        self._table: Table | None = None  # from the first step that is taken on
+        self._whole: Table | None = None  # the solver's rows on them
+        self._table: Table | None = None  # those from the first step that is taken on
         self._first = 0  # the evaluation that it begins with
         self._history: list[Tensor] = []
         self._guidance_scale: float | None = None  # that in its rows
@@ -295,7 +327,8 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
     __init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
             *(p for p in inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters.values()),
-            inspect.Parameter("int_method", inspect.Parameter.KEYWORD_ONLY, default="ab2", annotation=str),
+            inspect.Parameter("int_method", inspect.Parameter.KEYWORD_ONLY, default="ab2", annotation=IntMethod),
+            inspect.Parameter("use_flow_sigmas", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool),
         ]
     )
 
@@ -304,22 +337,34 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
         """As diffusers' method; of a UniPC or DPM-Solver++ scheduler's configuration, flow_shift is taken as the shift.
 
         Raises:
-            ValueError: that configuration is not one for flow matching.
+            ValueError: that configuration is not one for flow matching, or does not end at 0.
         """
         if isinstance(config, dict) and "flow_shift" in config and "shift" not in config:  # else it would be dropped
-            if not config.get("use_flow_sigmas"):
-                found = config.get("use_flow_sigmas")
-                raise ValueError(f"wanted a configuration for flow matching, got one with use_flow_sigmas={found}")
+            found = {"final_sigmas_type": "zero"} | config
+            for name, wanted in (("use_flow_sigmas", True), ("final_sigmas_type", "zero")):
+                if found.get(name) != wanted:
+                    raise ValueError(f"wanted a configuration for flow matching, got one with {name}={found.get(name)}")
             settings.setdefault("shift", config["flow_shift"])
-            said = ("flow_shift", "use_flow_sigmas", "prediction_type")  # diffusers would warn that they are ignored
+            said = ("flow_shift", "prediction_type")  # diffusers would warn that they are ignored
             config = {name: value for name, value in config.items() if name not in said}
         return super().from_config(config, *arguments, **settings)
 
     def set_timesteps(self, *arguments: Any, **keywords: Any) -> None:
-        """Sets the schedule, as diffusers' scheduler: `sigmas` and `timesteps` for each evaluation."""
-        super().set_timesteps(*arguments, **keywords)
+        """Sets the schedule, as diffusers' scheduler: `sigmas` and `timesteps` for each evaluation.
+
+        Raises:
+            ValueError: a fitted solver has another number of evaluations, or was fitted from the other end of time; or
+                the solver cannot use the sigmas.
+        """
+        if self.config.use_flow_sigmas:
+            self._set_flow_sigmas(*arguments, **keywords)
+        else:
+            super().set_timesteps(*arguments, **keywords)
+        if isinstance(self._solver, FittedSolver):
+            self._set_fitted_times(self._solver)
         self._grid, self._table = self.sigmas, None
         table = self._whole = self._build(self._grid)
+        check_finite(table, self._solver, self._noise_at)
         self.order = max(1, round(len(table.evaluations) / max(table.steps, 1)))
         if len(table.evaluations) == table.steps:  # the schedule's own timesteps, which may be scaled otherwise
             return
@@ -332,7 +377,44 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
         FlowMatchEulerDiscreteScheduler.set_timesteps
     )
 
-    def _fuses(self, timestep: Any, per_token_timesteps: Any, sample: Any, *velocities: Any) -> bool:
+    def _set_flow_sigmas(
+        self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, **keywords: Any
+    ) -> None:
+        """The schedule of diffusers' UniPC."""
+        published = importlib.import_module("diffusers").UniPCMultistepScheduler
+        known = inspect.signature(published.__init__).parameters
+        settings = {name: value for name, value in self.config.items() if name in known}
+        settings |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": self.shift}
+        scheduler = published(**settings)
+        if sigmas is not None:
+            keywords["sigmas"] = numpy.array(sigmas, dtype=numpy.float64)
+        scheduler.set_timesteps(num_inference_steps, device=device, **keywords)
+        self.num_inference_steps = scheduler.num_inference_steps
+        self.sigmas = scheduler.sigmas.to(torch.float32).to(scheduler.timesteps.device)
+        self.timesteps = scheduler.timesteps.to(torch.float32)
+        self._step_index = self._begin_index = None
+
+    def _set_fitted_times(self, fitted: FittedSolver) -> None:
+        """A fitted solver's times in place of the schedule's."""
+        steps = len(self.sigmas) - 1
+        if steps != fitted.evaluations:
+            raise ValueError(
+                f"wanted {steps} steps, and the fitted solver has {fitted.evaluations} evaluations: pass "
+                f"num_inference_steps={fitted.evaluations}, or fit a solver to {steps}"
+            )
+        if fitted.noise_at != self._noise_at:
+            raise ValueError(
+                f"the noise is at sigma {self._noise_at}, and the solver was fitted with noise_at={fitted.noise_at}: "
+                f"fit it with FlowMatching(noise_at={self._noise_at})"
+            )
+        self.sigmas = fitted.grid(torch.float32).to(self.sigmas.device)
+        self.timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
+
+    @property
+    def _noise_at(self) -> int:
+        return 0 if self.config.invert_sigmas else 1
+
+    def _fuses(self, timestep: Any, per_token_timesteps: Any, sample: Any, v: Any, u: Any = None) -> bool:
         """Whether one launch can take the velocities: always a single one, as there is no other step to hand on to.
 
         Raises:
@@ -344,10 +426,7 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
             raise ValueError("per_token_timesteps and a solver: use FlowMatchEulerDiscreteScheduler")
         if _is_integer(timestep):
             raise ValueError(f"timestep must be an entry of timesteps, got the integer {timestep}")
-        return len(velocities) == 1 or (velocities[0].dtype, velocities[0].shape) == (
-            velocities[1].dtype,
-            velocities[1].shape,
-        )
+        return u is None or (v.dtype, v.shape) == (u.dtype, u.shape)
 
     def _launched(self, v: Tensor, u: Tensor | None, guidance_scale: float | None, sample: Tensor) -> Tensor:
         """The state to evaluate at next.
@@ -358,7 +437,9 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
         """
         if self._table is None:
             self._table = self._start(sample.device)
-        table, row = self._table, self.step_index - self._first
+        table, row = self._table, self._step_index - self._first
+        if row < 0:  # the solver starts at the next evaluation, which is at the same sigma
+            return sample.to(v.dtype)
         evaluation = table.evaluations[row]
         sample = sample.to(torch.float32).contiguous()
         if row == 0 or table.evaluations[row - 1].commit:
@@ -368,47 +449,66 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
         if guidance_scale is not None and guidance_scale != self._guidance_scale:
             table.coefficients[:, COLUMNS.index("w1")] = self._guidance_scale = guidance_scale
         out = torch.empty_like(sample)
-        torch.ops.flowmatch_kernels.fused_step_(
-            *(out, self._base, v, u, *terms(self._history, evaluation.read), table.coefficients, row),
-            guidance=WEIGHTED if u is None else FROM_UNGUIDED,
-            history=None if evaluation.write is None else self._history[evaluation.write],
+        h1, h2, h3 = terms(self._history, evaluation.read)
+        guidance = WEIGHTED if u is None else FROM_UNGUIDED
+        history = None if evaluation.write is None else self._history[evaluation.write]
+        operands = Operands(
+            out, self._base, v, u, h1, h2, h3, table.coefficients, row, guidance=guidance, history=history
         )
+        if _are_plain(self._base, v, u):
+            _run(self._launch, operands)
+        else:
+            torch.ops.flowmatch_kernels.fused_step_(*operands)  # which says what is wrong with them
         return out.to(v.dtype)
 
-    def _build(self, grid: Tensor) -> Table:
+    def _build(self, grid: Tensor, euler_at_start: bool = False) -> Table:
         """The solver's rows on a grid of sigmas, on the host."""
-        on_host = grid.cpu()
-        noise_at = int(on_host[0] > on_host[-1])
-        entries = tuple(on_host.tolist())
-
-        def built(euler_at_final: bool) -> Table:
-            cpu = torch.device("cpu")
-            return build(
-                *(self.config.int_method, Grid(on_host, entries), None, torch.float32, cpu, noise_at),
-                euler_at_final=euler_at_final,
-            )
-
-        table = built(False)
+        on_host, solver = grid.cpu(), self._solver
+        entries = solver.times if isinstance(solver, FittedSolver) else tuple(on_host.tolist())
+        given = (Grid(on_host, entries), None, torch.float32, torch.device("cpu"), self._noise_at)
+        table = build(solver, *given, euler_at_start=euler_at_start)
         if any(evaluation.time == table.steps for evaluation in table.evaluations):
-            table = built(True)
+            table = build(solver, *given, euler_at_start=euler_at_start, euler_at_final=True)
         return table
 
     def _start(self, device: torch.device) -> Table:
         """The table from the first step on, and no memory of another run."""
-        assert self._grid is not None
-        first, whole = self.step_index, self._whole
-        if first and not whole.evaluations[first - 1].commit:
-            raise ValueError(
-                f"the first step is evaluation {first} of {len(whole.evaluations)}, which is within a step of "
-                f"{self.config.int_method}: start at a multiple of {self.order}"
-            )
-        skipped = sum(evaluation.commit for evaluation in whole.evaluations[:first])
-        table = self._build(self._grid[skipped:]) if skipped else whole
-        if first + len(table.evaluations) != len(whole.evaluations):
-            raise ValueError(
-                f"{self.config.int_method} evaluates twice in its first step, for which a schedule that starts in the "
-                "middle has no timestep: use ab2, dpmpp_2m, unipc or a solver of one step"
-            )
-        self._first, self._history, self._guidance_scale = first, [], None
+        assert self._grid is not None and self._whole is not None
+        table, first = self._whole, self._step_index
+        evaluations = table.evaluations
+        while first and not evaluations[first - 1].commit:
+            if evaluations[first].time != evaluations[first + 1].time:
+                raise ValueError(
+                    f"the first step is evaluation {first} of {len(evaluations)}, which is within a step of "
+                    f"{self._solver}: start at a multiple of {self.order}"
+                )
+            first += 1  # the end of a step, where the next begins
+        if isinstance(self._solver, FittedSolver):
+            self._first = 0
+            if first and (missing := _missing(evaluations, first)) is not None:
+                raise ValueError(
+                    f"evaluation {missing} of the fitted solver reads velocities from before evaluation {first}, where "
+                    "this run starts: start it at 0, or use a solver with a name"
+                )
+        elif first:
+            self._first, rest = first, self._grid[sum(evaluation.commit for evaluation in evaluations[:first]) :]
+            table = self._build(rest)
+            if first + len(table.evaluations) != len(evaluations):
+                table = self._build(rest, euler_at_start=True)
+        else:
+            self._first = 0
+        self._history, self._guidance_scale = [], None
+        self._launch = dispatch.choose("auto", device.type).load()
         # A copy: the guidance scale is written to it.
         return table._replace(coefficients=table.coefficients.to(device, copy=True))
+
+
+def _missing(evaluations: Sequence[Evaluation], first: int) -> int | None:
+    """The first evaluation that reads what none from `first` on has written."""
+    written: set[int] = set()
+    for k, evaluation in enumerate(evaluations[first:], start=first):
+        if not written.issuperset(evaluation.read):
+            return k
+        if evaluation.write is not None:
+            written.add(evaluation.write)
+    return None

@@ -211,6 +211,11 @@ def use_backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
+def override() -> str | None:
+    """What `use_backend` says here: who keeps what `choose` returned asks whether it still holds."""
+    return _override.get()
+
+
 def choose(name: str, device_type: str) -> Backend:
     """The backend for tensors of this device type.
 

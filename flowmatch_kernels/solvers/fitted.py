@@ -110,14 +110,35 @@ class FittedSolver:
             segments.append(Segment(step, (Stage(step.start, b0, terms, a=a),)))
         return segments
 
+    def to_dict(self) -> dict[str, Any]:
+        """Its numbers and what they are, as plain Python values that JSON can hold: for `from_dict`."""
+        return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> FittedSolver:
+        """The solver that `to_dict` described.
+
+        Raises:
+            TypeError, ValueError: it is no fitted solver, of another version, or damaged; the message says what is
+                wrong.
+        """
+        if not isinstance(content, Mapping) or content.get("format") != FORMAT:
+            raise ValueError(f'it does not say "format": "{FORMAT}"')
+        if content.get("version") != VERSION:
+            raise ValueError(f"it has version {content.get('version')!r:.20} and this package reads {VERSION}")
+        fields = {field.name for field in dataclasses.fields(cls)}
+        missing = fields - content.keys()
+        if missing:
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        return cls(**{name: content[name] for name in fields})
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes it as JSON; every number keeps its bits.
 
         Raises:
             OSError: the file cannot be written.
         """
-        content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
-        Path(path).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FittedSolver:
@@ -128,16 +149,7 @@ class FittedSolver:
             ValueError: it is no fitted solver, of another version, or damaged; the message says what is wrong.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(content, dict) or content.get("format") != FORMAT:
-                raise ValueError(f'it does not say "format": "{FORMAT}"')
-            if content.get("version") != VERSION:
-                raise ValueError(f"it has version {content.get('version')!r:.20} and this package reads {VERSION}")
-            fields = {field.name for field in dataclasses.fields(cls)}
-            missing = fields - content.keys()
-            if missing:
-                raise ValueError(f"it has no {', '.join(sorted(missing))}")
-            return cls(**{name: content[name] for name in fields})
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except (
             ValueError,
             TypeError,

@@ -90,16 +90,16 @@ class Segment(NamedTuple):
         ends = any(stage.time is self.steps.end for stage in self.stages)
         return (*(grid[first:last] if starts else ()), *(grid[first + 1 : last + 1] if ends else ()))
 
-    def part(self, n: int) -> Segment:
-        """Its first n steps."""
-        steps = self.steps.part(0, n)
+    def part(self, first: int, last: int) -> Segment:
+        """Its steps `first` up to `last`."""
+        steps = self.steps.part(first, last)
 
         def cut(column: Any) -> Any:
             if column is self.steps.start:
                 return steps.start  # the same object: `build` knows an entry of the grid by that
             if column is self.steps.end:
                 return steps.end
-            return part(column, 0, n) if isinstance(column, Tensor) else column
+            return part(column, first, last) if isinstance(column, Tensor) else column
 
         stages = tuple(
             Stage(

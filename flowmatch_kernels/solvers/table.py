@@ -122,6 +122,7 @@ def build(
     predicts: int | None = None,
     euler_at_final: bool = False,
     check: bool = False,
+    euler_at_start: bool = False,
 ) -> Table:
     """The table of a solver on a grid.
 
@@ -136,6 +137,7 @@ def build(
         predicts: The end of time whose state step_fn predicts; None: it predicts the velocity.
         euler_at_final: The last step is Euler's, so that nothing is evaluated at the end of the grid.
         check: Check each segment.
+        euler_at_start: The first step is Euler's, so that it evaluates once.
 
     Raises:
         ValueError: a segment is not consistent, or the prediction says nothing of the velocity at a time where the
@@ -147,7 +149,7 @@ def build(
     n = int(times.shape[0]) - 1
     dt = torch.diff(times) if sizes is None else sizes.tensor.to(times.device)
     steps = Steps(0, n, part(times, 0, n), part(times, 1, n + 1), dt.double(), noise_at)
-    segments = _segments(int_method, steps, euler_at_final)
+    segments = _segments(int_method, steps, euler_at_final, euler_at_start)
     if check:
         for segment in segments:
             segment.check()
@@ -220,15 +222,18 @@ def _coefficients(segment: Segment) -> Tensor:
     return torch.stack(rows, dim=1).flatten(0, 1)
 
 
-def _segments(int_method: str | FittedSolver, steps: Steps, euler_at_final: bool) -> list[Segment]:
+def _segments(
+    int_method: str | FittedSolver, steps: Steps, euler_at_final: bool, euler_at_start: bool = False
+) -> list[Segment]:
     """The solver's segments that have steps."""
     segments = [segment for segment in solver(int_method)(steps) if segment.steps.n]
-    if not euler_at_final or not segments:
-        return segments
-    *before, last = segments
-    if last.steps.n > 1:
-        before.append(last.part(last.steps.n - 1))
-    return [*before, *euler(steps.part(steps.n - 1, steps.n))]
+    if euler_at_start and segments:
+        first, *after = segments
+        segments = [*euler(steps.part(0, 1)), first.part(1, first.steps.n), *after]
+    if euler_at_final and segments:
+        *before, last = segments
+        segments = [*before, last.part(0, last.steps.n - 1), *euler(steps.part(steps.n - 1, steps.n))]
+    return [segment for segment in segments if segment.steps.n]
 
 
 def evaluations(int_method: str | FittedSolver, steps: int, euler_at_final: bool = False) -> int:

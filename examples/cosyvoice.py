@@ -2,10 +2,8 @@
 
     python examples/cosyvoice.py
 
-CosyVoice's batch holds the guided half first, cat([guided, unguided]), and it combines (1 + r)*guided - r*unguided.
-`combined_guidance` takes the second half as the guided one, and "interpolate" is (1 - w)*first + w*second: with w = -r
-that is the same sum, to the bit. The bits are those of CosyVoice's loop: tests/test_examples.py compares them. The
-network is a stand-in with random weights.
+CosyVoice's batch holds the guided half first, cat([guided, unguided]), and it combines (1 + r)*guided - r*unguided. The
+bits are those of its loop: tests/test_examples.py compares them. The network is a stand-in with random weights.
 
 Source: CosyVoice, arXiv 2407.05407, section 2.3.
 """
@@ -33,14 +31,19 @@ def time_grid(steps: int) -> Tensor:
 
 def sample(estimator: Estimator, noise: Tensor, mu: Tensor, steps: int = 10, rate: float = 0.7) -> Tensor:
     """Mel frames, [B, mels, T]; `estimator(x, mu, t)` takes t as [2 * B] and mu, the condition, as x."""
-    fm = FlowMatching(noise.shape[1:], use_classifier_free_guidance=True, inference_guidance_weight=-rate)
+    fm = FlowMatching(
+        noise.shape[1:],
+        use_classifier_free_guidance=True,
+        guidance_form="extrapolate",
+        inference_guidance_weight=rate,
+    )
     batch = noise.shape[0]
     both_mu = torch.cat([mu, torch.zeros_like(mu)])  # guided first
 
     def both(x: Tensor, t: Tensor) -> Tensor:
         return estimator(torch.cat([x, x]), both_mu, t.reshape(batch).repeat(2))
 
-    return fm.sample(batch, both, combined_guidance=True, noise=noise, time_steps=time_grid(steps))
+    return fm.sample(batch, both, combined_guidance="guided_first", noise=noise, time_steps=time_grid(steps))
 
 
 def stand_in(mels: int, seed: int = 0) -> Estimator:

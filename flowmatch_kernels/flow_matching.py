@@ -189,7 +189,7 @@ class FlowMatching(BaseDiffusion):
         use_classifier_free_guidance: bool | None = None,
         inference_guidance_weight: float | Sequence[float] | Callable[[float], float] | None = None,
         guidance_form: str | None = None,
-        combined_guidance: bool = False,
+        combined_guidance: bool | str = False,
         skip_irrelevant_model: bool = False,
         temperature: float = 1.0,
         noise: Tensor | KeyedNoise | Sequence[KeyedNoise] | Sequence[torch.Generator] | None = None,
@@ -231,8 +231,9 @@ class FlowMatching(BaseDiffusion):
                 function is asked before the first step, on the host (one synchronisation on a GPU), with t as a
                 float: the grid's 0.2 is 0.2000000030 where the grid is float32.
             guidance_form: None: the constructor's.
-            combined_guidance: step_fn returns both velocities, cat([unguided, guided]), [2 * B, *x_dims], in one
-                call; read where they are. No unguided_step_fn then.
+            combined_guidance: step_fn returns both velocities, [2 * B, *x_dims], in one call; read where they are. No
+                unguided_step_fn then. True or "unguided_first": as cat([unguided, guided]), diffusers' order;
+                "guided_first": as cat([guided, unguided]), CosyVoice's.
             skip_irrelevant_model: Where the weight makes one of the two models irrelevant (the unguided: w = 1,
                 s = 1, s = 0 or r = 0, by form; the guided: w = 0, s = 0, s = -1 or r = -1), do not call it, and take
                 the other's velocity as it is.
@@ -310,15 +311,15 @@ class FlowMatching(BaseDiffusion):
             temperature=temperature,
         )
         if not (
-            type(return_all_steps) is type(combined_guidance) is type(skip_irrelevant_model) is type(progress) is bool
+            type(return_all_steps) is type(skip_irrelevant_model) is type(progress) is bool
         ):  # one expression: a call for each is 1% of a small sample()
             flag(return_all_steps, "return_all_steps")
-            flag(combined_guidance, "combined_guidance")
             flag(skip_irrelevant_model, "skip_irrelevant_model")
             flag(progress, "progress")
         guided, form, weight = self._guidance(
             *(use_classifier_free_guidance, guidance_form, inference_guidance_weight),
-            *(unguided_step_fn, combined_guidance, skip_irrelevant_model),
+            *(unguided_step_fn, None if combined_guidance is False else guidance.guided_first(combined_guidance)),
+            skip_irrelevant_model,
         )
         if isinstance(temperature, Tensor) and temperature.dim() == 0 and not tracing.is_readable(temperature):
             temperature = unread(temperature, "temperature")
@@ -402,10 +403,11 @@ class FlowMatching(BaseDiffusion):
         form: str | None,
         weight: Any,
         unguided_step_fn: StepFn | None,
-        combined: bool,
+        guided_first: bool | None,
         skip: bool,
     ) -> tuple[Guidance | None, str | None, Weight]:
         """How to guide, with the form's name and the weight; None without guidance."""
+        combined = guided_first is not None
         form = _or(form, self.guidance_form)
         its_form = guidance.form(form)
         guided = _or(use_classifier_free_guidance, self.use_classifier_free_guidance)
@@ -425,7 +427,7 @@ class FlowMatching(BaseDiffusion):
             other = "skip_irrelevant_model" if unguided_step_fn is None else "an unguided_step_fn"
             raise ValueError(f"combined_guidance, where step_fn returns both velocities, and {other}: pass one")
         weight = guidance.checked(_or(weight, self.inference_guidance_weight))
-        return Guidance(its_form, unguided_step_fn, skip), form, weight
+        return Guidance(its_form, unguided_step_fn, skip, bool(guided_first)), form, weight
 
     def _warn_unguided(self) -> None:
         """Warns that unguided_step_fn is not called, once for each sampler."""

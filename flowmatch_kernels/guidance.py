@@ -64,6 +64,25 @@ def form(name: str) -> Form:
     return FORMS[name]
 
 
+#: What sample()'s combined_guidance may be: whether the guided velocity comes first in what step_fn returns; None: it
+#: returns one velocity.
+_COMBINED = {False: None, True: False, "unguided_first": False, "guided_first": True}
+
+
+def guided_first(combined: bool | str) -> bool | None:
+    """Of combined_guidance, whether the guided velocity comes first; None: step_fn returns one velocity.
+
+    Raises:
+        TypeError: it is neither a bool nor a string.
+        ValueError: it is another string.
+    """
+    if type(combined) not in (bool, str):
+        raise TypeError(f"combined_guidance must be True, False, or an order's name, got {shown(combined)}")
+    if combined not in _COMBINED:
+        raise ValueError(f"combined_guidance must be a bool, 'unguided_first' or 'guided_first', got {combined!r:.60}")
+    return _COMBINED[combined]
+
+
 def checked(weight: Any, name: str = "inference_guidance_weight") -> Weight:
     """The weight as a float, a tuple of floats or the function that it is.
 

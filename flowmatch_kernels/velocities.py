@@ -26,6 +26,8 @@ class Guidance(NamedTuple):
     """None: step_fn returns both velocities, cat([unguided, guided])."""
     skip: bool = False
     """Do not call a model that the weight makes irrelevant."""
+    guided_first: bool = False
+    """step_fn returns cat([guided, unguided])."""
 
 
 class Velocities:
@@ -117,14 +119,16 @@ class Velocities:
             raise ValueError(f"{name} returned a tensor of shape {list(v.shape)}; wanted {wanted}")
 
     def split(self, both: Tensor) -> tuple[Tensor, Tensor]:
-        """The guided and the unguided velocity of cat([unguided, guided]): two views.
+        """The guided and the unguided velocity, two views of what step_fn returned, in the order of `guidance`.
 
         Raises:
             TypeError: it is no tensor.
             ValueError: it is not twice as long as the batch.
         """
         batch = self.shape[0]
-        wanted = f"cat([unguided, guided]), a doubled batch that expands to {[2 * batch, *self.shape[1:]]}"
+        guided_first = self.guidance is not None and self.guidance.guided_first
+        order = "guided, unguided" if guided_first else "unguided, guided"
+        wanted = f"cat([{order}]), a doubled batch that expands to {[2 * batch, *self.shape[1:]]}"
         if not isinstance(both, Tensor) or both.layout is not torch.strided or both.is_nested:
             raise TypeError(f"step_fn returned {described(both)}; wanted {wanted}")
         if both.dtype not in VELOCITY_DTYPES[self.dtype]:
@@ -132,7 +136,8 @@ class Velocities:
             raise TypeError(f"step_fn returned {both.dtype}{widens}; wanted {wanted}, {self.dtype} or narrower")
         if both.dim() != len(self.shape) or both.shape[0] != 2 * batch:
             raise ValueError(f"step_fn returned a tensor of shape {list(both.shape)}; wanted {wanted}")
-        return both.narrow(0, batch, batch), both.narrow(0, 0, batch)
+        first, second = both.narrow(0, 0, batch), both.narrow(0, batch, batch)
+        return (first, second) if guided_first else (second, first)
 
 
 def model(step_fn: StepFn, velocities: Velocities, eager: bool) -> Model:

@@ -557,18 +557,23 @@ KINDS = {
         "sample: use_classifier_free_guidance":
             lambda value: sample(use_classifier_free_guidance=value, unguided_step_fn=never),
         "sample: return_all_steps": lambda value: sample(return_all_steps=value),
-        "sample: combined_guidance": lambda value: sample(combined_guidance=value),
         "sample: skip_irrelevant_model": lambda value: sample(skip_irrelevant_model=value),
         "sample, guided: skip_irrelevant_model": lambda value: guided(skip_irrelevant_model=value),
         "sample: progress": lambda value: sample(progress=value),
         "nfe: guided": lambda value: FlowMatching(2).nfe(guided=value),
         "fit_solver: progress": lambda value: fit(progress=value),
         "fit_solver: use_classifier_free_guidance": lambda value: fit(use_classifier_free_guidance=value),
-        "fit_solver: combined_guidance": lambda value: fit(combined_guidance=value),
         "fit_solver: skip_irrelevant_model": lambda value: fit(skip_irrelevant_model=value),
         "compare_solvers: use_classifier_free_guidance": lambda value: compare(use_classifier_free_guidance=value),
-        "compare_solvers: combined_guidance": lambda value: compare(combined_guidance=value),
         "compare_solvers: skip_irrelevant_model": lambda value: compare(skip_irrelevant_model=value),
+    }),
+    "order of two velocities": (
+        [(value, ValueError if isinstance(value, str) else TypeError) for value, _ in FLAGS]
+        + each(["Guided_first", "guided"], ValueError), {
+        "sample: combined_guidance": lambda value: sample(combined_guidance=value),
+        "sample, guided: combined_guidance": lambda value: guided(combined_guidance=value),
+        "fit_solver: combined_guidance": lambda value: fit(combined_guidance=value),
+        "compare_solvers: combined_guidance": lambda value: compare(combined_guidance=value),
     }),
     "end of time": (NO_END, {
         "constructor: noise_at": lambda value: FlowMatching(2, noise_at=value),

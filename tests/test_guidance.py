@@ -494,6 +494,10 @@ def combined(fns):
     return lambda x, t: torch.cat([fns[1](x, t), fns[0](x, t)])
 
 
+#: combined_guidance -> what step_fn returns, of the guided and the unguided model.
+ORDERS = {True: combined, "unguided_first": combined, "guided_first": lambda fns: combined(fns[::-1])}
+
+
 @every_dtype
 @every_form
 def test_combined_is_two_calls(backend, form, dtypes):
@@ -501,8 +505,10 @@ def test_combined_is_two_calls(backend, form, dtypes):
     fns = models(velocity)
     for solver, batch_size, weight in (("euler", 4, 1.7), ("heun", 1, -0.5), ("ab2", 3, 1.0), ("euler", 0, 2.0)):
         noise = start(state, batch_size)
-        got = ours(form, weight, [combined(fns)], noise, solver, backend=backend, combined_guidance=True)
-        assert_same_bits(got, eager(form, weight, fns, noise, solver), f"{solver}, B = {batch_size}")
+        wanted = eager(form, weight, fns, noise, solver)
+        for order, both in ORDERS.items():
+            got = ours(form, weight, [both(fns)], noise, solver, backend=backend, combined_guidance=order)
+            assert_same_bits(got, wanted, f"{solver}, B = {batch_size}, {order}")
 
 
 def test_combined_with_changing_weights(backend):
@@ -629,6 +635,8 @@ def test_what_is_no_doubled_batch(backend, case):
         assert len(calls) == 3
     got = fm.sample(BATCH, combined(fns), noise=start(), combined_guidance=True, inference_guidance_weight=1.7)
     assert_same_bits(got, eager("interpolate", 1.7, fns, start())[:, -1])
+    with pytest.raises(ValueError, match=r"wanted cat\(\[guided, unguided\]\), a doubled batch"):
+        fm.sample(BATCH, lambda x, t: x, combined_guidance="guided_first")
 
 
 # ---- modes and compilers ----
@@ -645,7 +653,7 @@ def run_guided(case, noise, device="cpu", fm=None, all_steps=False):
     fm = fm or FlowMatching(DIMS, "ab2", 3)
     keywords = {"unguided_step_fn": fns[1]} | MODES.get(case, {"inference_guidance_weight": 1.7})
     if case == "combined":
-        fns, keywords = [combined(fns)], {"combined_guidance": True, "inference_guidance_weight": 1.7}
+        fns, keywords = [combined(fns[::-1])], {"combined_guidance": "guided_first", "inference_guidance_weight": 1.7}
     out = fm.sample(
         BATCH, fns[0], device, all_steps, noise=noise, use_classifier_free_guidance=True, **keywords
     )  # fmt: skip

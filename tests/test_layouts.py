@@ -102,10 +102,10 @@ def combined(x):
     fn = Seen(both)
 
     def velocity(x, t):
-        u, v = fn(x, t).chunk(2)
+        v, u = fn(x, t).chunk(2)
         return (1 - 1.5) * u + 1.5 * v
 
-    arguments = {"step_fn": fn, "combined_guidance": True, "use_classifier_free_guidance": True}
+    arguments = {"step_fn": fn, "combined_guidance": "guided_first", "use_classifier_free_guidance": True}
     return arguments | {"inference_guidance_weight": 1.5}, {"velocity": velocity}, [fn]
 
 

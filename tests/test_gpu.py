@@ -385,6 +385,22 @@ def test_sample_in_float64_and_bfloat16(place):
 
 
 @placed(PLACES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name)
+def test_torchdiffeq(place, dtype):
+    """torchdiffeq's own loop on the device, whose dt, a 0-dim tensor there, is rounded to a state of 16 bits."""
+    torchdiffeq = pytest.importorskip("torchdiffeq", reason="the oracle is torchdiffeq itself, of the test extra")
+    from flowmatch_kernels.integrations import torchdiffeq as ours
+
+    y0, t = torch.randn(64, 32).to(place.device, dtype), torch.linspace(0, 1, 6, device=place.device)
+    with torch.no_grad(), use_backend(place.backend):
+        for method in ours.METHODS:
+            wanted, got = (
+                f(lambda t, y: t * y - y * y, y0, t, method=method) for f in (torchdiffeq.odeint, ours.odeint)
+            )
+            assert_same_bits(got.cpu(), wanted.cpu(), method)
+
+
+@placed(PLACES)
 def test_fitted_solver(place):
     """Fitted on the device, its bits are those of the CPU's reference; its converged states may be kept on the CPU."""
     fm, step_fn = FlowMatching((8, 4)), field(torch.float32)

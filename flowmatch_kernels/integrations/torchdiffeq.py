@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import tracing
 from ..ops import dispatch
-from ..ops.fused_step import COLUMNS, PROMOTE, WEIGHTED
+from ..ops.fused_step import COLUMNS, PROMOTE, VELOCITY_DTYPES, WEIGHTED, arithmetic_dtype
 from ..rows import Setting, rows_for
 from ..sampling import integrate
 from ..solvers import Evaluation, Table
@@ -54,12 +54,15 @@ class _Stage(NamedTuple):
     """Of the velocity here, then of those before it, the latest first."""
     factor: float = 1.0
     part: float = 1.0
+    velocity_first: bool = False
+    """torchdiffeq writes v * dt here, and dt * v elsewhere. PyTorch rounds dt, a 0-dim tensor, to the dtype of a 16-bit
+    v; on the CPU only where dt is the first factor."""
 
 
 #: The methods of torchdiffeq that are taken here, as it writes them.
 METHODS = {
     "euler": (_Stage(0.0, (1.0,)),),
-    "midpoint": (_Stage(0.0, (1.0,), part=0.5), _Stage(0.5, (1.0,))),
+    "midpoint": (_Stage(0.0, (1.0,), part=0.5, velocity_first=True), _Stage(0.5, (1.0,))),
     "heun2": (_Stage(0.0, (1.0,)), _Stage(1.0, (0.5, 0.5))),
     "heun3": (
         _Stage(0.0, (1.0,), factor=1 / 3),
@@ -70,7 +73,7 @@ METHODS = {
         _Stage(0.0, (1.0,), factor=1 / 3),
         _Stage(1 / 3, (1.0, -1 / 3)),
         _Stage(2 / 3, (1.0, -1.0, 1.0)),
-        _Stage(None, (1.0, 3.0, 3.0, 1.0), factor=0.125),
+        _Stage(None, (1.0, 3.0, 3.0, 1.0), factor=0.125, velocity_first=True),
     ),
 }
 
@@ -96,9 +99,9 @@ def odeint(
 ) -> Any:
     """Integrates dy/dt = func(t, y), as torchdiffeq's function of this name and with its bits.
 
-    Taken here: euler, midpoint, heun2, heun3 and rk4 for a tensor y0 of float32 or float64 that has dimensions, with
-    step_size or grid_constructor and linear interpolation, differentiable in y0 and in what func uses. All else is
-    handed on to torchdiffeq: adaptive and implicit methods, tuples, 16-bit and complex states, events, callbacks,
+    Taken here: euler, midpoint, heun2, heun3 and rk4 for a tensor y0 of float32, float64, bfloat16 or float16 that has
+    dimensions, with step_size or grid_constructor and linear interpolation, differentiable in y0 and in what func uses.
+    All else is handed on to torchdiffeq: adaptive and implicit methods, tuples, complex states, events, callbacks,
     perturb, cubic interpolation, times that require grad, torch.func transforms, and a func that returns another dtype
     than y0's, as under autocast: it is then evaluated at t[0] once more.
 
@@ -147,7 +150,7 @@ def _taken(func: Any, y0: Any, t: Any, options: dict[str, Any]) -> bool:
     """Whether this package integrates it; torchdiffeq says what is wrong with times that it cannot use."""
     return bool(
         type(y0) in (Tensor, torch.nn.Parameter)
-        and y0.dtype in (torch.float32, torch.float64)
+        and y0.dtype in VELOCITY_DTYPES
         and y0.layout is torch.strided
         and not y0.is_nested
         and y0.dim()  # dt, which is 0-dim too, would promote it
@@ -193,12 +196,16 @@ def _table(grid: Tensor, stages: tuple[_Stage, ...], dtype: torch.dtype) -> Tabl
     ascending = sign * grid
     start, dt = ascending[:-1], ascending.diff()
     rows, times, evaluations = [], [], []
-    n = len(start)
+    n, arithmetic, on_cpu = len(start), arithmetic_dtype(dtype), grid.device.type == "cpu"
     for stage in stages:
         columns = dict.fromkeys(COLUMNS, 0.0) | {f"b{k}": w for k, w in enumerate(stage.weights)} | {"c": stage.factor}
         step = sign * (dt if stage.part == 1.0 else stage.part * dt)
-        column = [step.to(dtype) if name == "a" else step.new_full((n,), x, dtype=dtype) for name, x in columns.items()]
-        rows.append(torch.stack(column, dim=1))
+        if not (stage.velocity_first and on_cpu):
+            step = step.to(dtype)
+        step = step.to(arithmetic)
+        rows.append(
+            torch.stack([step if name == "a" else torch.full_like(step, x) for name, x in columns.items()], dim=1)
+        )
         times.append(sign * (ascending[1:] if stage.at is None else start + dt * stage.at if stage.at else start))
     for k in range(n):
         for s in range(len(stages)):

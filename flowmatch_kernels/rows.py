@@ -53,16 +53,35 @@ def rows_for(setting: Setting, noise: Tensor | None) -> Any:
         coefficients = subclasses.replicated(setting.table.coefficients, noise)
         if coefficients is not setting.table.coefficients:
             setting = setting._replace(table=setting.table._replace(coefficients=coefficients, views=None))
-    if not setting.eager or not plain or setting.velocities.differentiable:
+    differentiable = setting.velocities.differentiable
+    if not setting.eager or not plain or (differentiable and noise is not None and noise.requires_grad):
         return Functional(setting)
     fused_step_ = setting.backend.load()
     if fused_step_ is reference.fused_step_:  # nothing is saved by writing in place
         return Functional(setting)
+    rows: Any
     if fused_step_ is native.fused_step_ and setting.backend.name == "cpu" and native.Rows is not None:
-        return Counted(setting, native.Rows)
-    if native.TensorRows is None or setting.velocities.device.type == "meta":  # which has no memory to look at
-        return FreshInPython(setting)
-    return Fresh(setting, native.TensorRows)
+        rows = Counted(setting, native.Rows)
+    elif native.TensorRows is None or setting.velocities.device.type == "meta":  # which has no memory to look at
+        rows = FreshInPython(setting)
+    else:
+        rows = Fresh(setting, native.TensorRows)
+    if differentiable:
+        rows.step = _until_derivative(rows.step)
+    return rows
+
+
+def _until_derivative(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step of rows that keep no derivative: None at the first velocity that has one."""
+
+    def stepped(state: Any, base: Any, v: Any, u: Any, row: int, evaluation: Evaluation) -> Any:
+        return None if _derived(v) or _derived(u) else step(state, base, v, u, row, evaluation)
+
+    return stepped
+
+
+def _derived(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
 
 
 class Functional:
@@ -90,7 +109,9 @@ class Functional:
         if setting.backend.name == "reference":
             self._columns = table.columns(len(velocities.shape))
         else:
-            self._fused_step = dispatch.functional(setting.backend, velocities.device.type, setting.requested)
+            self._fused_step = dispatch.functional(
+                setting.backend, velocities.device.type, setting.requested, setting.eager
+            )
         self._grid, self._times = times(table.times if grid is None else grid, velocities.shape)
 
     def empty(self) -> Tensor | None:
@@ -169,7 +190,8 @@ class Functional:
             if self._columns is None:
                 columns = reference.Columns.of(table.coefficients, row, base.dim())
                 h0 = reference.velocity(v, u, columns, guidance)
-            self._history[evaluation.write] = reference.remember(base, h0, columns, table.sum_first)
+            remembered = reference.remember(base, h0, columns, table.sum_first)
+            self._history[evaluation.write] = remembered if self._columns is not None else remembered.contiguous()
         if evaluation.commit and self._states is not None:
             self._states.append(out)
         return out
@@ -259,7 +281,7 @@ class _Fresh:
         return _prepare(self, self._setting.velocities, base, v, u, row)
 
     def replace(self, state: Tensor, x: Tensor, y: Tensor) -> Tensor | None:
-        if type(y) is not Tensor:
+        if type(y) is not Tensor or (self._setting.velocities.differentiable and y.requires_grad):
             return None
         if not _same_memory(state, y):
             with _ordinary():
@@ -357,7 +379,7 @@ class Counted:
         return _prepare(self, self._setting.velocities, base, v, u, row)
 
     def replace(self, state: Any, x: Tensor, y: Tensor) -> Any:
-        if type(y) is not Tensor:
+        if type(y) is not Tensor or (self._setting.velocities.differentiable and y.requires_grad):
             return None
         self._rows.settle(state, x)
         return state if _same_memory(self._rows.tensor(state), y) else self.start(y)
@@ -380,9 +402,9 @@ def _prepare(
     rows: _Fresh | Counted, velocities: Velocities, base: Any, v: Any, u: Any, row: int
 ) -> tuple[Any, Any, Tensor, Tensor | None]:
     v, u = velocities.checked(v, u, row)
-    if velocities.plain(v, u):
+    if velocities.plain(v, u) and not (velocities.differentiable and (_derived(v) or _derived(u))):
         return rows, base, dense(v), None if u is None else dense(u)
-    # A tensor subclass: a mode or a transform may be at work.
+    # A tensor subclass: a mode or a transform may be at work. Or a derivative.
     return rows.functional(), rows.tensor(base), v, u
 
 

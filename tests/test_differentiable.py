@@ -178,6 +178,50 @@ def test_bits_are_those_of_a_constant(backend):
         assert_same_bits(got, wanted)
 
 
+@pytest.mark.parametrize("int_method", ["euler", "heun", "ab3"])
+@pytest.mark.parametrize("start", [0, 2])
+def test_a_derivative_that_begins_late(backend, int_method, start):
+    """Rows that write in place go on with the op at the first velocity, or constraint, that has a derivative."""
+    fm = FlowMatching(2, int_method, num_inference_steps=STEPS)
+
+    def run(w, by_constraint, backend, guided):
+        calls, kept = [], []
+
+        def step_fn(x, t):
+            calls.append(t)
+            kept.append(x)
+            late = torch.tanh(x @ (w if len(calls) > start and not by_constraint else w.detach()))
+            return late.T.contiguous().T  # not contiguous: neither is then what is remembered
+
+        def constraint(x, t):
+            return x * w.sum() if by_constraint and len(calls) > start else x
+
+        arguments = {"unguided_step_fn": lambda x, t: -x, "use_classifier_free_guidance": True} if guided else {}
+        return fm.sample(3, step_fn, noise=Z, differentiable=True, return_all_steps=True, backend=backend,
+                         constraint=constraint, **arguments)[0], kept  # fmt: skip
+
+    for by_constraint, guided in itertools.product((False, True), repeat=2):
+        found = []
+        for name in (backend, "reference"):
+            w = W.clone().requires_grad_()
+            states, kept = run(w, by_constraint, name, guided)
+            states.square().sum().backward()
+            found.append((states.detach(), w.grad, torch.stack([x.detach() for x in kept])))
+            with torch.no_grad():
+                assert_same_bits(run(w, by_constraint, name, guided)[0], states.detach())
+        for got, wanted in zip(*found, strict=True):
+            assert_same_bits(got, wanted)
+    constant, kept = run(W, False, backend, True)
+    assert not constant.requires_grad and not any(x.requires_grad for x in kept)
+
+
+def test_second_derivative(backend):
+    w = W.double().requires_grad_()
+    fm = FlowMatching(2, "ab2", num_inference_steps=STEPS, backend=backend)
+    run = lambda z, w: fm.sample(3, lambda x, t: torch.tanh(x @ w), noise=z, differentiable=True)  # noqa: E731
+    assert torch.autograd.gradgradcheck(run, (Z.double().requires_grad_(), w))
+
+
 def test_bad_flag():
     with pytest.raises(TypeError, match="differentiable must be True or False, got 'yes'"):
         sampled(Z, W, differentiable="yes")

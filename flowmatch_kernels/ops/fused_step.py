@@ -316,7 +316,8 @@ def _fused_step_inplace_fake(*operands: Any) -> None:
     check_operands(Operands(*operands))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """What `backward` needs of a step, of the functional op's operands."""
     base, v, u, h1, h2, h3, coefficients, row, _, guidance, sum_first, strength = inputs
     for name, tensor in (("coefficients", coefficients), ("strength", strength)):
         if tensor is not None and tensor.requires_grad:
@@ -327,7 +328,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.present = u is not None, h1 is not None, h2 is not None, h3 is not None
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient of the exact expression: each rounding counts as the identity."""
     coefficients, strength = ctx.saved_tensors
     state, velocity = ctx.dtypes
@@ -350,7 +351,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-torch.library.register_autograd(f"{NAMESPACE}::fused_step", _backward, setup_context=_setup_context, lib=library)
+torch.library.register_autograd(f"{NAMESPACE}::fused_step", backward, setup_context=keep_for_backward, lib=library)
 
 
 def _fused_step_inplace_autograd(*operands: Any) -> None:

@@ -4,13 +4,14 @@
 
 Both run the same whole sampling of STEPS steps without gradients, and their results are compared first: to the bit, or,
 where the project rounds otherwise, within a bound that its row states. They take turns in one run, on one thread; the
-times are its own CPU time, as in bench/host.py. A project that is not installed has no row; lerobot's loop is that of
-tests/lerobot_loop.py, written from facts. Exits with 1 where a result differs.
+times are its own CPU time, as in bench/host.py. A project that is not installed has no row; lerobot's and GR00T's loops
+are those of tests/lerobot_loop.py and tests/gr00t_loop.py, written from facts. Exits with 1 where a result differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -48,7 +49,8 @@ def rows(shape: tuple[int, ...]) -> Iterator[Row]:
         yield from _torchdiffeq(x, v)
     if importlib.util.find_spec("flow_matching"):
         yield from _flow_matching(x, v)
-    yield _lerobot(x, v)
+    yield from _lerobot(x, v)
+    yield from _gr00t(x, v)
 
 
 def _diffusers(x: Tensor, v: Tensor) -> Iterator[Row]:
@@ -110,19 +112,69 @@ def _flow_matching(x: Tensor, v: Tensor) -> Iterator[Row]:
     yield Row("flow_matching, midpoint", *both)
 
 
-def _lerobot(x: Tensor, v: Tensor) -> Row:
+def _lerobot(x: Tensor, v: Tensor) -> Iterator[Row]:
     from flowmatch_kernels.integrations import lerobot as ours
 
-    sys.path.insert(0, str(ROOT / "tests"))
-    try:
-        import lerobot_loop  # type: ignore[import-not-found, unused-ignore]
-    finally:
-        sys.path.pop(0)
     both = [
         lambda integrate=integrate: integrate(lambda x, t: v, x, STEPS)
-        for integrate in (lerobot_loop.euler_integrate, ours.euler_integrate)
+        for integrate in (_oracle("lerobot_loop").euler_integrate, ours.euler_integrate)
     ]
-    return Row("lerobot, Euler", *both)
+    yield Row("lerobot, Euler", *both)
+    yield Row("lerobot, Euler, grad mode", *map(torch.enable_grad(), both))
+
+
+def _gr00t(x: Tensor, v: Tensor) -> Iterator[Row]:
+    from flowmatch_kernels.integrations import gr00t as ours
+    from flowmatch_kernels.integrations.replacement import fingerprint
+
+    if x.dim() != 3:  # [B, actions, numbers]
+        return
+    loops = _oracle("gr00t_loop")
+
+    class Free(torch.nn.Module):
+        def forward(self, *given: Any, **named: Any) -> Tensor:
+            return v
+
+    heads = [loops.N1d7(x.dtype) for _ in range(2)]
+    for head in heads:
+        head.config.action_horizon, head.action_horizon, head.action_dim = x.shape[1], x.shape[1], x.shape[2]
+        head.config.add_pos_embed, head.num_inference_timesteps = False, STEPS
+        head.action_encoder, head.model, head.action_decoder = Free(), Free(), Free()
+    key = fingerprint(loops.N1d7.get_action_with_features)
+    kept, ours.KNOWN[key] = dict(ours.KNOWN), ("the stand-in", ours._n1d7)  # counts as what it stands for
+    ours.accelerate(heads[1])
+    ours.KNOWN.clear()
+    ours.KNOWN.update(kept)
+    features, state = torch.zeros(x.shape[0], 1, 1), torch.zeros(x.shape[0], 1, x.shape[2])
+    # The strength of real-time chunking, as the heads take it from the actions of the chunk before.
+    names = {"rtc_overlap_steps": 2, "action_horizon": x.shape[1], "rtc_frozen_steps": 1, "rtc_ramp_rate": 6.0}
+
+    def run(head: Any, before: dict[str, Tensor]) -> Callable[[], Tensor]:
+        def sample() -> Tensor:
+            torch.manual_seed(0)  # the head draws the noise
+            found = head.get_action_with_features(
+                backbone_features=features,
+                state_features=state,
+                embodiment_id=None,
+                backbone_output=None,
+                action_input=before,
+                options=names,
+            )
+            return found["action_pred"]
+
+        return sample
+
+    yield Row("GR00T N1.7", *(run(head, {}) for head in heads))
+    yield Row("GR00T N1.7, real-time chunking", *(run(head, {"action": x}) for head in heads))
+
+
+def _oracle(name: str) -> Any:
+    """A module of the tests."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
 
 
 def difference(row: Row) -> str | None:

@@ -750,10 +750,7 @@ class FlowMatching(BaseDiffusion):
             form,
             weight,
         )
-        if device.type == "cuda" and tracing.is_capturing():
-            table = solvers.cache.captured(request)
-        else:
-            table = solvers.cache.get(request) if cached else request.make()
+        table = solvers.table_for(request, cached)
         if time_steps is not None and inference_step and steps != table.steps:
             raise ValueError(
                 f"inference_step is {steps}, and time_steps has {table.steps + 1} entries, "

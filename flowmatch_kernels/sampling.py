@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
+from . import tracing
+from .base import StepFn
 from .hooks import Hooks
+from .ops import dispatch
+from .ops.fused_step import WEIGHTED
+from .rows import Setting, rows_for
 from .solvers import Evaluation, Table
-from .velocities import Model
+from .velocities import Model, Velocities, model
 
 
 class Integrated(NamedTuple):
@@ -56,3 +63,26 @@ def integrate(
                 break
         base = state
     return Integrated(rows, state, step)
+
+
+def solve(
+    table: Table, step_fn: StepFn, noise: Tensor, rounding: int, differentiable: bool, return_all_steps: bool = False
+) -> Integrated:
+    """Integrates from a given noise, for who has a table of its own; unchecked, without guidance and hooks.
+
+    Args:
+        table: As for `integrate`.
+        step_fn: As for `FlowMatching.sample`.
+        noise: [B, *x_dims], a dense tensor whose dtype a state can have, on the table's device. Not written.
+        rounding: The fused step's argument.
+        differentiable: Keep the derivative, in the caller's grad mode.
+        return_all_steps: Keep the states for `rows.trajectory(state, steps)`.
+    """
+    eager = tracing.is_eager()
+    if noise.requires_grad and not differentiable:
+        noise = noise.detach()
+    velocities = Velocities(tuple(noise.shape), noise.dtype, noise.device, differentiable=differentiable)
+    backend = dispatch.choose("auto", noise.device.type)
+    setting = Setting(table, velocities, backend, eager, return_all_steps, rounding, WEIGHTED, False)
+    rows = rows_for(setting, noise)
+    return integrate(table, rows, rows.start(noise, False), model(step_fn, velocities, eager))

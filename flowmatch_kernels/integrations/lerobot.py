@@ -22,7 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import tracing
 from ..flow_matching import FlowMatching
+from ..ops.fused_step import EXACT, VELOCITY_DTYPES, arithmetic_dtype
+from ..sampling import solve
+from ..solvers import Request, table_for
 from ..step_functions import StepFunction
 from .replacement import Replacement, is_installed
 
@@ -76,8 +80,7 @@ def euler_integrate(
         >>> euler_integrate(lambda x, t: x - 1, torch.randn(2, 50, 32), 10).shape
         torch.Size([2, 50, 32])
     """
-    dt = -1.0 / num_steps
-    times = [1.0 + step * dt for step in range(num_steps + 1)]
+    times, dt = _times(num_steps)
     clamp = None
     if hard_prefix is not None:
         if hard_prefix_mask is None:
@@ -112,6 +115,18 @@ def euler_integrate(
             rtc_processor.track(time=times[step], x_t=x, v_t=v)
 
     tracked = rtc_processor is not None and rtc_processor.is_debug_enabled()
+    if clamp is None and not tracked and type(num_steps) is int and num_steps > 0 and _is_plain(noise):
+        table = table_for(_request(num_steps, noise.dtype, noise.device), True)
+        # A copy of the times, which denoise_fn may write to.
+        at = enumerate(table.times.clone()[:, None].expand(-1, noise.shape[0]).unbind())
+
+        def step_fn(x: Tensor, t: Tensor) -> Tensor:
+            step, t = next(at)
+            return velocity(x, t, step)
+
+        rows, state, _ = solve(table, step_fn, noise, EXACT, torch.is_grad_enabled())
+        result: Tensor = rows.result(state)
+        return result
     x = _sampler(tuple(noise.shape[1:])).sample(
         noise.shape[0],
         StepFunction(velocity, time_as="batch"),
@@ -125,6 +140,35 @@ def euler_integrate(
         differentiable=torch.is_grad_enabled(),
     )
     return x.x if tracked else x
+
+
+def _times(num_steps: int) -> tuple[list[float], float]:
+    """The times, [N + 1], and the step size, as lerobot computes them."""
+    dt = -1.0 / num_steps
+    return [1.0 + step * dt for step in range(num_steps + 1)], dt
+
+
+@functools.lru_cache(maxsize=16)
+def _request(num_steps: int, dtype: torch.dtype, device: torch.device) -> Request:
+    """What describes the table."""
+    times, dt = _times(num_steps)
+    grid = torch.tensor(times, dtype=torch.float32, device="cpu")
+    arithmetic = arithmetic_dtype(dtype)
+    uniform = ("uniform", (), torch.float32)
+    return Request("euler", 0, arithmetic, device, 0, None, False, *uniform, grid, [dt] * num_steps)
+
+
+def _is_plain(noise: Any) -> bool:
+    """Whether `solve` can take it without the checks of sample()."""
+    return (
+        type(noise) is Tensor
+        and noise.dtype in VELOCITY_DTYPES
+        and noise.layout is torch.strided
+        and noise.dim() > 1
+        and not noise.is_nested
+        and noise.is_contiguous()
+        and tracing.is_eager()
+    )
 
 
 def _sampler(x_dims: tuple[int, ...]) -> FlowMatching:

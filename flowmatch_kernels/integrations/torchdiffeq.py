@@ -24,12 +24,9 @@ import torch
 from torch import Tensor
 
 from .. import tracing
-from ..ops import dispatch
-from ..ops.fused_step import COLUMNS, PROMOTE, VELOCITY_DTYPES, WEIGHTED, arithmetic_dtype
-from ..rows import Setting, rows_for
-from ..sampling import integrate
+from ..ops.fused_step import COLUMNS, PROMOTE, VELOCITY_DTYPES, arithmetic_dtype
+from ..sampling import solve
 from ..solvers import Evaluation, Table
-from ..velocities import Velocities, model
 
 try:
     _published = importlib.import_module("torchdiffeq")
@@ -239,13 +236,7 @@ def _integrated(
         evaluated = True
         return v[None] if isinstance(v, Tensor) else v
 
-    differentiable, eager = torch.is_grad_enabled(), tracing.is_eager()
-    velocities = Velocities((1, *y0.shape), y0.dtype, y0.device, differentiable=differentiable)
-    backend = dispatch.choose("auto", y0.device.type)
-    setting = Setting(table, velocities, backend, eager, trajectory, PROMOTE, WEIGHTED, False)
-    noise = y0[None]
-    rows = rows_for(setting, noise)
-    rows, state, steps = integrate(table, rows, rows.start(noise, False), model(step_fn, velocities, eager))
+    rows, state, steps = solve(table, step_fn, y0[None], PROMOTE, torch.is_grad_enabled(), trajectory)
     if trajectory:
         states: Tensor = rows.trajectory(state, steps)[0]
         return states

@@ -8,7 +8,7 @@ grid.py checks times and step sizes, and requests.py keeps the tables.
 from .fitted import FittedSolver
 from .grid import Grid, checked_grid
 from .ode import SOLVERS, IntMethod, ab2, ab3, dpmpp_2m, euler, heun, loaded, midpoint, rk4, rk4_classic, solver, unipc
-from .requests import Request, cache, check_finite
+from .requests import Request, cache, check_finite, table_for
 from .stages import Earlier, Segment, Stage, Steps
 from .table import Evaluation, Table, build, evaluations
 
@@ -39,5 +39,6 @@ __all__ = [
     "rk4",
     "rk4_classic",
     "solver",
+    "table_for",
     "unipc",
 ]

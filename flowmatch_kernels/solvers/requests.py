@@ -274,6 +274,18 @@ class _Cache:
 cache = _Cache()
 
 
+def table_for(request: Request, cached: bool) -> Table:
+    """The table of a request; within a capture the one that a CUDA graph then holds.
+
+    Args:
+        request: What describes it.
+        cached: Kept for the next request that is the same.
+    """
+    if request.device.type == "cuda" and tracing.is_capturing():
+        return cache.captured(request)
+    return cache.get(request) if cached else request.make()
+
+
 def _is(reference: weakref.ref[Tensor], tensor: Tensor) -> bool:
     return reference() is tensor
 

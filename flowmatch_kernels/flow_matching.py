@@ -39,7 +39,7 @@ from .rows import Setting, rows_for
 from .sampling import integrate
 from .solver_comparison import SolverComparison
 from .solvers import FittedSolver, IntMethod, Table
-from .step_functions import Numbered, StepFunction, counted, numbered
+from .step_functions import Bound, StepFunction, bound, timed
 from .training import TIME_SAMPLERS, check_time_sampler
 from .velocities import Guidance, Velocities, model
 
@@ -298,9 +298,9 @@ class FlowMatching(BaseDiffusion):
         if not callable(step_fn):
             raise TypeError(f"step_fn must be callable, got {step_fn!r:.60}")
         source, start = (None, noise) if isinstance(noise, Tensor) else noises.source(noise, batch_size, generator)
-        numbers: list[Numbered] = []  # of the step functions that are given the number of the evaluation
+        functions: list[Bound] = []
         if isinstance(step_fn, StepFunction) or isinstance(unguided_step_fn, StepFunction):
-            step_fn, unguided_step_fn = numbered(step_fn, numbers), numbered(unguided_step_fn, numbers)
+            step_fn, unguided_step_fn = bound(step_fn, functions), bound(unguided_step_fn, functions)
         differentiable = _differentiable(
             differentiable,
             start,
@@ -381,7 +381,7 @@ class FlowMatching(BaseDiffusion):
                 table,
                 rows,
                 _start(rows, start, source or generator, temperature, velocities, eager, backend_.name),
-                counted(evaluate, numbers) if numbers else evaluate,
+                timed(evaluate, functions, table.times, shape) if functions else evaluate,
                 hooks,
                 bar,
             )

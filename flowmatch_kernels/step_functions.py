@@ -90,14 +90,28 @@ class StepFunction:
         if self.time_as != "column":
             t = t.view(t.shape[0])
         if self.time_as == "scalar":
-            if not t.shape[0]:
-                raise ValueError("time_as='scalar' needs a batch of one sample or more")
+            self._check_batch(t.shape[0])
             t = t[0]
+        return self._scaled(t)
+
+    def times(self, grid: Tensor, batch_size: int, dims: int) -> tuple[Tensor, ...]:
+        """`time` of each entry of a grid, [T], at once: a tenth of the launches, and of the time."""
+        if self.time_as == "scalar":
+            self._check_batch(batch_size)
+            return self._scaled(grid.clone()).unbind()
+        ones = [1] * (dims - 1) if self.time_as == "column" else []
+        return self._scaled(grid.clone().view(-1, 1, *ones).expand(-1, batch_size, *ones)).unbind()
+
+    def _scaled(self, t: Tensor) -> Tensor:
         if self.time_scale != 1.0:
             t = t * self.time_scale
         if self.time_dtype is None:
             return t
         return (t if self.time_dtype.is_floating_point else t.floor()).to(self.time_dtype)
+
+    def _check_batch(self, batch_size: int) -> None:
+        if not batch_size:
+            raise ValueError("time_as='scalar' needs a batch of one sample or more")
 
     def __call__(self, *, x: Tensor, t: Tensor) -> Any:
         """The velocity of a model that does not take the step's number."""
@@ -106,36 +120,48 @@ class StepFunction:
         return self.model(x=x, t=self.time(t))
 
 
-class Numbered:
-    """A `StepFunction` within one sample(), which sets `step` before each call."""
+class Bound:
+    """A `StepFunction` within one sample(), which knows its times beforehand: `time` and `step` are set before a call."""
 
     def __init__(self, function: StepFunction) -> None:
-        self._function = function
+        self.function = function
         self.step = 0
+        self.time: Any = None
 
     def __call__(self, *, x: Tensor, t: Tensor) -> Any:
-        return self._function.model(x=x, t=self._function.time(t), step=self.step)
+        function = self.function
+        if function.takes_step:
+            return function.model(x=x, t=self.time, step=self.step)
+        return function.model(x=x, t=self.time)
 
 
-def numbered(step_fn: Any, into: list[Numbered]) -> Any:
+def bound(step_fn: Any, into: list[Bound]) -> Any:
     """A step_fn for one sample().
 
     Args:
         step_fn: Any.
-        into: Gets the `Numbered` that is made where step_fn is a `StepFunction` whose model takes the step's number.
+        into: Gets the `Bound` that is made where step_fn is a `StepFunction`.
     """
-    if not isinstance(step_fn, StepFunction) or not step_fn.takes_step:
+    if not isinstance(step_fn, StepFunction):
         return step_fn
-    into.append(Numbered(step_fn))
+    into.append(Bound(step_fn))
     return into[-1]
 
 
-def counted(model: Model, functions: Sequence[Numbered]) -> Model:
-    """The model, with the number of each evaluation set in those of its step functions that take it."""
+def timed(model: Model, functions: Sequence[Bound], grid: Tensor, shape: Sequence[int]) -> Model:
+    """The model, with the time and the number of each evaluation set in its step functions.
+
+    Args:
+        model: Evaluates them.
+        functions: The step functions.
+        grid: The times that evaluations name, [T].
+        shape: The state's, as users see it.
+    """
+    times = [(function, function.function.times(grid, shape[0], len(shape))) for function in functions]
 
     def evaluate(rows: Any, state: Any, time: int, row: int) -> tuple[Any, Any]:
-        for function in functions:
-            function.step = row
+        for function, its in times:
+            function.time, function.step = its[time], row
         return model(rows, state, time, row)
 
     return evaluate

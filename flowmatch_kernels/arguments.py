@@ -286,7 +286,5 @@ def tensor(numbers: Sequence[Any], dtype: torch.dtype) -> Tensor:
 
 def expands(shape: torch.Size, wanted: Sequence[int]) -> bool:
     """Whether a tensor of this shape expands to the wanted one, which stays as it is."""
-    try:
-        return torch.broadcast_shapes(shape, wanted) == wanted
-    except RuntimeError:
-        return False
+    pairs = zip(reversed(shape), reversed(wanted), strict=False)  # torch.broadcast_shapes takes 40 us
+    return len(shape) <= len(wanted) and all(size == its or size == 1 for size, its in pairs)

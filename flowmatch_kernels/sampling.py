@@ -66,7 +66,13 @@ def integrate(
 
 
 def solve(
-    table: Table, step_fn: StepFn, noise: Tensor, rounding: int, differentiable: bool, return_all_steps: bool = False
+    table: Table,
+    step_fn: StepFn,
+    noise: Tensor,
+    rounding: int,
+    differentiable: bool,
+    return_all_steps: bool = False,
+    strength: Tensor | None = None,
 ) -> Integrated:
     """Integrates from a given noise, for who has a table of its own; unchecked, without guidance and hooks.
 
@@ -77,12 +83,13 @@ def solve(
         rounding: The fused step's argument.
         differentiable: Keep the derivative, in the caller's grad mode.
         return_all_steps: Keep the states for `rows.trajectory(state, steps)`.
+        strength: The fused step's operand.
     """
     eager = tracing.is_eager()
     if noise.requires_grad and not differentiable:
         noise = noise.detach()
     velocities = Velocities(tuple(noise.shape), noise.dtype, noise.device, differentiable=differentiable)
     backend = dispatch.choose("auto", noise.device.type)
-    setting = Setting(table, velocities, backend, eager, return_all_steps, rounding, WEIGHTED, False)
+    setting = Setting(table, velocities, backend, eager, return_all_steps, rounding, WEIGHTED, False, strength=strength)
     rows = rows_for(setting, noise)
     return integrate(table, rows, rows.start(noise, False), model(step_fn, velocities, eager))

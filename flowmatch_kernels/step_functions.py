@@ -121,7 +121,7 @@ class StepFunction:
 
 
 class Bound:
-    """A `StepFunction` within one sample(), which knows its times beforehand: `time` and `step` are set before a call."""
+    """A `StepFunction` within one sample(), whose `time` and `step` are set before each call."""
 
     def __init__(self, function: StepFunction) -> None:
         self.function = function

@@ -9,6 +9,7 @@ import pytest
 import torch
 from gr00t_loop import DIM, HORIZON, WIDTH, BatchFeature, Head, N1d6, N1d7
 from operands import assert_same_bits
+from torch.utils.flop_counter import FlopCounterMode
 
 from flowmatch_kernels.integrations import gr00t, replacement
 
@@ -64,6 +65,9 @@ def test_actions(kind: type[Head], dtype: torch.dtype, chunked: bool) -> None:
         assert_same_bits(got[name], value, name)
     assert times == buckets
     assert torch.equal(torch.random.get_rng_state(), after)
+    torch.manual_seed(7)
+    with FlopCounterMode(display=False):  # a mode that watches: by sample(), and the same
+        assert_same_bits(method(**arguments)["action_pred"], wanted["action_pred"])
     gr00t.restore(policy)
     assert "get_action_with_features" not in vars(head)
     torch.manual_seed(7)

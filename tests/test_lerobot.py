@@ -64,6 +64,25 @@ def test_bits(module, steps, dtype):
     assert_same_bits(noise, kept)
 
 
+def test_either_way(module):
+    """By its own table and by sample(): noise in another layout; and a model that writes to its time, twice."""
+
+    def writes(x, t):
+        t.mul_(2)
+        return x * t[:, None, None]
+
+    for batch_size, transposed in ((1, False), (3, False), (3, True)):
+        noise = torch.randn(batch_size, 5, 4)
+        noise = noise.transpose(1, 2) if transposed else noise
+        wanted = module.euler_integrate(lambda x, t: x * (2 * t)[:, None, None], noise, 7)
+        for _ in range(2):
+            assert_same_bits(euler_integrate(lambda x, t: x * (2 * t)[:, None, None], noise, 7), wanted)
+            if not transposed:
+                assert_same_bits(euler_integrate(writes, noise, 7), wanted)
+    with pytest.raises(ValueError, match=r"returned a tensor of shape \[3, 2\]"):
+        euler_integrate(lambda x, t: x[:, 0, :2], noise.contiguous(), 7)
+
+
 @pytest.mark.parametrize("steps", [10, 23, 1000])
 def test_times(module, steps):
     """float32 [B], the bits of 1 + k*dt computed in Python."""

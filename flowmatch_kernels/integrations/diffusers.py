@@ -209,10 +209,11 @@ class FlowMatchEulerDiscreteScheduler(_Published):
         """The rows of the schedule as it is now."""
         sigmas = self.sigmas
         coefficients = torch.zeros(len(sigmas) - 1, len(COLUMNS), device=device)
-        coefficients[:, COLUMNS.index("a")] = 1.0
-        coefficients[:, COLUMNS.index("b0")] = sigmas.diff()
+        columns = dict(zip(COLUMNS, coefficients.unbind(1), strict=True))
+        columns["a"].fill_(1.0)
+        columns["b0"].copy_(sigmas.diff())
         if guidance_scale is not None:
-            coefficients[:, COLUMNS.index("w1")] = guidance_scale
+            columns["w1"].fill_(guidance_scale)
         # A 0-dim dt on v's device is rounded to v's dtype; one on the CPU beside a GPU's v is a number.
         rounding = ROUNDED if sigmas.device == device else EXACT
         launch = dispatch.choose("auto", device.type).load()

@@ -13,6 +13,7 @@ gr00t/model/gr00t_n1d7/gr00t_n1d7.py (2d1e82f).
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from ..flow_matching import FlowMatching
 from ..step_functions import StepFunction
+from .euler import euler, is_plain
 from .replacement import check_known
 
 logger = logging.getLogger("flowmatch_kernels")
@@ -128,7 +130,7 @@ def accelerate(policy: Any, **options: Any) -> Any:
     method = getattr(type(head), _METHOD)
     found = check_known(type(head), _METHOD, KNOWN, (name for name, _ in KNOWN.values()), "GR00T's")
     sampler = FlowMatching((head.config.action_horizon, head.action_dim), **{"step_rounding": "exact"} | options)
-    setattr(head, _METHOD, _loop(head, method, sampler, KNOWN[found][1]))
+    setattr(head, _METHOD, _loop(head, method, sampler, not options, KNOWN[found][1]))
     return policy
 
 
@@ -152,15 +154,20 @@ def _loop(
     head: Any,
     method: Callable[..., Any],
     sampler: FlowMatching,
+    plain_steps: bool,
     chunking: Callable[[Any, Mapping[str, Any]], Chunking | None],
 ) -> Callable[..., Any]:
     plain: Any = inspect.unwrap(method)
     signature, batch_feature = inspect.signature(plain), plain.__globals__["BatchFeature"]
+    parameters = {name: p.default is p.empty for name, p in list(signature.parameters.items())[1:]}
+    needed = {name for name, is_needed in parameters.items() if is_needed}
 
     @torch.no_grad()
     def get_action_with_features(*arguments: Any, **named: Any) -> Any:
         """The actions, [B, action_horizon, action_dim], in "action_pred"; see GR00T's method of this name."""
-        given = signature.bind(head, *arguments, **named).arguments
+        given: Mapping[str, Any] = named
+        if arguments or not needed <= named.keys() <= parameters.keys():
+            given = signature.bind(head, *arguments, **named).arguments
         features = given["backbone_features"]
         size = features.shape[0], head.config.action_horizon, head.action_dim
         actions = torch.randn(size=size, dtype=features.dtype, device=features.device)
@@ -168,19 +175,21 @@ def _loop(
         if chunk is not None:
             actions[:, : chunk.overlap] = chunk.actions
             strength = rtc_strength(actions, chunk.overlap, chunk.frozen, chunk.ramp_rate)
-        steps = head.num_inference_timesteps
-        actions = sampler.sample(
-            size[0],
-            # GR00T's int(k / N * buckets), in double
-            StepFunction(
-                _velocity(head, given), time_as="batch", time_scale=head.num_timestep_buckets, time_dtype=torch.int64
-            ),
-            features.device,
-            noise=actions,
-            time_steps=torch.arange(steps + 1, dtype=torch.float64) / steps,
-            step_sizes=[1.0 / steps] * steps,
-            velocity_strength=strength,
-        )
+        steps, buckets, velocity = head.num_inference_timesteps, head.num_timestep_buckets, _velocity(head, given)
+        if plain_steps and is_plain(actions):
+            times = _buckets(steps, buckets, actions.device)
+            actions = euler(lambda x, t, step: velocity(x, t), actions, times, 1.0 / steps, strength)
+        else:
+            actions = sampler.sample(
+                size[0],
+                # GR00T's int(k / N * buckets), in double
+                StepFunction(velocity, time_as="batch", time_scale=buckets, time_dtype=torch.int64),
+                features.device,
+                noise=actions,
+                time_steps=torch.arange(steps + 1, dtype=torch.float64) / steps,
+                step_sizes=[1.0 / steps] * steps,
+                velocity_strength=strength,
+            )
         return batch_feature(
             data={
                 "action_pred": actions,
@@ -190,6 +199,13 @@ def _loop(
         )
 
     return get_action_with_features
+
+
+@functools.cache  # one that is dropped might be in use on a stream
+def _buckets(steps: int, buckets: int, device: torch.device) -> Tensor:
+    """GR00T's time of each step, int64 [N]."""
+    with torch.inference_mode(False):
+        return torch.tensor([int(k / steps * buckets) for k in range(steps)], device=device)
 
 
 def _velocity(head: Any, given: Mapping[str, Any]) -> Callable[..., Tensor]:

@@ -22,12 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import tracing
 from ..flow_matching import FlowMatching
-from ..ops.fused_step import EXACT, VELOCITY_DTYPES, arithmetic_dtype
-from ..sampling import solve
-from ..solvers import Request, table_for
 from ..step_functions import StepFunction
+from .euler import euler, is_plain
 from .replacement import Replacement, is_installed
 
 MODULE = "lerobot.policies.common.flow_matching"
@@ -115,18 +112,8 @@ def euler_integrate(
             rtc_processor.track(time=times[step], x_t=x, v_t=v)
 
     tracked = rtc_processor is not None and rtc_processor.is_debug_enabled()
-    if clamp is None and not tracked and type(num_steps) is int and num_steps > 0 and _is_plain(noise):
-        table = table_for(_request(num_steps, noise.dtype, noise.device), True)
-        # A copy of the times, which denoise_fn may write to.
-        at = enumerate(table.times.clone()[:, None].expand(-1, noise.shape[0]).unbind())
-
-        def step_fn(x: Tensor, t: Tensor) -> Tensor:
-            step, t = next(at)
-            return velocity(x, t, step)
-
-        rows, state, _ = solve(table, step_fn, noise, EXACT, torch.is_grad_enabled())
-        result: Tensor = rows.result(state)
-        return result
+    if clamp is None and not tracked and type(num_steps) is int and num_steps > 0 and is_plain(noise):
+        return euler(velocity, noise, _times_on(num_steps, noise.device), dt)
     x = _sampler(tuple(noise.shape[1:])).sample(
         noise.shape[0],
         StepFunction(velocity, time_as="batch"),
@@ -148,27 +135,11 @@ def _times(num_steps: int) -> tuple[list[float], float]:
     return [1.0 + step * dt for step in range(num_steps + 1)], dt
 
 
-@functools.lru_cache(maxsize=16)
-def _request(num_steps: int, dtype: torch.dtype, device: torch.device) -> Request:
-    """What describes the table."""
-    times, dt = _times(num_steps)
-    grid = torch.tensor(times, dtype=torch.float32, device="cpu")
-    arithmetic = arithmetic_dtype(dtype)
-    uniform = ("uniform", (), torch.float32)
-    return Request("euler", 0, arithmetic, device, 0, None, False, *uniform, grid, [dt] * num_steps)
-
-
-def _is_plain(noise: Any) -> bool:
-    """Whether `solve` can take it without the checks of sample()."""
-    return (
-        type(noise) is Tensor
-        and noise.dtype in VELOCITY_DTYPES
-        and noise.layout is torch.strided
-        and noise.dim() > 1
-        and not noise.is_nested
-        and noise.is_contiguous()
-        and tracing.is_eager()
-    )
+@functools.cache  # one that is dropped might be in use on a stream
+def _times_on(num_steps: int, device: torch.device) -> Tensor:
+    """Those that are evaluated at, [N]."""
+    with torch.inference_mode(False):
+        return torch.tensor(_times(num_steps)[0][:-1], dtype=torch.float32, device=device)
 
 
 def _sampler(x_dims: tuple[int, ...]) -> FlowMatching:

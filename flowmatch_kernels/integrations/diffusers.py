@@ -16,7 +16,6 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -25,14 +24,9 @@ from ..ops import dispatch
 from ..ops.fused_step import COLUMNS, EXACT, FROM_UNGUIDED, ROUNDED, WEIGHTED, Operands
 from ..rows import terms
 from ..solvers import Evaluation, FittedSolver, Grid, IntMethod, Table, build, check_finite, loaded
+from .replacement import needed
 
-try:
-    _published = importlib.import_module("diffusers.schedulers.scheduling_flow_match_euler_discrete")
-except ImportError as error:
-    raise ImportError(
-        f"flowmatch_kernels.integrations.diffusers needs diffusers >= 0.29 ({error}): "
-        "pip install flowmatch_kernels[diffusers]"
-    ) from error
+_published = needed("diffusers.schedulers.scheduling_flow_match_euler_discrete", "diffusers", ">= 0.29")
 
 if TYPE_CHECKING:
     _Published = Any
@@ -223,10 +217,11 @@ class FlowMatchEulerDiscreteScheduler(_Published):
     def _init_step_index(self, timestep: float | Tensor) -> None:
         timesteps = self.timesteps
         if (
-            self.begin_index is None
-            and type(timestep) is Tensor
+            type(timestep) is Tensor
+            and not timestep.is_cpu
+            and not timestep.is_meta
             and timestep.dim() == 0
-            and timestep.device.type not in ("cpu", "meta")
+            and self.begin_index is None
             and timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
         ):
             self._step_index = (timestep.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)
@@ -388,7 +383,7 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
         settings |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": self.shift}
         scheduler = published(**settings)
         if sigmas is not None:
-            keywords["sigmas"] = numpy.array(sigmas, dtype=numpy.float64)
+            keywords["sigmas"] = torch.as_tensor(sigmas, dtype=torch.float64).numpy(force=True).copy()
         scheduler.set_timesteps(num_inference_steps, device=device, **keywords)
         self.num_inference_steps = scheduler.num_inference_steps
         self.sigmas = scheduler.sigmas.to(torch.float32).to(scheduler.timesteps.device)

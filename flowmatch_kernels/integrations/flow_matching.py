@@ -9,21 +9,16 @@ Source: github.com/facebookresearch/flow_matching, flow_matching/solver/ode_solv
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-try:
-    _published = importlib.import_module("flow_matching.solver")
-except ImportError as error:
-    raise ImportError(
-        f"flowmatch_kernels.integrations.flow_matching needs flow_matching ({error}): "
-        "pip install flowmatch_kernels[flow_matching]"
-    ) from error
+from .replacement import needed
 
-from .torchdiffeq import odeint
+_published = needed("flow_matching.solver", "flow_matching")
+
+from .torchdiffeq import odeint  # noqa: E402  # which needs torchdiffeq, as flow_matching does
 
 if TYPE_CHECKING:
     _Published = Any

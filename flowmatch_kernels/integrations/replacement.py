@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import inspect
 import io
@@ -121,6 +122,26 @@ def check_known(kind: type, name: str, known: Mapping[str, Any], names: Iterable
             f"known are {project} {', '.join(names)}"
         )
     return found
+
+
+def needed(module: str, project: str, versions: str = "") -> Any:
+    """A module of a project that an integration cannot do without.
+
+    Args:
+        module: Its name.
+        project: The project, by which the integration and the extra are called too.
+        versions: Those that have the module, for the message.
+
+    Raises:
+        ImportError: it cannot be imported; the message says what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"flowmatch_kernels.integrations.{project} needs {f'{project} {versions}'.strip()} ({error}): "
+            f"pip install flowmatch_kernels[{project}]"
+        ) from error
 
 
 def is_installed(package: str) -> bool:

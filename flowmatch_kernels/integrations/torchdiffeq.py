@@ -16,7 +16,6 @@ Source: github.com/rtqichen/torchdiffeq, torchdiffeq/_impl/fixed_grid.py and rk_
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,14 +26,9 @@ from .. import tracing
 from ..ops.fused_step import COLUMNS, PROMOTE, VELOCITY_DTYPES, arithmetic_dtype
 from ..sampling import solve
 from ..solvers import Evaluation, Table
+from .replacement import needed
 
-try:
-    _published = importlib.import_module("torchdiffeq")
-except ImportError as error:
-    raise ImportError(
-        f"flowmatch_kernels.integrations.torchdiffeq needs torchdiffeq ({error}): "
-        "pip install flowmatch_kernels[torchdiffeq]"
-    ) from error
+_published = needed("torchdiffeq", "torchdiffeq")
 
 
 def __getattr__(name: str) -> Any:

@@ -201,13 +201,15 @@ class FlowMatchEulerDiscreteScheduler(_Published):
 
     def _planned(self, device: torch.device, guidance_scale: float | None) -> _Plan:
         """The rows of the schedule as it is now."""
-        sigmas = self.sigmas
-        coefficients = torch.zeros(len(sigmas) - 1, len(COLUMNS), device=device)
-        columns = dict(zip(COLUMNS, coefficients.unbind(1), strict=True))
-        columns["a"].fill_(1.0)
-        columns["b0"].copy_(sigmas.diff())
+        sigmas, before = self.sigmas, self._plan
+        if before is not None and before.device == device and len(before.coefficients) == len(sigmas) - 1:
+            coefficients = before.coefficients.clone()  # the same, but for what follows
+        else:
+            coefficients = torch.zeros(len(sigmas) - 1, len(COLUMNS), device=device)
+            coefficients.select(1, COLUMNS.index("a")).fill_(1.0)
+        coefficients.select(1, COLUMNS.index("b0")).copy_(sigmas.diff())
         if guidance_scale is not None:
-            columns["w1"].fill_(guidance_scale)
+            coefficients.select(1, COLUMNS.index("w1")).fill_(guidance_scale)
         # A 0-dim dt on v's device is rounded to v's dtype; one on the CPU beside a GPU's v is a number.
         rounding = ROUNDED if sigmas.device == device else EXACT
         launch = dispatch.choose("auto", device.type).load()

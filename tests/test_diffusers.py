@@ -11,6 +11,7 @@ from operands import assert_same_bits, values
 diffusers = pytest.importorskip("diffusers", reason="the oracle is diffusers itself, of the test extra")
 
 from flowmatch_kernels import FlowMatching, solvers  # noqa: E402
+from flowmatch_kernels.integrations import diffusers as ours_module  # noqa: E402
 from flowmatch_kernels.integrations.diffusers import FlowMatchEulerDiscreteScheduler as Ours  # noqa: E402
 from flowmatch_kernels.integrations.diffusers import FlowMatchSolverScheduler  # noqa: E402
 from flowmatch_kernels.ops import dispatch, native  # noqa: E402
@@ -61,6 +62,12 @@ def test_step(config, launches):
             x, y = got.prev_sample.to(sample_dtype), wanted[0].to(sample_dtype)
         assert ours.step_index == theirs.step_index == 7
     assert len(launches) == 9 * 7
+    ours, theirs = both(**config)
+    with dispatch.use_backend("reference"):  # in the middle of a schedule
+        ours.step(v, ours.timesteps[0], x)
+    assert len(launches) == 9 * 7
+    ours.step(v, ours.timesteps[1], x)
+    assert len(launches) == 9 * 7 + 1
     ours, theirs = both(**config)
     (got,) = ours.step(v, ours.timesteps[0], x, return_dict=False)
     assert_same_bits(got, theirs.step(v, theirs.timesteps[0], y)[0])
@@ -149,6 +156,17 @@ def test_configuration(tmp_path):
     assert [name for name in inspect.signature(Ours.step).parameters if name in theirs] == theirs
     assert set(inspect.signature(Ours.step).parameters) - set(theirs) <= {"per_token_timesteps"}
     assert inspect.signature(FlowMatchSolverScheduler.set_timesteps) == inspect.signature(Theirs.set_timesteps)
+
+
+def test_an_older_diffusers_is_refused():
+    """0.29 divides in its step, which gives other bits."""
+
+    class Older:
+        def __init__(self, num_train_timesteps=1000, shift=1.0):
+            pass
+
+    with pytest.raises(ImportError, match=rf"needs diffusers >= 0.32, and {diffusers.__version__} is installed"):
+        ours_module._check_version(Older)
 
 
 def test_compiled():

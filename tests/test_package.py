@@ -371,3 +371,14 @@ def test_info_is_one_block_to_paste(monkeypatch, capsys):
 def test_nvidia_driver(monkeypatch, line, version):
     monkeypatch.setattr("builtins.open", lambda *_: io.StringIO(f"{line}\nGCC version: 12.2.0\n"))
     assert diagnostics._driver() == version
+
+
+def test_a_missing_project():
+    """Importing its integration says what to install."""
+    from flowmatch_kernels.integrations.replacement import needed
+
+    wanted = (
+        r"integrations\.torchdiffeq needs torchdiffeq >= 9 \(.*no_such_module.*\): pip install flowmatch_kernels\[torch"
+    )
+    with pytest.raises(ImportError, match=wanted):
+        needed("no_such_module", "torchdiffeq", ">= 9")

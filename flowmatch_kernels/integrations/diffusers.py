@@ -26,7 +26,20 @@ from ..rows import terms
 from ..solvers import Evaluation, FittedSolver, Grid, IntMethod, Table, build, check_finite, loaded
 from .replacement import needed
 
-_published = needed("diffusers.schedulers.scheduling_flow_match_euler_discrete", "diffusers", ">= 0.29")
+_published = needed("diffusers.schedulers.scheduling_flow_match_euler_discrete", "diffusers", ">= 0.32")
+
+
+def _check_version(scheduler: type) -> None:
+    """Raises ImportError for diffusers' scheduler of a version with other steps (0.29) or fewer settings."""
+    if "invert_sigmas" not in inspect.signature(scheduler.__init__).parameters:  # type: ignore[misc]
+        version = importlib.import_module("diffusers").__version__
+        raise ImportError(
+            f"flowmatch_kernels.integrations.diffusers needs diffusers >= 0.32, and {version} is installed: "
+            "pip install flowmatch_kernels[diffusers]"
+        )
+
+
+_check_version(_published.FlowMatchEulerDiscreteScheduler)
 
 if TYPE_CHECKING:
     _Published = Any

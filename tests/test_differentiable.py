@@ -184,34 +184,42 @@ def test_a_derivative_that_begins_late(backend, int_method, start):
     """Rows that write in place go on with the op at the first velocity, or constraint, that has a derivative."""
     fm = FlowMatching(2, int_method, num_inference_steps=STEPS)
 
-    def run(w, by_constraint, backend, guided):
+    def run(w, whose, transposed, backend, guided):
         calls, kept = [], []
+
+        def weight(who):
+            return w if who == whose and len(calls) > start else w.detach()
 
         def step_fn(x, t):
             calls.append(t)
             kept.append(x)
-            late = torch.tanh(x @ (w if len(calls) > start and not by_constraint else w.detach()))
-            return late.T.contiguous().T  # not contiguous: neither is then what is remembered
+            v = torch.tanh(x @ weight("guided"))
+            return v.T.contiguous().T if transposed else v  # then what is remembered is not contiguous either
 
-        def constraint(x, t):
-            return x * w.sum() if by_constraint and len(calls) > start else x
+        arguments = {"constraint": lambda x, t: x * weight("constraint").sum()}
+        if guided:
+            arguments |= {
+                "unguided_step_fn": lambda x, t: -x @ weight("unguided"),
+                "use_classifier_free_guidance": True,
+            }
+        states, _ = fm.sample(
+            3, step_fn, noise=Z, differentiable=True, return_all_steps=True, backend=backend, **arguments
+        )
+        return states, kept
 
-        arguments = {"unguided_step_fn": lambda x, t: -x, "use_classifier_free_guidance": True} if guided else {}
-        return fm.sample(3, step_fn, noise=Z, differentiable=True, return_all_steps=True, backend=backend,
-                         constraint=constraint, **arguments)[0], kept  # fmt: skip
-
-    for by_constraint, guided in itertools.product((False, True), repeat=2):
-        found = []
+    for whose, transposed in itertools.product(("guided", "unguided", "constraint"), (False, True)):
+        case, found = (whose, transposed), []
+        guided = whose != "constraint"
         for name in (backend, "reference"):
             w = W.clone().requires_grad_()
-            states, kept = run(w, by_constraint, name, guided)
+            states, kept = run(w, *case, name, guided)
             states.square().sum().backward()
             found.append((states.detach(), w.grad, torch.stack([x.detach() for x in kept])))
             with torch.no_grad():
-                assert_same_bits(run(w, by_constraint, name, guided)[0], states.detach())
+                assert_same_bits(run(w, *case, name, guided)[0], states.detach())
         for got, wanted in zip(*found, strict=True):
             assert_same_bits(got, wanted)
-    constant, kept = run(W, False, backend, True)
+    constant, kept = run(W, "guided", False, backend, True)
     assert not constant.requires_grad and not any(x.requires_grad for x in kept)
 
 

@@ -46,6 +46,7 @@ def given(head: Head, dtype: torch.dtype, chunked: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("chunked", [False, True])
 def test_actions(kind: type[Head], dtype: torch.dtype, chunked: bool) -> None:
     head = kind(dtype)
+    head.num_inference_timesteps = 7 if chunked else 10
     arguments = given(head, dtype, chunked)
     method: Any = head.get_action_with_features
     times: list[list[int]] = []

@@ -377,8 +377,6 @@ def test_a_missing_project():
     """Importing its integration says what to install."""
     from flowmatch_kernels.integrations.replacement import needed
 
-    wanted = (
-        r"integrations\.torchdiffeq needs torchdiffeq >= 9 \(.*no_such_module.*\): pip install flowmatch_kernels\[torch"
-    )
+    wanted = r"integrations\.torchdiffeq needs torchdiffeq >= 9 \(.*no_such_module.*\): pip install flowmatch_kernels\["
     with pytest.raises(ImportError, match=wanted):
         needed("no_such_module", "torchdiffeq", ">= 9")

@@ -329,7 +329,12 @@ class _Graph:
             self._static.coefficients.copy_(call.table.coefficients)
             self._written = call.table
         if self._keys is not None and self._temperature is not None:
-            self._keys.copy_(noises.keys(call.source, call.batch_size, self._device), non_blocking=True)
+            # One key becomes rows on the device; a list is pinned first, so that the host does not wait for the copy.
+            single = isinstance(call.source, noises.KeyedNoise)
+            keys = noises.keys(call.source, call.batch_size, self._device if single else torch.device("cpu"))
+            if keys.device != self._device:
+                keys = keys.pin_memory()
+            self._keys.copy_(keys, non_blocking=True)
             self._temperature.fill_(call.temperature)
             return
         assert self._noise is not None

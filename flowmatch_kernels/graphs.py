@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from . import layouts, tracing
@@ -46,12 +47,14 @@ _CAPTURED = (
     *("return_all_steps", "unguided_step_fn", "use_classifier_free_guidance", "guidance_form", "combined_guidance"),
     *("skip_irrelevant_model", "velocity_strength", "constraint", "step_rounding", "backend"),
 )
+_OPTIONS = frozenset((*_WRITTEN, *_GRIDS, *_SOLVERS, *_CAPTURED))
 #: Options of sample() that a graph cannot have, and why.
 _REFUSED = {
     "callback": "it is Python code that runs after each step, and a replay runs no Python",
     "progress": "a replay is one launch",
     "differentiable": "a graph keeps no derivative",
 }
+_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 _RESERVED = ("x", "t", "step", "batch_size", "copy_output")
 
 #: What the text of an error says about its cause, and what to look for in step_fn.
@@ -388,7 +391,7 @@ class GraphedSampler:
         for name in self._names:
             if not isinstance(name, str) or not name.isidentifier():
                 raise TypeError(f"inputs must be named by identifiers, as arguments of step_fn are, got {shown(name)}")
-            if name in (*_RESERVED, *_WRITTEN, *_GRIDS, *_SOLVERS, *_CAPTURED, *_REFUSED):
+            if name in _OPTIONS or name in _REFUSED or name in _RESERVED:
                 raise ValueError(f"an input cannot be named {name!r}: step_fn or sample() has an argument of that name")
         self._max_graphs = count(max_graphs, "max_graphs")
         if not self._max_graphs:
@@ -517,12 +520,12 @@ class GraphedSampler:
             if name in _REFUSED:
                 if value is not None and value is not False:
                     raise ValueError(f"{name} cannot be used in a graph: {_REFUSED[name]}. sample() takes it")
-            elif name not in (*_WRITTEN, *_GRIDS, *_SOLVERS, *_CAPTURED):
+            elif name not in _OPTIONS:
                 inputs = ", ".join(self._names) or "none"
                 raise TypeError(
                     f"{name!r} is neither an input of graphed() (it has {inputs}) nor an option of sample()"
                 )
-        return self._options | {name: value for name, value in options.items() if name not in _REFUSED}
+        return self._options | {name: value for name, value in options.items() if name in _OPTIONS}
 
     def _checked_names(self, batch_size: int | None, named: dict[str, Any]) -> _Call:
         """The arguments of a call."""
@@ -540,7 +543,7 @@ class GraphedSampler:
         source, start = noises.source(options.get("noise"), batch_size, options.get("generator"))
         dtype = noises.state_dtype(options.get("dtype"), start, (batch_size, *fm.x_dims), device)
         if start is not None:
-            if type(start) is not Tensor and type(start) is not torch.nn.Parameter:
+            if type(start) not in _PLAIN:
                 raise TypeError(f"noise must be a plain tensor, got a {type(start).__name__}: sample() takes it")
             if tracing.has_derivative(start):
                 raise ValueError("noise requires grad, and a graph keeps no derivative: detach it, or call sample()")
@@ -557,16 +560,17 @@ class GraphedSampler:
             noise: Hashable = dtype if scaled else start.dtype, start.stride()
         else:
             noise = keyed, keyed and scaled
-        # With a velocity_strength sample() looks at the solver's name.
-        strong = options.get("velocity_strength") is not None
-        named = fm.prediction_type, fm._steps(options.get("int_method"), options.get("inference_step"))[0] == "euler"
+        plain: Hashable = None
+        if options.get("velocity_strength") is not None:  # which sample() takes with these alone
+            solver, _ = fm._steps(options.get("int_method"), options.get("inference_step"))
+            plain = fm.prediction_type, solver == "euler"
         signature = (
             (batch_size, *fm.x_dims),
             (dtype, noise),
             (spec, of_leaves),
             tuple(_constant(options[name]) for name in _CAPTURED if name in options),
             tuple(name for name in _CAPTURED if name in options),
-            (form, fm.step_rounding, backend, strong and named),
+            (form, fm.step_rounding, backend, plain),
             (table.evaluations, table.steps, table.buffers, table.sum_first),
             (table.times.shape, table.times.dtype, table.coefficients.shape),
             _settings(device.type),
@@ -583,7 +587,7 @@ class GraphedSampler:
         table = fm._table(
             *(given("int_method"), given("inference_step"), given("time_steps"), given("step_sizes")),
             *(dtype, self._device, form, weight),
-            cached=True,
+            cached=tracing.is_eager(),
         )
         return table, form
 
@@ -743,7 +747,7 @@ def _leaf_signature(leaf: Any, device: torch.device) -> Hashable:
             "inputs must hold tensors, in dicts, lists and tuples, and constants (None, bool, int, float, str, "
             f"torch.dtype); got {shown(leaf)}: pass the tensors that it holds"
         )
-    if type(leaf) is not Tensor and type(leaf) is not torch.nn.Parameter:
+    if type(leaf) not in _PLAIN:
         raise TypeError(f"inputs must be plain tensors, got a {type(leaf).__name__}")
     check_dense(leaf, "an input")
     if elsewhere(leaf, device):

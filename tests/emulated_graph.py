@@ -11,6 +11,7 @@ Steps go through the registered operator, which the mode sees, from the rows in 
 from __future__ import annotations
 
 import contextlib
+import threading
 from typing import Any
 
 import torch
@@ -123,8 +124,9 @@ class EmulatedGraphs:
 @contextlib.contextmanager
 def capturing(generators=()):
     """What runs within is recorded; sample() takes it for a capture, in which no mode is at work."""
-    is_eager, is_capturing = tracing.is_eager, tracing.is_capturing
-    tracing.is_eager, tracing.is_capturing = lambda: True, lambda: True
+    is_eager, is_capturing, me = tracing.is_eager, tracing.is_capturing, threading.get_ident()
+    tracing.is_eager = lambda: threading.get_ident() == me or is_eager()
+    tracing.is_capturing = lambda: threading.get_ident() == me
     try:
         with Recorded(generators) as recorded:
             yield recorded

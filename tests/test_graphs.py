@@ -3,6 +3,8 @@
 What is compared is compared with sample() of the same arguments, bit for bit.
 """
 
+import contextlib
+import functools
 import gc
 import logging
 import threading
@@ -12,10 +14,14 @@ import pytest
 import torch
 from emulated_graph import Graph, capturing, emulated
 from operands import assert_same_bits
+from test_capture import Refused
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flowmatch_kernels import FittedSolver, FlowMatching, KeyedNoise, StepFunction, graphs, inpaint, solvers, tracing
 from flowmatch_kernels.graphs import GraphCaptureError
 
+aten = torch.ops.aten
 DIMS, BATCH = (5, 3), 4
 GRID = [0.0, 0.1, 0.35, 0.8, 1.0]
 OTHER_GRID = [0.0, 0.4, 0.5, 0.6, 1.0]
@@ -985,3 +991,204 @@ def test_nothing_between_two_evaluations_on_the_cpu(monkeypatch):
         got = fm.sample(BATCH, step_fn, noise=noise, backend="cpu")
     assert mode.calls == 4
     assert_equal(got, wanted)
+
+
+# ---- CudaGraphs, with doubles of torch.cuda ----
+
+
+class Cuda:
+    """torch.cuda as far as graphs.CudaGraphs calls it: it notes what was done where."""
+
+    def __init__(self):
+        self.log, self.stream, self.device_ = [], "default", 0
+        self.pools, self.end_raises = 0, False
+
+    def patch(self, monkeypatch):
+        cuda = self
+
+        class Stream:
+            def __init__(self, device):
+                self.name = f"side of {device}"
+
+            def wait_stream(self, other):
+                cuda.log.append(f"{self.name} waits for {getattr(other, 'name', other)}")
+
+        class Named(str):
+            name = property(lambda self: str(self))
+
+            def wait_stream(self, other):
+                cuda.log.append(f"{self} waits for {other.name}")
+
+        class Within:
+            def __init__(self, attribute, value):
+                self.attribute, self.value = attribute, value
+
+            def __enter__(self):
+                self.before = getattr(cuda, self.attribute)
+                setattr(cuda, self.attribute, self.value)
+
+            def __exit__(self, *_):
+                setattr(cuda, self.attribute, self.before)
+
+        class Graph:
+            def register_generator_state(self, generator):
+                cuda.log.append("registered")
+
+            def reset(self):
+                cuda.log.append("reset")
+
+        class Capture:
+            """As torch.cuda.graph: where the end of a capture raises, its stream stays the current one."""
+
+            def __init__(self, graph, pool, stream, capture_error_mode):
+                cuda.log.append(f"capture in {pool}, {capture_error_mode}")
+                self.stream = stream
+
+            def __enter__(self):
+                self.before, cuda.stream = cuda.stream, self.stream
+
+            def __exit__(self, *_):
+                if cuda.end_raises:
+                    raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+                cuda.stream = self.before
+
+        def pool():
+            cuda.pools += 1
+            return f"pool {cuda.pools}"
+
+        cuda.named = Named
+        cuda.stream = Named("default")
+        for name, value in {
+            "device": lambda device: Within("device_", device),
+            "stream": lambda stream: Within("stream", stream),
+            "current_stream": lambda *_: cuda.stream,
+            "Stream": Stream,
+            "CUDAGraph": Graph,
+            "graph": Capture,
+            "graph_pool_handle": pool,
+            "synchronize": lambda device: cuda.log.append(f"synchronized {device}"),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        return self
+
+
+def test_cuda_graphs(monkeypatch):
+    """Device, streams, error mode, pool: what is called, in which order, also where a capture breaks."""
+    cuda = Cuda().patch(monkeypatch)
+    device = torch.device("cuda", 1)
+    recorder = graphs.recorder(device, [object()])
+
+    def function():
+        cuda.log.append(f"run on {getattr(cuda.stream, 'name', cuda.stream)}, device {cuda.device_}")
+        return "results"
+
+    with recorder.current():
+        assert cuda.device_ == device
+        recorder.warm_up(function)
+        assert recorder.capture(function)[0] == "results"
+        first = recorder.capture(function)[1]
+    run = "run on side of cuda:1, device cuda:1"
+    capture = ["registered", "capture in pool 1, thread_local", run]
+    assert cuda.log == [
+        *("side of cuda:1 waits for default", run, run, "default waits for side of cuda:1"),
+        *(capture * 2),
+    ]
+    assert (cuda.stream, cuda.device_) == ("default", 0)
+
+    cuda.log.clear()
+    cuda.end_raises = True
+
+    def broken():
+        raise ValueError("operation not permitted")
+
+    with recorder.current(), pytest.raises(RuntimeError, match="previous error") as raised:
+        recorder.capture(broken)
+    assert isinstance(raised.value.__context__, ValueError)
+    assert (cuda.stream, cuda.device_) == ("default", 0)
+    cuda.end_raises = False
+    with recorder.current():
+        recorder.capture(function)
+    assert cuda.log[-2] == "capture in pool 2, thread_local"
+
+    cuda.log.clear()
+    recorder.drop([first])
+    assert cuda.log == ["synchronized cuda:1", "reset"]
+
+
+def test_streams_wait_for_the_call_before(monkeypatch):
+    """Only where it was on another stream: its replay may still read the buffers that this one writes."""
+    cuda = Cuda().patch(monkeypatch)
+    recorder = graphs.CudaGraphs(torch.device("cuda", 0), [])
+    for name in ("a", "a", "b", "b", "a"):
+        cuda.stream = cuda.named(name)
+        with recorder.current():
+            pass
+    assert cuda.log == ["b waits for a", "a waits for b"]
+
+
+@pytest.mark.parametrize(
+    "text, hint",
+    [
+        ("CUDA error: operation not permitted when stream is capturing", r"\.item\(\)"),
+        ("Attempt to increase offset for a CUDA generator not in capture mode", r"generators="),
+        ("Cannot copy between CPU and CUDA tensors during CUDA graph capture unless the CPU tensor is pinned", "host"),
+        ("CUDA error: unjoined work", "another stream"),
+        ("something new", "reduce-overhead"),
+    ],
+)
+def test_hints(monkeypatch, text, hint):
+    """The first error decides, not what the end of the capture adds."""
+    emulated(monkeypatch)
+
+    def capture(self, function):
+        try:
+            raise RuntimeError(text)
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    monkeypatch.setattr("emulated_graph.EmulatedGraphs.capture", capture)
+    with pytest.raises(GraphCaptureError, match=hint) as raised:
+        flow().graphed(velocity, BATCH, inputs={"features": F})
+    assert text in str(raised.value)
+
+
+# ---- on fake CUDA tensors ----
+
+
+class FakeGraphs(graphs.CudaGraphs):
+    """Runs the function at a capture and does nothing at a replay, on fake CUDA tensors."""
+
+    def current(self):
+        return contextlib.nullcontext()
+
+    def warm_up(self, function):
+        function()
+
+    def capture(self, function):
+        with Refused() as refused:
+            results = function()
+        assert refused.seen == []
+        return results, type("Graph", (), {"replay": lambda self: None})()
+
+
+@pytest.mark.parametrize("case", ["solver euler", "solver ab3", "guided", "trajectory", "temperature"])
+@pytest.mark.parametrize("keyed", [False, True], ids=["noise", "keyed"])
+def test_nothing_that_a_capture_refuses_and_no_wait(monkeypatch, case, keyed):
+    """In the capture no copy from the host and no read; and in a call, once its table is there, neither."""
+    monkeypatch.setattr(graphs, "recorder", FakeGraphs)
+    monkeypatch.setattr(graphs.GraphedSampler, "_drawn_from", lambda self: [])
+    # Tensor.copy_ itself asks for the device, even of a fake tensor.
+    monkeypatch.setattr(Tensor, "copy_", lambda x, y, non_blocking=False: aten.copy_.default(x, y, non_blocking))
+    with FakeTensorMode():
+        monkeypatch.setattr(FlowMatching, "_table", functools.cache(FlowMatching._table))  # in the place of its cache
+        f = torch.ones(BATCH, 1, 3, device="cuda")
+        noise = KeyedNoise(3) if keyed else torch.ones(BATCH, *DIMS, device="cuda")
+        constructor, options = CASES[case]
+        options = options | {"noise": noise}
+        sampler = flow(**constructor).graphed(velocity, BATCH, "cuda", inputs={"features": f}, **options)
+        with Refused() as refused:
+            x = sampler(features=f)
+            sampler(features=f, noise=KeyedNoise(4) if keyed else noise, temperature=0.25)
+    assert refused.seen == []
+    assert (x[0] if isinstance(x, tuple) else x).device.type == "cuda"
+    assert sampler.stats.captures == (2 if keyed and "temperature" not in options else 1)

@@ -555,11 +555,13 @@ class GraphedSampler:
         name = options.get("backend")
         backend = dispatch.choose(fm.backend if name is None else name, device.type).name
         call = _Call(batch_size, source, start, temperature, dtype, table, backend, leaves, spec, options, None)
-        keyed, scaled = noises.is_keyed(source), temperature != 1.0
-        if start is not None:
-            noise: Hashable = dtype if scaled else start.dtype, start.stride()
+        scaled = temperature != 1.0
+        if noises.is_keyed(source):
+            noise: Hashable = "keys", scaled
+        elif start is None:
+            noise = dtype, None
         else:
-            noise = keyed, keyed and scaled
+            noise = dtype if scaled else start.dtype, layouts.of(start)
         plain: Hashable = None
         if options.get("velocity_strength") is not None:  # which sample() takes with these alone
             solver, _ = fm._steps(options.get("int_method"), options.get("inference_step"))

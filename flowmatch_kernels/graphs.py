@@ -35,6 +35,8 @@ from .step_functions import StepFunction
 logger = logging.getLogger("flowmatch_kernels")
 
 FALLBACKS = ("error", "eager")
+_one_capture = threading.Lock()
+"""PyTorch captures one graph at a time in a process."""
 _REASONS = 64
 """How many signatures that cannot be captured are remembered."""
 
@@ -139,18 +141,22 @@ class CudaGraphs:
             graph.register_generator_state(generator)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        side = self._side()
+        side, first = self._side(), None
+        # thread_local: what other threads do in the meantime, as to load data, is no error.
+        captured = torch.cuda.graph(graph, self._pool, stream=side, capture_error_mode="thread_local")
         try:
             # The outer context puts the stream back also where the end of a broken capture raises.
-            with torch.cuda.stream(side):
-                # thread_local: what other threads do in the meantime, as to load data, is no error.
-                context = torch.cuda.graph(graph, self._pool, stream=side, capture_error_mode="thread_local")
-                with context:
-                    results = function()
-        except BaseException:
+            with torch.cuda.stream(side), captured:
+                try:
+                    return function(), graph
+                except BaseException as error:
+                    first = error
+                    raise
+        except BaseException as last:
             self._pool = None  # in which a broken capture may have left blocks
+            if first is not None and first is not last:  # its end raises too, and says less
+                raise first from last
             raise
-        return results, graph
 
     def drop(self, graphs: Sequence[Any]) -> None:
         """Frees graphs, once the device has run them."""
@@ -200,7 +206,7 @@ class _Buffer:
 
 
 class _Inputs:
-    """Buffers for the inputs of step_fn.
+    """Buffers for the inputs of step_fn, and for the velocity_strength.
 
     Args:
         leaves: Tensors, and constants, which are kept as they are.
@@ -210,8 +216,27 @@ class _Inputs:
     def __init__(self, leaves: Sequence[Any], spec: Any) -> None:
         self._buffers = [_Buffer(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
         pairs = zip(leaves, self._buffers, strict=True)
-        #: As step_fn gets them.
-        self.nested = pytree.tree_unflatten([leaf if buffer is None else buffer.tensor for leaf, buffer in pairs], spec)
+        nested = pytree.tree_unflatten([leaf if buffer is None else buffer.tensor for leaf, buffer in pairs], spec)
+        self._inputs, self._strength = nested
+
+    def bound(self, step_fn: Any) -> Any:
+        """The model with its inputs."""
+        if not self._inputs:
+            return step_fn
+        if isinstance(step_fn, StepFunction):
+            bound = copy.copy(step_fn)
+            bound.model = functools.partial(step_fn.model, **self._inputs)
+            return bound
+        return functools.partial(step_fn, **self._inputs)
+
+    def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those options of sample() that decide what it runs, the second model with its inputs."""
+        options = {name: given[name] for name in (*_SOLVERS, *_CAPTURED) if name in given}
+        if options.get("unguided_step_fn") is not None:
+            options["unguided_step_fn"] = self.bound(options["unguided_step_fn"])
+        if self._strength is not None:
+            options["velocity_strength"] = self._strength
+        return options
 
     def write(self, leaves: Sequence[Any]) -> None:
         """Copies the values of the tensors in."""
@@ -248,7 +273,7 @@ class _Call(NamedTuple):
     backend: str
     """The name of the one that runs."""
     leaves: list[Any]
-    """Of the inputs: tensors and constants."""
+    """Of the inputs and the velocity_strength: tensors and constants."""
     spec: Any
     """How they are nested."""
     options: dict[str, Any]
@@ -310,8 +335,7 @@ class _Graph:
         fm = copy.copy(self._fm)
         static = self._static
         fm._table = lambda *_, **__: static  # type: ignore[method-assign]
-        inputs = self._inputs.nested
-        options, step_fn = _bound_options(call.options, inputs), _bound(self._step_fn, inputs)
+        options, step_fn = self._inputs.options(call.options), self._inputs.bound(self._step_fn)
 
         def sample() -> Any:
             if self._noise is not None:
@@ -380,8 +404,6 @@ class GraphedSampler:
             raise TypeError(f"step_fn must be callable, got {step_fn!r:.60}")
         if not isinstance(inputs, (Mapping, type(None))):
             raise TypeError(f"inputs must be a dict, from the names that step_fn has for them, got {shown(inputs)}")
-        if fallback not in FALLBACKS:
-            raise ValueError(f"fallback must be 'error' or 'eager', got {fallback!r:.60}")
         if not isinstance(module, (torch.nn.Module, type(None))):
             raise TypeError(f"module must be a torch.nn.Module, got {shown(module)}")
         self._fm, self._step_fn = fm, step_fn
@@ -398,7 +420,6 @@ class GraphedSampler:
             raise ValueError("max_graphs must be at least 1, got 0")
         self._copy_output = flag(copy_output, "copy_output")
         self.fallback = fallback
-        """ "error" or "eager": what a call does whose capture fails."""
         self._module = module
         self._generators = _checked_generators(generators, self._device)
         self._options: dict[str, Any] = {}
@@ -483,6 +504,17 @@ class GraphedSampler:
         """
         self._set({"inference_guidance_weight": weight})
 
+    @property
+    def fallback(self) -> str:
+        """What a call does whose capture fails: "error" or "eager". It can be set."""
+        return self._fallback
+
+    @fallback.setter
+    def fallback(self, value: str) -> None:
+        if value not in FALLBACKS:
+            raise ValueError(f"fallback must be 'error' or 'eager', got {value!r:.60}")
+        self._fallback = value
+
     def reset(self) -> None:
         """Drops all graphs: the next call captures anew, with what step_fn refers to by then, as other weights."""
         with self._alone():
@@ -538,7 +570,11 @@ class GraphedSampler:
 
     def _checked(self, batch_size: int, inputs: dict[str, Any], options: dict[str, Any]) -> _Call:
         fm, device = self._fm, self._device
-        leaves, spec = pytree.tree_flatten(inputs)
+        strength = options.get("velocity_strength")
+        if type(strength) not in _PLAIN:  # None, or what sample() refuses
+            strength = None
+        copied = () if strength is None else ("velocity_strength",)
+        leaves, spec = pytree.tree_flatten((inputs, strength))
         of_leaves = tuple(_leaf_signature(leaf, device) for leaf in leaves)
         source, start = noises.source(options.get("noise"), batch_size, options.get("generator"))
         dtype = noises.state_dtype(options.get("dtype"), start, (batch_size, *fm.x_dims), device)
@@ -570,8 +606,7 @@ class GraphedSampler:
             (batch_size, *fm.x_dims),
             (dtype, noise),
             (spec, of_leaves),
-            tuple(_constant(options[name]) for name in _CAPTURED if name in options),
-            tuple(name for name in _CAPTURED if name in options),
+            tuple((name, _constant(options[name])) for name in _CAPTURED if name in options and name not in copied),
             (form, fm.step_rounding, backend, plain),
             (table.evaluations, table.steps, table.buffers, table.sum_first),
             (table.times.shape, table.times.dtype, table.coefficients.shape),
@@ -642,7 +677,7 @@ class GraphedSampler:
         sample = graph.function()
         states = [(generator, generator.get_state()) for generator in self._drawn_from()]
         try:
-            with self._recorder.current():
+            with _one_capture, self._recorder.current():
                 if call.start is None and not noises.is_keyed(call.source):  # the call's own draw comes later
                     private = torch.Generator(self._device).manual_seed(0)
                     graph.write(call._replace(source=private))
@@ -665,19 +700,15 @@ class GraphedSampler:
         return graph
 
     def _not_captured(self, error: Exception) -> str:
-        first: BaseException = error
-        while first.__context__ is not None:  # the end of a broken capture raises too, and says less
-            first = first.__context__
-        text = str(first).partition("\n")[0] or type(first).__name__
-        lower = f"{first} {error}".lower()
+        text, lower = str(error).partition("\n")[0], f"{error}".lower()
         hint = next((hint for words, hint in _HINTS if any(word in lower for word in words)), _HINT)
         if self.fallback == "error":
             raise GraphCaptureError(
-                f"step_fn cannot be captured in a CUDA graph: {type(first).__name__}: {text:.300}. Look for {hint}. "
+                f"step_fn cannot be captured in a CUDA graph: {type(error).__name__}: {text:.300}. Look for {hint}. "
                 "sample() runs it as it is, and so do eager() of this sampler and fallback='eager'"
             ) from error
         logger.warning("step_fn cannot be captured in a CUDA graph and runs without: %s. Look for %s", text, hint)
-        return f"{type(first).__name__}: {text:.300}"
+        return f"{type(error).__name__}: {text:.300}"
 
     def _drawn_from(self) -> list[torch.Generator]:
         """The generators that a step_fn may draw from."""
@@ -699,31 +730,12 @@ class GraphedSampler:
         inputs = _Inputs(call.leaves, call.spec)
         inputs.write(call.leaves)
         written = {name: call.options[name] for name in (*_WRITTEN, *_GRIDS) if name in call.options}
-        options = _bound_options(call.options, inputs.nested) | written
+        options = inputs.options(call.options) | written
         if options.get("temperature", 1.0) is None:
             del options["temperature"]
-        x = self._fm.sample(call.batch_size, _bound(self._step_fn, inputs.nested), self._device, **options)
+        x = self._fm.sample(call.batch_size, inputs.bound(self._step_fn), self._device, **options)
         self._eager[reason] = self._eager.get(reason, 0) + 1
         return x
-
-
-def _bound(step_fn: Any, inputs: Mapping[str, Any]) -> Any:
-    """The model with its inputs."""
-    if not inputs:
-        return step_fn
-    if isinstance(step_fn, StepFunction):
-        bound = copy.copy(step_fn)
-        bound.model = functools.partial(step_fn.model, **inputs)
-        return bound
-    return functools.partial(step_fn, **inputs)
-
-
-def _bound_options(options: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of sample() that decide what it runs, the second model with its inputs."""
-    captured = {name: options[name] for name in (*_SOLVERS, *_CAPTURED) if name in options}
-    if captured.get("unguided_step_fn") is not None:
-        captured["unguided_step_fn"] = _bound(captured["unguided_step_fn"], inputs)
-    return captured
 
 
 def _checked_generators(generators: Any, device: torch.device) -> tuple[torch.Generator, ...]:
@@ -754,7 +766,7 @@ def _leaf_signature(leaf: Any, device: torch.device) -> Hashable:
     check_dense(leaf, "an input")
     if elsewhere(leaf, device):
         raise ValueError(
-            f"an input is on {leaf.device}, and the sampler on {device}: move it there, where the graph's buffers are"
+            f"an input or velocity_strength is on {leaf.device}, and the sampler on {device}: move it there"
         )
     return leaf.shape, leaf.stride(), leaf.dtype
 
@@ -770,10 +782,10 @@ def _constant(value: Any) -> Hashable:
 
 def _settings(device_type: str) -> tuple[Any, ...]:
     """What else of PyTorch's state decides which operations step_fn runs."""
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)  # which knows no such device
     return (
-        torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
+        autocast and torch.get_autocast_dtype(device_type),
         torch.get_default_dtype(),
-        torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
         torch.is_inference_mode_enabled(),
     )

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flowmatch_kernels import FittedSolver, FlowMatching, KeyedNoise, StepFunction, graphs, inpaint, solvers, tracing
 from flowmatch_kernels.graphs import GraphCaptureError
+from flowmatch_kernels.integrations import alpamayo
 
 aten = torch.ops.aten
 DIMS, BATCH = (5, 3), 4
@@ -624,6 +625,25 @@ def test_a_step_function_with_inputs(monkeypatch):
         assert_equal(got, fm.sample(BATCH, StepFunction(bound, time_as="batch", time_scale=1000)))
 
 
+def test_velocity_strength(monkeypatch):
+    """It is copied in at each call; another shape is another graph."""
+    emulated(monkeypatch)
+    fm, strength = flow(), torch.rand(5, 1)
+    sampler = fm.graphed(velocity, BATCH, inputs={"features": features(0)}, velocity_strength=strength)
+    for seed in range(3):
+        strength.mul_(0.5)
+        check(sampler, fm, velocity, {"features": features(seed)}, seed=seed)
+        check(sampler, fm, velocity, {"features": features(seed)}, seed=seed, velocity_strength=torch.rand(5, 1))
+    assert sampler.stats.captures == 1
+    check(sampler, fm, velocity, {"features": features(0)}, velocity_strength=torch.rand(BATCH, 5, 3))
+    check(sampler, fm, velocity, {"features": features(0)}, velocity_strength=None)
+    assert sampler.stats.captures == 3
+    with pytest.raises(ValueError, match="velocity_strength multiplies"):
+        sampler(features=features(0), int_method="ab2")
+    with pytest.raises(TypeError, match="velocity_strength must be"):
+        sampler(features=features(0), velocity_strength=0.5)
+
+
 def test_inpaint(monkeypatch):
     """A constraint reads the tensors that it refers to at each replay."""
     emulated(monkeypatch)
@@ -806,7 +826,7 @@ BAD = [
     ({"inputs": {"a b": F}}, TypeError, "named by identifiers"),
     ({"inputs": {1: F}}, TypeError, "named by identifiers"),
     ({"inputs": {"features": object()}}, TypeError, "pass the tensors that it holds"),
-    ({"inputs": {"features": F.to("meta")}}, ValueError, "an input is on meta"),
+    ({"inputs": {"features": F.to("meta")}}, ValueError, "an input or velocity_strength is on meta"),
     ({"inputs": {"features": F.to_sparse()}}, TypeError, "dense"),
     ({"inputs": {"features": F.numpy()}}, TypeError, "inputs must hold tensors"),
     ({"max_graphs": 0}, ValueError, "max_graphs must be at least 1"),
@@ -866,7 +886,7 @@ def test_bad_calls(monkeypatch, emulate):
         ({"features": F, "callback": print}, ValueError, "callback cannot be used"),
         ({"features": F, "batch_size": 1.5}, TypeError, "batch_size must be an int"),
         ({"features": F, "copy_output": None, "noise": 3}, TypeError, "noise must be a tensor"),
-        ({"features": F.to("meta")}, ValueError, "an input is on meta"),
+        ({"features": F.to("meta")}, ValueError, "an input or velocity_strength is on meta"),
         ({"features": F, "noise": Subclass(torch.zeros(BATCH, *DIMS))}, TypeError, "noise must be a plain tensor"),
         ({"features": Subclass(F)}, TypeError, "inputs must be plain tensors"),
     ]:
@@ -908,7 +928,23 @@ def test_where_a_graph_cannot_be_used(monkeypatch):
         sampler(features=F)
 
 
+def test_a_subclass(monkeypatch):
+    """Alpamayo's FlowMatching, whose sample() has its own arguments: what is captured is that one."""
+    emulated(monkeypatch)
+    fm = alpamayo.FlowMatching(DIMS, num_inference_steps=4)
+    sampler = fm.graphed(velocity, BATCH, inputs={"features": F}, **GUIDED)
+    for seed in range(2):
+        check(sampler, fm, velocity, {"features": features(seed)}, seed=seed)
+    assert sampler.stats[:2] == (1, 2)
+
+
 # ---- without CUDA ----
+
+
+def test_on_meta():
+    """Another device that has no graphs: shapes alone."""
+    sampler = flow().graphed(velocity, BATCH, "meta", inputs={"features": F.to("meta")}, return_all_steps=True)
+    assert [x.shape for x in sampler(features=F.to("meta"))] == [(BATCH, 5, *DIMS), (5,)]
 
 
 def test_on_the_cpu():
@@ -1126,14 +1162,16 @@ def test_cuda_graphs(monkeypatch):
     def broken():
         raise ValueError("operation not permitted")
 
-    with recorder.current(), pytest.raises(RuntimeError, match="previous error") as raised:
-        recorder.capture(broken)
-    assert isinstance(raised.value.__context__, ValueError)
+    with recorder.current(), pytest.raises(ValueError, match="not permitted") as raised:
+        recorder.capture(broken)  # the first error is the one to know, and not what the end of the capture raises
+    assert "previous error" in str(raised.value.__cause__)
+    with recorder.current(), pytest.raises(RuntimeError, match="previous error"):
+        recorder.capture(function)
     assert (cuda.stream, cuda.device_) == ("default", 0)
     cuda.end_raises = False
     with recorder.current():
         recorder.capture(function)
-    assert cuda.log[-2] == "capture in pool 2, thread_local"
+    assert cuda.log[-2] == "capture in pool 3, thread_local"
 
     cuda.log.clear()
     recorder.drop([first])
@@ -1162,14 +1200,10 @@ def test_streams_wait_for_the_call_before(monkeypatch):
     ],
 )
 def test_hints(monkeypatch, text, hint):
-    """The first error decides, not what the end of the capture adds."""
     emulated(monkeypatch)
 
     def capture(self, function):
-        try:
-            raise RuntimeError(text)
-        finally:
-            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        raise RuntimeError(text) from RuntimeError("CUDA error: operation failed due to a previous error")
 
     monkeypatch.setattr("emulated_graph.EmulatedGraphs.capture", capture)
     with pytest.raises(GraphCaptureError, match=hint) as raised:

@@ -792,16 +792,19 @@ def _settings(device_type: str) -> tuple[Any, ...]:
 
 
 def _fingerprint(module: torch.nn.Module) -> list[Any]:
-    """Where the parameters and buffers of a module are, and which of its modules train."""
+    """Where the parameters and buffers of a module are, and which of its modules train; 1 us a tensor."""
     found: list[Any] = []
-    modules = [module]
+    modules: list[Any] = [module]
     while modules:
         one = modules.pop()
+        if one is None:
+            continue
         found.append(one.training)
         for tensors in (one._parameters, one._buffers):
             for x in tensors.values():
-                if x is not None:
-                    plain = type(x) is Tensor or type(x) is torch.nn.Parameter
-                    found.append((x.data_ptr(), x.dtype, x.shape, x.stride()) if plain else id(x))
-        modules.extend(child for child in one._modules.values() if child is not None)
+                if type(x) is torch.nn.Parameter or type(x) is Tensor:
+                    found += (x.data_ptr(), x.dtype, x.shape, x.stride())
+                else:
+                    found.append(id(x))
+        modules += one._modules.values()
     return found

@@ -931,7 +931,7 @@ def test_where_a_graph_cannot_be_used(monkeypatch):
 def test_a_subclass(monkeypatch):
     """Alpamayo's FlowMatching, whose sample() has its own arguments: what is captured is that one."""
     emulated(monkeypatch)
-    fm = alpamayo.FlowMatching(DIMS, num_inference_steps=4)
+    fm = alpamayo.FlowMatching(x_dims=DIMS, num_inference_steps=4)
     sampler = fm.graphed(velocity, BATCH, inputs={"features": F}, **GUIDED)
     for seed in range(2):
         check(sampler, fm, velocity, {"features": features(seed)}, seed=seed)

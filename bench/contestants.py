@@ -19,6 +19,7 @@ from torch import Tensor
 from flowmatch_kernels import FlowMatching, available_backends
 from flowmatch_kernels.ops.dispatch import BACKENDS
 
+from . import device_clock
 from .work import TASKS, WEIGHT, Problem, Work
 
 # ---- the published loop ----
@@ -346,6 +347,29 @@ def ours(backend: str, p: Problem) -> Callable[[], Tensor]:
     return sample_all if work.trajectory else sample
 
 
+def step_fn_graphed(p: Problem) -> Callable[[], Tensor]:
+    """`ours` with a step_fn that replays a CUDA graph of its own, as policies that capture the network alone."""
+    if p.device.type == "cpu":
+        return ours("auto", p)
+    x, t = torch.empty(p.work.shape, device=p.device), torch.zeros(p.work.shape[0], 1, 1, device=p.device)
+    replay = device_clock.graphed(lambda: p.step_fn(x=x, t=t), p.device)
+
+    def step_fn(x: Tensor, t: Tensor, static: tuple[Tensor, Tensor] = (x, t)) -> Tensor:
+        static[0].copy_(x)
+        static[1].copy_(t)
+        return replay()[1]
+
+    sampler = FlowMatching(p.work.shape[1:], "euler", p.work.steps)
+    return lambda: sampler.sample(p.work.shape[0], step_fn, p.device, noise=p.noise)
+
+
+def solver_graphed(p: Problem) -> Callable[[], Tensor]:
+    """`FlowMatching.graphed`: its copies in and out too. On the CPU it runs sample()."""
+    work = p.work
+    sampler = FlowMatching(work.shape[1:], "euler", work.steps)
+    return sampler.graphed(p.step_fn, work.shape[0], p.device, noise=p.noise)
+
+
 # ---- the table ----
 
 EULER = frozenset({"final", "trajectory", "guided", "guided trajectory"})
@@ -357,8 +381,8 @@ class Contestant(NamedTuple):
 
     name: str
     kind: str
-    """"published", "loop" (what projects write on their own grids), "hand", "compiled", "peer", "ours", or "bare":
-    takes no steps, and is no sampler."""
+    """"published", "loop" (what projects write on their own grids), "hand", "compiled", "peer", "ours", "graphed" (in
+    CUDA graphs: `--gpu` alone), or "bare": takes no steps, and is no sampler."""
     bind: Callable[[Problem], Callable[[], Tensor]]
     """What samples this problem; called once, and not timed."""
     tasks: frozenset[str]
@@ -372,6 +396,8 @@ class Contestant(NamedTuple):
         """Whether it computes the same thing."""
         if self.kind == "bare":
             return work.drawn
+        if self.kind == "graphed" and not work.network:
+            return False
         if self.kind == "loop":
             return bool(work.grid) and work.task in self.tasks
         if work.special and self.kind not in ("published", "ours"):
@@ -387,6 +413,15 @@ class Contestant(NamedTuple):
 
 def _plain(function: Callable[[Problem], Tensor]) -> Callable[[Problem], Callable[[], Tensor]]:
     return lambda p: partial(function, p)
+
+
+def graphed() -> list[Contestant]:
+    """Who is in CUDA graphs by itself: with a network, whose launches are what a graph saves."""
+    final = frozenset({"final"})
+    return [
+        Contestant("ours, step_fn graphed", "graphed", step_fn_graphed, final, final),
+        Contestant("ours, solver graphed", "graphed", solver_graphed, final, final),
+    ]
 
 
 def contestants(device: torch.device) -> list[Contestant]:
@@ -436,8 +471,8 @@ def difference(contestant: Contestant, p: Problem, function: Callable[[], Tensor
         evaluations += 1
         return step_fn(x=x, t=t)
 
-    # A compiler would trace the count; diffusers' free velocity is made once, for its sign.
-    counted = contestant.kind != "compiled" and contestant.name != "diffusers"
+    # A compiler would trace the count, a replay makes no call; diffusers' free velocity is made once, for its sign.
+    counted = contestant.kind not in ("compiled", "graphed") and contestant.name != "diffusers"
     if counted:
         p.step_fn = counting
     try:

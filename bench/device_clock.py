@@ -85,8 +85,8 @@ def host_seconds(function: Function, device: torch.device, budget: float) -> flo
     return statistics.median(spans)
 
 
-def graphed(function: Callable[[], Tensor], device: torch.device) -> Function:
-    """A replay of `function`, captured in a CUDA graph."""
+def graphed(function: Callable[[], Tensor], device: torch.device) -> Callable[[], tuple[None, Tensor]]:
+    """A replay of `function`, captured in a CUDA graph; returns None and what the function returned, written anew."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):

@@ -6,7 +6,8 @@ Tests (those marked `gpu`, in a pytest of their own), versions, device, and timi
 loop, the best by hand, and each backend; launched from Python, and the whole loop in a CUDA graph; with the L2 cache
 as the last call left it (warm), and with nothing of the call in it (cold). Beside them the host's time, what the
 profiler saw launched, and peak memory. What is timed is first checked against the published loop, as in
-`bench.contestants`. step_fn is free: it returns one and the same v.
+`bench.contestants`. step_fn is free: it returns one and the same v. With a small network there are two contestants
+more: step_fn in a graph of its own, and the whole solver in one, `FlowMatching.graphed`.
 
 The file is written anew whenever there is more to write: a run that is cut short keeps what it has, and says that it
 did not finish. The tests' outcomes are shown as they come, and count where the tests are stopped at their limit.
@@ -39,24 +40,29 @@ from flowmatch_kernels import available_backends
 from flowmatch_kernels.diagnostics import self_test
 
 from . import device_clock, report
-from .contestants import Contestant, contestants, difference, published
+from .contestants import Contestant, contestants, difference, graphed, published
 from .device_clock import Launches
 from .machine import ROOT, revision
-from .work import ALPAMAYO, Problem, Work
+from .work import ALPAMAYO, POLICY, Problem, Work
 
 OUTPUT = Path("bench", "results", "gpu.json")
-KINDS = ("published", "hand", "ours")
+KINDS = ("published", "hand", "ours", "graphed")
 #: Seconds. With a cold cache the tests compile Triton's kernel 331 times, 0.1 to 0.7 s each on a core of 2.5 GHz, up
 #: to 230 s before anything runs; the timings take about two minutes more. A limit is there for a test that hangs.
 TESTS_LIMIT = 900
 
 
 def works(small: bool = False) -> Iterator[Work]:
-    """Alpamayo's shape, and one far beyond any L2; `small`: no larger than a CPU finishes at once."""
+    """Alpamayo's shape, and one far beyond any L2, with a free step_fn; two of policies with a network.
+
+    `small`: no larger than a CPU finishes at once.
+    """
     for shape in (ALPAMAYO, (64, 64) if small else (64, 1 << 19)):
         yield Work(shape)
         for task in ("final", "trajectory", "guided", "guided trajectory"):
             yield Work(shape, task, velocity=torch.bfloat16)
+    for shape in (ALPAMAYO, POLICY):  # by a small network: eager, its step_fn in a graph, the whole solver in one
+        yield Work(shape, network=True)
 
 
 # ---- the parts of the file ----
@@ -106,7 +112,7 @@ def timings(
     for work in works(small):
         problem = Problem(work, device)
         wanted = published(problem)
-        for contestant in contestants(device):
+        for contestant in (*contestants(device), *graphed()):
             if contestant.kind not in KINDS or not contestant.computes(work):
                 continue
             try:
@@ -135,7 +141,7 @@ def _timed(
         "eager warm": device_clock.seconds(function, device, budget),
         "eager cold": device_clock.seconds(function, device, budget, flush),
     }
-    if device.type != "cpu":
+    if device.type != "cpu" and contestant.kind != "graphed":
         try:
             replay = device_clock.graphed(function, device)
             spans["graph warm"] = device_clock.seconds(replay, device, budget)

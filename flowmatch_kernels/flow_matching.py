@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import sub
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from .arguments import (
     available_device,
     check_dense,
     count,
-    elsewhere,
     end_of_time,
     finite,
     flag,
@@ -33,7 +32,7 @@ from .guidance import Weight
 from .hooks import Hooks
 from .noise import KeyedNoise
 from .ops import dispatch
-from .ops.fused_step import EXACT, PROMOTE, ROUNDED, VELOCITY_DTYPES, WEIGHTED, arithmetic_dtype
+from .ops.fused_step import EXACT, PROMOTE, ROUNDED, WEIGHTED, arithmetic_dtype
 from .progress import bar as progress_bar
 from .rows import Setting, rows_for
 from .sampling import integrate
@@ -42,6 +41,9 @@ from .solvers import FittedSolver, IntMethod, Table
 from .step_functions import Bound, StepFunction, bound, timed
 from .training import TIME_SAMPLERS, check_time_sampler
 from .velocities import Guidance, Velocities, model
+
+if TYPE_CHECKING:
+    from .graphs import GraphedSampler
 
 
 class Sample(NamedTuple):
@@ -297,7 +299,7 @@ class FlowMatching(BaseDiffusion):
         device = available_device(device)
         if not callable(step_fn):
             raise TypeError(f"step_fn must be callable, got {step_fn!r:.60}")
-        source, start = (None, noise) if isinstance(noise, Tensor) else noises.source(noise, batch_size, generator)
+        source, start = noises.source(noise, batch_size, generator)
         functions: list[Bound] = []
         if isinstance(step_fn, StepFunction) or isinstance(unguided_step_fn, StepFunction):
             step_fn, unguided_step_fn = bound(step_fn, functions), bound(unguided_step_fn, functions)
@@ -325,15 +327,13 @@ class FlowMatching(BaseDiffusion):
             temperature = unread(temperature, "temperature")
         else:
             temperature = finite(temperature, "temperature")
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, got {generator!r:.60}")
         for name, hook in (("constraint", constraint), ("callback", callback)):
             if hook is not None and not callable(hook):
                 raise TypeError(f"{name} must be callable, got {hook!r:.60}")
         bar = progress_bar() if progress else iter
         hooks = None if constraint is None and callback is None else Hooks(constraint, callback)
         shape = (batch_size, *self.x_dims)
-        dtype = _state_dtype(dtype, start, shape, device)
+        dtype = noises.state_dtype(dtype, start, shape, device)
         if type(temperature) is float and temperature != 1.0:
             held(temperature, "temperature", dtype)
         eager = tracing.is_eager()
@@ -380,7 +380,7 @@ class FlowMatching(BaseDiffusion):
             rows, state, steps = integrate(
                 table,
                 rows,
-                _start(rows, start, source or generator, temperature, velocities, eager, backend_.name),
+                _start(rows, start, source, temperature, velocities, eager, backend_.name),
                 timed(evaluate, functions, table.times, shape) if functions else evaluate,
                 hooks,
                 bar,
@@ -473,6 +473,67 @@ class FlowMatching(BaseDiffusion):
                 )
             steps = solver.evaluations
         return solver, steps
+
+    def graphed(
+        self,
+        step_fn: Callable[..., Tensor],
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        *,
+        inputs: Mapping[str, Any] | None = None,
+        max_graphs: int = 4,
+        copy_output: bool = True,
+        fallback: str = "error",
+        module: torch.nn.Module | None = None,
+        generators: Sequence[torch.Generator] = (),
+        **sample_options: Any,
+    ) -> GraphedSampler:
+        """sample() as one CUDA graph, with the same bits: a call copies its inputs, replays, and copies the result.
+
+        On a small state a GPU waits for Python and for its launches; a replay is one launch. What is captured is this
+        sampler's sample(), with all calls of step_fn. A call with another signature (the shapes, strides and dtypes of
+        inputs and noise, the batch size, an option, autocast) is captured too, and the `max_graphs` used last are kept.
+        What has values only is copied in at each call: inputs, noise, time grid, coefficients, weights of guidance.
+
+        Args:
+            step_fn: The velocity, called as step_fn(x=x, t=t, **inputs); an unguided_step_fn gets the inputs too.
+            batch_size: B.
+            device: Where to sample. If it is not CUDA, each call runs sample().
+            inputs: What step_fn takes beside x and t, by name: tensors on the device, in dicts, lists and tuples of any
+                depth, and constants (None, bool, int, float, str, torch.dtype). The first graph is captured with these;
+                each call brings its own.
+            max_graphs: How many graphs are held.
+            copy_output: A call returns a copy. False: the graph's own memory, which the next call overwrites.
+            fallback: What happens where step_fn cannot be captured. "error": a `GraphCaptureError`. "eager": a warning
+                in the log, and sample() runs for this signature.
+            module: The network. A call then looks whether its parameters and buffers are where they were, and whether
+                it trains as it did, and else captures anew. Without it `GraphedSampler.reset()` is yours to call.
+            generators: Generators on the device that step_fn draws from, beside the default one.
+            **sample_options: Options of sample(); a call may bring others. Not callback, progress and differentiable.
+
+        Returns:
+            A `flowmatch_kernels.graphs.GraphedSampler`: call it with the inputs by name.
+
+        Raises:
+            TypeError: an argument is of the wrong type, or unknown.
+            ValueError: an argument has a value that cannot be used.
+            GraphCaptureError: step_fn cannot be captured.
+            RuntimeError: the device is not available, or as for sample().
+
+        Example:
+            >>> import torch
+            >>> from flowmatch_kernels import FlowMatching
+            >>> fm = FlowMatching(x_dims=(64, 2))
+            >>> step_fn = lambda x, t, features: torch.sin(4 * t) - x * features
+            >>> features = torch.ones(6, 1, 2)
+            >>> sampler = fm.graphed(step_fn, batch_size=6, inputs={"features": features})
+            >>> sampler(features=features * 2).shape
+            torch.Size([6, 64, 2])
+        """
+        from .graphs import GraphedSampler  # which captures sample() of this class
+
+        options = (inputs, max_graphs, copy_output, fallback, module, generators, sample_options)
+        return GraphedSampler(self, step_fn, batch_size, device, *options)
 
     def fit_solver(
         self,
@@ -812,30 +873,6 @@ def _differentiable(asked: bool | None, noise: Tensor | None, **constants: Any) 
     return False
 
 
-def _state_dtype(
-    dtype: torch.dtype | None, noise: Tensor | None, shape: tuple[int, ...], device: torch.device
-) -> torch.dtype:
-    """The state's dtype, with `noise` checked against it, the shape and the device."""
-    if noise is not None:
-        if not isinstance(noise, Tensor):
-            raise TypeError(
-                f"noise must be a tensor {list(shape)}, a KeyedNoise, or a list of KeyedNoise or of torch.Generator, "
-                f"one for each sample; got {shown(noise)}"
-            )
-        check_dense(noise, "noise")
-        if not noise.is_floating_point():
-            raise TypeError(f"noise must be floating point, got {noise.dtype}")
-        if noise.shape != shape:
-            raise ValueError(f"noise must be [batch_size, *x_dims] = {shown(list(shape))}, got {list(noise.shape)}")
-        if elsewhere(noise, device):
-            raise ValueError(f"noise is on {noise.device}, and device is {device}: move one to the other")
-    if dtype is None:
-        dtype = torch.get_default_dtype() if noise is None else noise.dtype
-    if dtype not in VELOCITY_DTYPES:
-        raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
-    return dtype
-
-
 def _start(
     rows: Any,
     noise: Tensor | None,
@@ -852,22 +889,7 @@ def _start(
             noise = noise.data  # it has no tangent, which would not follow the steps
         if not scaled:
             return rows.start(noise, drawn=False)
-        return rows.start(_scaled(noise.to(velocities.dtype), temperature), drawn=True)
-    if source is not None and not isinstance(source, torch.Generator):
-        shape, dtype, device = velocities.shape, velocities.dtype, velocities.device
-        noise = noises.drawn(source, shape, dtype, device, backend, rows.empty())
-    else:
-        device = velocities.device if source is None else source.device
-        out = rows.empty() if device == velocities.device else None
-        noise = torch.randn(velocities.shape, dtype=velocities.dtype, device=device, generator=source, out=out)
-        noise = noise.to(velocities.device)
-    return rows.start(_scaled(noise, temperature) if scaled else noise, drawn=True)
-
-
-def _scaled(noise: Tensor, temperature: float | Tensor) -> Tensor:
-    """noise * temperature, with the bits of a temperature that is a number."""
-    if not isinstance(temperature, Tensor):
-        return noise * temperature
-    wide = arithmetic_dtype(noise.dtype)
-    factor = temperature.to(wide).to(noise.device).view([1] * noise.dim())  # not 0-dim, which would not promote
-    return (noise.to(wide) * factor).to(noise.dtype)
+        return rows.start(noises.scaled(noise.to(velocities.dtype), temperature), drawn=True)
+    shape, dtype, device = velocities.shape, velocities.dtype, velocities.device
+    noise = noises.drawn(source, shape, dtype, device, backend, rows.empty())
+    return rows.start(noises.scaled(noise, temperature) if scaled else noise, drawn=True)

@@ -10,8 +10,9 @@ from typing import Any, Union
 import torch
 from torch import Tensor
 
-from .arguments import shown
+from .arguments import check_dense, elsewhere, shown
 from .ops import dispatch
+from .ops.fused_step import VELOCITY_DTYPES, arithmetic_dtype
 from .ops.keyed_noise import INDEXES, STREAMS
 
 
@@ -98,8 +99,8 @@ class KeyedNoise:
             torch.Size([2, 64, 2])
         """
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        keys = _keys(self, batch_size, torch.device(device))
-        return dispatch.keyed_noise(keys, tuple(x_dims), dtype, evaluation, backend)
+        found = keys(self, batch_size, torch.device(device))
+        return dispatch.keyed_noise(found, tuple(x_dims), dtype, evaluation, backend)
 
 
 def _int(value: Any, name: str) -> int:
@@ -111,12 +112,15 @@ def _int(value: Any, name: str) -> int:
         raise TypeError(f"{name} must be an int, got {shown(value)}") from None
 
 
-def _keys(noise: KeyedNoise, batch_size: int, device: torch.device) -> Tensor:
-    """Rows of keys, [B, 3], made on the device."""
-    if noise.first + batch_size > INDEXES:
-        raise ValueError(f"first + batch_size must be at most 2^48, got {noise.first} + {batch_size}")
-    index = torch.arange(batch_size, dtype=torch.int64, device=device) + noise.first
-    seed, stream = torch.full_like(index, noise._bits), torch.full_like(index, noise.stream)
+def keys(source: KeyedNoise | Sequence[KeyedNoise], batch_size: int, device: torch.device) -> Tensor:
+    """Rows of keys, [B, 3]: of one `KeyedNoise` made on the device, of a list copied to it."""
+    if not isinstance(source, KeyedNoise):
+        rows = [[one._bits, one.first, one.stream] for one in source]
+        return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 3).to(device)
+    if source.first + batch_size > INDEXES:
+        raise ValueError(f"first + batch_size must be at most 2^48, got {source.first} + {batch_size}")
+    index = torch.arange(batch_size, dtype=torch.int64, device=device) + source.first
+    seed, stream = torch.full_like(index, source._bits), torch.full_like(index, source.stream)
     return torch.stack([seed, index, stream], dim=1)
 
 
@@ -124,13 +128,17 @@ Source = Union[KeyedNoise, "list[KeyedNoise | torch.Generator]"]
 """What noise is drawn from: one key for all samples, or a key for each, or a generator for each."""
 
 
-def source(noise: Any, batch_size: int, generator: torch.Generator | None) -> tuple[Source | None, Any]:
-    """What the argument `noise` of sample() says to draw from, or None; and, where it is None, `noise` as it is.
+def source(
+    noise: Any, batch_size: int, generator: torch.Generator | None
+) -> tuple[Source | torch.Generator | None, Tensor | None]:
+    """What these arguments of sample() say to draw from, None being the default generator; and the noise, where given.
 
     Raises:
-        TypeError: a sequence holds something else, or both kinds.
+        TypeError: generator is none, or a sequence holds something else, or both kinds.
         ValueError: a sequence has not batch_size entries, or there is a generator too.
     """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {generator!r:.60}")
     if isinstance(noise, KeyedNoise):
         found: Source = noise
     elif isinstance(noise, (list, tuple)):
@@ -146,18 +154,53 @@ def source(noise: Any, batch_size: int, generator: torch.Generator | None) -> tu
             raise ValueError(f"noise must have an entry for each sample, {batch_size}; got {len(noise)}")
         found = list(noise)
     else:
-        return None, noise
+        return generator, noise
     if generator is not None:
         raise ValueError("noise says what to draw from, and so does generator: leave one of them out")
     return found, None
 
 
-def drawn(
-    source: Source, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, backend: str, out: Tensor | None
-) -> Tensor:
-    """The noise, [B, *x_dims]: by keys, or by each sample's generator, on its device, as diffusers' randn_tensor draws.
+def is_keyed(source: Any) -> bool:
+    """Whether what `source` returned are keys. An empty list has none."""
+    return isinstance(source[0] if isinstance(source, list) and source else source, KeyedNoise)
 
-    Keys of a list are copied to the device, which a CUDA graph cannot capture; those of one KeyedNoise are made there.
+
+def state_dtype(
+    dtype: torch.dtype | None, noise: Tensor | None, shape: tuple[int, ...], device: torch.device
+) -> torch.dtype:
+    """The state's dtype, with `noise` checked against it, the shape and the device."""
+    if noise is not None:
+        if not isinstance(noise, Tensor):
+            raise TypeError(
+                f"noise must be a tensor {list(shape)}, a KeyedNoise, or a list of KeyedNoise or of torch.Generator, "
+                f"one for each sample; got {shown(noise)}"
+            )
+        check_dense(noise, "noise")
+        if not noise.is_floating_point():
+            raise TypeError(f"noise must be floating point, got {noise.dtype}")
+        if noise.shape != shape:
+            raise ValueError(f"noise must be [batch_size, *x_dims] = {shown(list(shape))}, got {list(noise.shape)}")
+        if elsewhere(noise, device):
+            raise ValueError(f"noise is on {noise.device}, and device is {device}: move one to the other")
+    if dtype is None:
+        dtype = torch.get_default_dtype() if noise is None else noise.dtype
+    if dtype not in VELOCITY_DTYPES:
+        raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
+    return dtype
+
+
+def drawn(
+    source: Source | torch.Generator | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+    out: Tensor | None,
+) -> Tensor:
+    """The noise, [B, *x_dims]: PyTorch's one draw; or by keys; or by each sample's generator, on its device.
+
+    The last draws as diffusers' randn_tensor does. Keys of a list are copied to the device, which a CUDA graph cannot
+    capture; those of one KeyedNoise are made there.
 
     Args:
         source: What `source` returned.
@@ -171,16 +214,22 @@ def drawn(
         RuntimeError: the backend was asked for by name and cannot be used.
     """
     batch_size, *x_dims = shape
-    if isinstance(source, KeyedNoise):
-        keys = _keys(source, batch_size, device)
-    else:
-        rows, draws = [], []
-        for one in source:
-            if isinstance(one, KeyedNoise):
-                rows.append([one._bits, one.first, one.stream])
-            else:
-                draws.append(torch.randn(1, *x_dims, dtype=dtype, device=one.device, generator=one).to(device))
-        if draws:
-            return torch.cat(draws)
-        keys = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 3).to(device)
-    return dispatch.keyed_noise(keys, x_dims, dtype, 0, backend, out)
+    if source is None or isinstance(source, torch.Generator):
+        on = device if source is None else source.device
+        out = out if on == device else None
+        return torch.randn(shape, dtype=dtype, device=on, generator=source, out=out).to(device)
+    if isinstance(source, list) and source and not is_keyed(source):
+        generators: Any = source
+        draws = [torch.randn(1, *x_dims, dtype=dtype, device=one.device, generator=one) for one in generators]
+        return torch.cat([one.to(device) for one in draws])
+    found = keys(source, batch_size, device)  # type: ignore[arg-type]
+    return dispatch.keyed_noise(found, x_dims, dtype, 0, backend, out)
+
+
+def scaled(noise: Tensor, temperature: float | Tensor) -> Tensor:
+    """noise * temperature, with the bits of a temperature that is a number."""
+    if not isinstance(temperature, Tensor):
+        return noise * temperature
+    wide = arithmetic_dtype(noise.dtype)
+    factor = temperature.to(wide).to(noise.device).view([1] * noise.dim())  # not 0-dim, which would not promote
+    return (noise.to(wide) * factor).to(noise.dtype)

@@ -28,6 +28,7 @@ from gpu_operands import (
 from operands import FORMS, FORMULAS, LAYOUTS, assert_same_bits, bits, combinations, laid_out, values
 
 from flowmatch_kernels import FittedSolver, FlowMatching, KeyedNoise, available_backends, use_backend
+from flowmatch_kernels.graphs import GraphCaptureError
 from flowmatch_kernels.ops import dispatch, reference
 from flowmatch_kernels.ops.fused_step import (
     COLUMNS,
@@ -685,6 +686,261 @@ def test_nothing_waits_for_the_device(place, return_all_steps):
     sample()
     assert not idle.query(), "sample() came back only when the stream was idle"
     torch.cuda.synchronize()
+
+
+# ---- graphed samplers: on the CPU the same object runs sample() ----
+
+
+def features(place, seed):
+    return torch.randn(6, 1, 2, generator=torch.Generator().manual_seed(seed)).to(place.device)
+
+
+def with_features(x, t, features):
+    return torch.sin(3 * x) * features + t * x
+
+
+def without_condition(x, t, features):
+    return (1 - t) * x
+
+
+GRAPHED_GUIDED = {"use_classifier_free_guidance": True, "unguided_step_fn": without_condition}
+
+
+def graphed(place, step_fn=with_features, constructor=None, **options):
+    fm = FlowMatching((64, 2), backend=place.backend, **constructor or {})
+    return fm, fm.graphed(step_fn, 6, place.device, inputs={"features": features(place, 0)}, **options)
+
+
+def assert_graphed(place, sampler, fm, step_fn, seed, captures=1, options=None, **more):
+    """A call gives sample()'s bits from the same state of the generator, and leaves it as sample() does."""
+    options = dict(options or {}) | more
+    torch.manual_seed(seed)
+    got = sampler(features=features(place, seed), **more)
+    after = random_state(place.device)
+
+    def bound(function):
+        return lambda x, t: function(x, t, features(place, seed))
+
+    if options.get("unguided_step_fn") is not None:
+        options["unguided_step_fn"] = bound(options["unguided_step_fn"])
+    torch.manual_seed(seed)
+    wanted = fm.sample(6, bound(step_fn), place.device, **options)
+    for x, y in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, wanted)), strict=True):
+        assert_same_bits(x.cpu(), y.cpu(), f"seed {seed}, {more}")
+    assert torch.equal(after, random_state(place.device))
+    assert sampler.stats.captures == (captures if place.gpu else 0), sampler.stats
+    assert not (place.gpu and sampler.stats.eager), sampler.stats
+    return got
+
+
+@placed(PLACES)
+def test_graphed(place):
+    """sample() in a graph: solvers, guidance, trajectory, dtypes; new inputs, noise and seeds at each call."""
+    weights = GRAPHED_GUIDED | {"inference_guidance_weight": [1.0, 2.0, 3.0], "inference_step": 3}
+    configurations = [
+        ({}, {}),
+        ({"int_method": "ab3"}, {"return_all_steps": True}),
+        ({"int_method": "rk4"}, {"temperature": 0.5}),
+        ({"int_method": "dpmpp_2m"}, {"dtype": torch.bfloat16}),
+        ({"int_method": FittedSolver((0.0, 0.4, 1.0), ((1.0, 0.4), (1.0, 0.7, -0.1)))}, {}),
+        ({"time_grid": "shifted", "time_grid_options": {"shift": 3.0}}, weights | {"return_all_steps": True}),
+    ]
+    for constructor, options in configurations:
+
+        def step_fn(x, t, features):
+            return with_features(x, t, features).to(x.dtype)
+
+        fm, sampler = graphed(place, step_fn, constructor, **options)
+        kept = []
+        for seed in range(3):
+            got = assert_graphed(place, sampler, fm, step_fn, seed, options=options)
+            x = got[0] if isinstance(got, tuple) else got
+            kept.append((x, x.clone()))
+        assert all(torch.equal(x, before) for x, before in kept), "a later call changed a result"
+        assert sampler.stats.replays == (3 if place.gpu else 0)
+
+
+@placed(PLACES)
+def test_graphed_sources_of_noise(place):
+    """Keys are drawn in the graph, from their buffer; all else outside, as sample() draws it."""
+    fm, sampler = graphed(place, noise=KeyedNoise(0), max_graphs=8)
+    for seed, first in ((0, 0), (2**64 - 1, 5), (7, 9)):
+        assert_graphed(place, sampler, fm, with_features, 1, noise=KeyedNoise(seed, first))
+    assert_graphed(place, sampler, fm, with_features, 1, noise=[KeyedNoise(k) for k in range(6)])
+    noise = torch.randn(6, 2, 64, device=place.device).transpose(1, 2)
+    got = assert_graphed(place, sampler, fm, with_features, 1, captures=2, noise=noise)
+    assert got.stride() == noise.stride()
+    for device in ("cpu", place.device):
+        own = [torch.Generator(device).manual_seed(3) for _ in range(2)]
+        x = sampler(features=features(place, 1), generator=own[0], noise=None)
+        wanted = fm.sample(6, lambda x, t: with_features(x, t, features(place, 1)), place.device, generator=own[1])
+        assert_same_bits(x.cpu(), wanted.cpu())
+
+
+@placed(PLACES)
+def test_graphed_values_are_not_stale(place):
+    """Grids, weights of guidance, and the network's weights in place need no capture; replaced ones are noticed."""
+    network = torch.nn.Linear(2, 2, device=place.device)
+
+    def step_fn(x, t, features):
+        return network(x) * features + t
+
+    fm, sampler = graphed(place, step_fn, module=network, **GRAPHED_GUIDED)
+    options = dict(GRAPHED_GUIDED)
+
+    def check(captures=1):
+        assert_graphed(place, sampler, fm, step_fn, 1, captures, options)
+
+    check()
+    grid = torch.linspace(0, 1, 11) ** 2
+    sampler.set_time_steps(grid)
+    options["time_steps"] = grid
+    check()
+    for weight in (2.5, [float(k) for k in range(10)], lambda t: 1 + t):
+        sampler.set_guidance_weight(weight)
+        options["inference_guidance_weight"] = weight
+        check()
+    with torch.no_grad():
+        network.weight.mul_(1.5)
+    check()
+    network.weight = torch.nn.Parameter(torch.randn(2, 2, device=place.device))
+    check(captures=2)
+    sampler.reset()
+    check(captures=3)
+
+
+@placed(PLACES)
+def test_graphed_random_numbers(place):
+    """step_fn's own: by the default generator, and by one that is registered; from the first call on as in eager."""
+    own = torch.Generator(place.device)
+
+    def step_fn(x, t, features):
+        noise = torch.randn(x.shape, device=x.device, generator=own)
+        return torch.nn.functional.dropout(with_features(x, t, features), 0.5) + noise
+
+    own.manual_seed(5)
+    fm, sampler = graphed(place, step_fn, generators=[own])
+    got = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        got.append(sampler(features=features(place, seed)))
+    own.manual_seed(5)
+    for seed, x in enumerate(got):
+        torch.manual_seed(seed)
+        f = features(place, seed)
+        wanted = fm.sample(6, lambda x, t, f=f: step_fn(x, t, f), place.device)
+        assert_same_bits(x.cpu(), wanted.cpu(), f"call {seed}")
+
+
+@placed(FUSED)
+def test_graphed_waits_for_nothing(place):
+    """A call, its copies and its draw: also with other keys, another grid that is known, and another weight."""
+    fm, sampler = graphed(place, return_all_steps=True, noise=KeyedNoise(0), **GRAPHED_GUIDED)
+    calls = [
+        {"noise": KeyedNoise(3)},
+        {"noise": [KeyedNoise(k) for k in range(6)]},
+        {"noise": None},
+        {"noise": torch.randn(6, 64, 2, device=place.device)},
+        {"inference_guidance_weight": 2.0},
+        {"time_steps": [k / 10 for k in range(11)]},
+    ]
+    f = features(place, 1)
+    for call in calls:
+        sampler(features=f, **call)
+    with no_synchronisation(place.device):
+        for call in calls:
+            sampler(features=f, **call)
+    names = kernels(lambda: sampler(features=f), place.device)
+    assert [name for name in names if name.startswith("Memcpy HtoD")] == []
+    assert len([name for name in names if "fused_step" in name]) == (10 if place.gpu else 0)
+    assert_graphed(place, sampler, fm, with_features, 1, sampler.stats.captures, GRAPHED_GUIDED | {
+        "return_all_steps": True, "noise": KeyedNoise(0)
+    })  # fmt: skip
+
+
+@placed(FUSED)
+def test_graphed_streams(place):
+    """A call on another stream waits for the one before, whose buffers it writes."""
+    fm, sampler = graphed(place)
+    noise = [torch.randn(6, 64, 2, device=place.device) for _ in range(4)]
+    wanted = [fm.sample(6, lambda x, t: with_features(x, t, features(place, 1)), place.device, noise=z) for z in noise]
+    f = features(place, 1)
+    place.module.synchronize()
+    got = []
+    for z in noise:
+        with place.module.stream(place.module.Stream()):
+            busy(place.device, 20)
+            got.append(sampler(features=f, noise=z))
+    place.module.synchronize()
+    for x, y in zip(got, wanted, strict=True):
+        assert_same_bits(x.cpu(), y.cpu())
+
+
+@placed(FUSED)
+def test_graphed_on_a_second_device(place):
+    """Captured and replayed there while another device is the current one."""
+    if place.gpu and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs: this machine has one")
+    second = place._replace(device=torch.device("cuda", 1)) if place.gpu else place
+    current = place.module.current_device()
+    fm, sampler = graphed(second)
+    for seed in range(2):
+        assert_graphed(second, sampler, fm, with_features, seed)
+    assert place.module.current_device() == current
+
+
+@placed(FUSED)
+def test_graphed_what_cannot_be_captured(place):
+    """An error that says what to look for; after it the device, sample() and other graphs work; or a fallback."""
+
+    def item(x, t, features):
+        return with_features(x, t, features) * float(x.max().item() > -100)
+
+    def host(x, t, features):
+        return with_features(x, t, features) * torch.tensor([1.0]).to(x.device)
+
+    other_fm, other = graphed(place)
+    stream = place.module.current_stream()
+    for step_fn in (item, host):
+        if place.gpu:
+            with pytest.raises(GraphCaptureError, match="Look for"):
+                graphed(place, step_fn)
+            assert place.module.current_stream() == stream
+        fm, sampler = graphed(place, step_fn, fallback="eager")
+        torch.manual_seed(1)
+        got = sampler(features=features(place, 1))
+        torch.manual_seed(1)
+        wanted = fm.sample(6, lambda x, t, f=step_fn: f(x, t, features(place, 1)), place.device)
+        assert_same_bits(got.cpu(), wanted.cpu())
+        assert sum(sampler.stats.eager.values()) == 1
+        assert_graphed(place, other, other_fm, with_features, 2)
+
+
+@placed(FUSED)
+def test_graphed_beside_other_graphs(place):
+    """A compiled step_fn; one that replays a graph of its own, which is captured right or refused, never wrong."""
+    compiled = torch.compile(with_features, backend="aot_eager", dynamic=False)
+    fm, sampler = graphed(place, compiled)
+    assert_graphed(place, sampler, fm, with_features, 1)
+
+    static_x, static_t = torch.randn(6, 64, 2, device=place.device), torch.zeros(6, 1, 1, device=place.device)
+    static_f = features(place, 0)
+    results, replay = captured(lambda: (with_features(static_x, static_t, static_f),), place.device)
+
+    def replayed(x, t, features):
+        for static, value in ((static_x, x), (static_t, t), (static_f, features)):
+            static.copy_(value)
+        replay()
+        return results[0]
+
+    fm, sampler = graphed(place, replayed, fallback="eager")
+    for seed in range(2):
+        torch.manual_seed(seed)
+        got = sampler(features=features(place, seed))
+        torch.manual_seed(seed)
+        f = features(place, seed)
+        wanted = fm.sample(6, lambda x, t, f=f: with_features(x, t, f), place.device)
+        assert_same_bits(got.cpu(), wanted.cpu(), f"{sampler.stats}")
 
 
 # ---- size ----

@@ -188,7 +188,7 @@ def test_other_bits_are_not_timed(monkeypatch):
     rows = list(gpu.timings(torch.device("cpu"), 1e9, small=True, budget=1e-4, tell=lambda line: None))
     wrong = [row for row in rows if row["error"]]
     assert {row["contestant"] for row in wrong} == {"ours, reference"}
-    assert len(wrong) == 10
+    assert len(wrong) == 12
     assert not any("eager_warm_us_per_step" in row for row in wrong)
     assert all("eager_cold_us_per_step" in row for row in rows if row not in wrong)
 
@@ -203,7 +203,9 @@ def test_whole_run(tmp_path, capsys, monkeypatch):
     names = {row["contestant"] for row in written["timings"]}
     assert {"published loop", "by hand, in place", "by hand, out=", "ours, reference"} <= names
     for name in ("published loop", "by hand, same bits", "ours, reference"):
-        assert sum(row["contestant"] == name for row in written["timings"]) == 10
+        assert sum(row["contestant"] == name for row in written["timings"]) == 12
+    for name in ("ours, step_fn graphed", "ours, solver graphed"):
+        assert [row["shape"] for row in written["timings"] if row["contestant"] == name] == [[6, 64, 2], [1, 50, 32]]
     assert {row["kernels"] for row in written["timings"] if "kernels" in row} == set()  # counted on a GPU alone
     assert "all well" in capsys.readouterr().out
     assert "| ours, reference |" in (tmp_path / "new folder" / "gpu.md").read_text()

@@ -13,7 +13,7 @@ from operands import assert_same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flowmatch_kernels import FlowMatching, KeyedNoise, available_backends, use_backend
-from flowmatch_kernels.noise import _keys
+from flowmatch_kernels.noise import keys as _keys
 from flowmatch_kernels.ops import dispatch, native, reference_noise
 from flowmatch_kernels.ops.fused_step import VELOCITY_DTYPES
 

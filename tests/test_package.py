@@ -18,6 +18,7 @@ from flowmatch_kernels import (
     constraints,
     diagnostics,
     flow_matching,
+    graphs,
     guidance,
     noise,
     sampling,
@@ -281,6 +282,29 @@ def test_signatures_of_the_rest():
     )
 
 
+def test_signatures_of_graphs():
+    parameters = inspect.signature(flowmatch_kernels.FlowMatching.graphed).parameters
+    assert {n: p.default for n, p in parameters.items() if p.default is not p.empty} == {
+        "device": "cpu",
+        "inputs": None,
+        "max_graphs": 4,
+        "copy_output": True,
+        "fallback": "error",
+        "module": None,
+        "generators": (),
+    }
+    assert list(parameters)[:4] == ["self", "step_fn", "batch_size", "device"]
+    assert all(p.kind is p.KEYWORD_ONLY for p in list(parameters.values())[4:-1])
+    assert list(parameters)[-1] == "sample_options"
+    sampler = graphs.GraphedSampler
+    assert list(inspect.signature(sampler.__call__).parameters) == ["self", "batch_size", "copy_output", "named"]
+    assert list(inspect.signature(sampler.set_time_steps).parameters) == ["self", "time_steps", "step_sizes"]
+    assert graphs.Stats._fields == ("captures", "replays", "eager", "graphs")
+    # Every option of sample() has its place: copied in, part of the table, captured, or refused.
+    options = set(list(inspect.signature(flowmatch_kernels.FlowMatching.sample).parameters)[4:])
+    assert options == graphs._OPTIONS | set(graphs._REFUSED)
+
+
 def test_base_is_abstract():
     with pytest.raises(TypeError, match=r"abstract"):
         flowmatch_kernels.BaseDiffusion(3)
@@ -302,6 +326,7 @@ def test_base_is_abstract():
         base,
         constraints,
         flow_matching,
+        graphs,
         guidance,
         noise,
         sampling,

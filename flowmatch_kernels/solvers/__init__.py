@@ -1,7 +1,7 @@
 """Solvers: each turns a time grid into a table, one row for each evaluation of the velocity field.
 
 stages.py says what a solver takes and returns, ode.py has the solvers with a name, fitted.py those that were fitted to
-a model, predictions.py changes their columns for a model that predicts the data or the noise, table.py makes the rows,
+a model, stochastic.py has those that add noise, predictions.py changes their columns for a model that predicts the data or the noise, table.py makes the rows,
 grid.py checks times and step sizes, and requests.py keeps the tables.
 """
 
@@ -10,10 +10,12 @@ from .grid import Grid, checked_grid
 from .ode import SOLVERS, IntMethod, ab2, ab3, dpmpp_2m, euler, heun, loaded, midpoint, rk4, rk4_classic, solver, unipc
 from .requests import Request, cache, check_finite, table_for
 from .stages import Earlier, Segment, Stage, Steps
+from .stochastic import STOCHASTIC, StochasticSolver, of_the_ode
 from .table import Evaluation, Table, build, evaluations
 
 __all__ = [
     "SOLVERS",
+    "STOCHASTIC",
     "Earlier",
     "Evaluation",
     "FittedSolver",
@@ -23,6 +25,7 @@ __all__ = [
     "Segment",
     "Stage",
     "Steps",
+    "StochasticSolver",
     "Table",
     "ab2",
     "ab3",
@@ -36,6 +39,7 @@ __all__ = [
     "heun",
     "loaded",
     "midpoint",
+    "of_the_ode",
     "rk4",
     "rk4_classic",
     "solver",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from .fitted import FittedSolver
 from .stages import Earlier, Segment, Solver, Stage, Steps, part
+from .stochastic import STOCHASTIC, StochasticSolver, stochastic
 
 
 def euler(steps: Steps) -> list[Segment]:
@@ -185,7 +187,7 @@ SOLVERS: dict[str, Solver] = {
 ABSOLUTE = frozenset({"dpmpp_2m", "unipc"})
 
 
-IntMethod = str | os.PathLike[str] | FittedSolver
+IntMethod = str | os.PathLike[str] | FittedSolver | StochasticSolver
 """A solver as users name it."""
 
 
@@ -195,23 +197,34 @@ def solver(int_method: IntMethod) -> Solver:
     Raises:
         ValueError: there is none.
     """
-    if isinstance(int_method, FittedSolver):
+    if isinstance(int_method, (FittedSolver, StochasticSolver)):
         return int_method
+    if isinstance(int_method, str) and int_method in STOCHASTIC:
+        raise ValueError(f"{int_method} adds noise at each step; wanted a solver of the ODE: {', '.join(SOLVERS)}")
     if not isinstance(int_method, str) or int_method not in SOLVERS:
         raise ValueError(
-            f"Invalid integration method: {int_method} (known: {', '.join(SOLVERS)}; or a FittedSolver, or the path of "
+            f"Invalid integration method: {int_method} (known: {', '.join((*SOLVERS, *STOCHASTIC))}; or a FittedSolver, or the path of "
             "its file, which ends in .json)"
         )
     return SOLVERS[int_method]
 
 
-def loaded(int_method: IntMethod) -> str | FittedSolver:
-    """A solver's name, or a fitted solver, read from its file where a path is given.
+def loaded(int_method: IntMethod, options: Mapping[str, float] | None = None) -> str | FittedSolver | StochasticSolver:
+    """A solver's name; or a fitted solver, read from its file where a path is given; or a stochastic one.
+
+    Args:
+        int_method: The solver as users name it.
+        options: Of a stochastic solver.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it holds no fitted solver, or there is no solver of that name.
+        TypeError: the solver has no such option.
+        ValueError: the file holds no fitted solver, there is no solver of that name, or an option is out of its range.
     """
+    if isinstance(int_method, str) and int_method in STOCHASTIC:
+        return stochastic(int_method, options)
+    if options:
+        raise TypeError(f"int_method {int_method!r:.60} takes no options, got {', '.join(map(repr, options))}")
     if isinstance(int_method, os.PathLike) or (isinstance(int_method, str) and int_method.endswith(".json")):
         return FittedSolver.load(int_method)
     solver(int_method)

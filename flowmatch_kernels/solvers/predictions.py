@@ -76,6 +76,7 @@ def _predicting(segment: Segment, end: int, firsts: Tensor) -> Segment:
                 tuple(Earlier(b, *key) for key, b in terms.items()),
                 a=base,
                 c=c,
+                noise=stage.noise,
             )
         )
         velocities[k, 0] = {(k, 0): alpha} | {key: -alpha * coefficient for key, coefficient in x.items()}

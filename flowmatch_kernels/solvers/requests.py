@@ -18,6 +18,7 @@ from .fitted import FittedSolver
 from .grid import Grid, check_absolute, checked_grid, checked_sizes, named_entries
 from .ode import ABSOLUTE
 from .stages import part
+from .stochastic import StochasticSolver
 from .table import Table, build
 
 Numbers = Tensor | Sequence[float]
@@ -26,7 +27,7 @@ Numbers = Tensor | Sequence[float]
 class Request(NamedTuple):
     """What describes a table."""
 
-    int_method: str | FittedSolver
+    int_method: str | FittedSolver | StochasticSolver
     steps: int
     """N of a named grid; without meaning where time_steps are given, or a fitted solver brings its own times."""
     dtype: torch.dtype
@@ -79,7 +80,9 @@ class Request(NamedTuple):
         if self.step_sizes is not None:
             sizes = checked_sizes(self.step_sizes, grid.tensor.shape[0] - 1, self.device)
         given = self.time_steps is not None or sizes is not None or callable(self.time_grid)
-        if given and (self.predicts is not None or self.int_method in ABSOLUTE):
+        if given and (
+            self.predicts is not None or (self.int_method in ABSOLUTE or isinstance(self.int_method, StochasticSolver))
+        ):
             who = str(self.int_method) if self.predicts is None else "prediction_type"
             check_absolute(grid, sizes, self.noise_at, who)
         table = build(
@@ -236,6 +239,8 @@ class _Cache:
             stream = torch.cuda.current_stream(table.coefficients.device)
             table.coefficients.record_stream(stream)
             table.times.record_stream(stream)
+            if table.densities is not None:
+                table.densities.record_stream(stream)
         return table
 
     def captured(self, request: Request) -> Table:
@@ -290,7 +295,7 @@ def _is(reference: weakref.ref[Tensor], tensor: Tensor) -> bool:
     return reference() is tensor
 
 
-def check_finite(table: Table, int_method: str | FittedSolver, noise_at: int) -> None:
+def check_finite(table: Table, int_method: str | FittedSolver | StochasticSolver, noise_at: int) -> None:
     """Raises where a solver cannot use a time grid.
 
     Raises:

@@ -71,6 +71,8 @@ class Stage(NamedTuple):
     """The coefficient of base."""
     c: Tensor | float = 0.0
     """What this evaluation remembers is its velocity + c*base."""
+    noise: Tensor | None = None
+    """The standard deviation of the noise that is added, [n]; of a solver with one stage that remembers nothing."""
 
 
 class Segment(NamedTuple):
@@ -108,6 +110,7 @@ class Segment(NamedTuple):
                 tuple(earlier._replace(b=cut(earlier.b)) for earlier in stage.earlier),
                 cut(stage.a),
                 cut(stage.c),
+                cut(stage.noise),
             )
             for stage in self.stages
         )

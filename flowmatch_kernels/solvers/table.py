@@ -11,6 +11,7 @@ next base, and a state of the trajectory; before that it is only the next state 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -27,6 +28,10 @@ from .grid import Grid, on_host
 from .ode import euler, solver
 from .predictions import predicting
 from .stages import Segment, Steps, part
+from .stochastic import StochasticSolver
+
+#: The column of the noise: a solver that adds noise remembers no velocities.
+NOISE = COLUMNS.index("b1")
 
 
 class Evaluation(NamedTuple):
@@ -57,6 +62,12 @@ class Table(NamedTuple):
     """How many history buffers the evaluations name."""
     sum_first: bool = False
     """The fused step's argument: its terms are added before they are multiplied."""
+    noise: int | None = None
+    """The history buffer that takes the noise of a step, where the solver adds noise."""
+    densities: Tensor | None = None
+    """[E, 2], with noise: scale and offset of each row, as `ops.step_log_prob` takes them."""
+    noiseless: tuple[int, ...] = ()
+    """With noise: rows that the host knows to add none."""
     weights: Sequence[float] = ()
     """With guidance, its weight for each evaluation."""
     units: tuple[tuple[bool, bool], ...] | None = None
@@ -70,7 +81,8 @@ class Table(NamedTuple):
             return self
         rows = self.coefficients.tolist()
         units = tuple((row[0] == 1.0, row[7] == 0.0 and not self.sum_first) for row in rows)
-        return self._replace(units=units, views={})
+        noiseless = tuple(k for k, row in enumerate(rows) if self.noise is not None and row[NOISE] == 0.0)
+        return self._replace(units=units, views={}, noiseless=noiseless)
 
     def columns(self, dims: int) -> Sequence[reference.Columns]:
         """The rows as plain PyTorch combines states of so many dimensions with them."""
@@ -113,7 +125,7 @@ class Table(NamedTuple):
 
 
 def build(
-    int_method: str | FittedSolver,
+    int_method: str | FittedSolver | StochasticSolver,
     grid: Grid,
     sizes: Grid | None,
     dtype: torch.dtype,
@@ -162,6 +174,10 @@ def build(
     def buffer(step: int, stage: int) -> int:
         return stage * ring + step % ring
 
+    memory = max([0, *(buffer(*key) + 1 for key in read)])
+    noise = memory if any(stage.noise is not None for segment in segments for stage in segment.stages) else None
+    assert noise is None or not read
+
     evaluations, all_times, length = [], [times], n + 1
     for segment in segments:
         places = []  # of the first step's times
@@ -181,19 +197,23 @@ def build(
                     Evaluation(
                         time=places[s] + k,
                         commit=s == len(segment.stages) - 1,
-                        read=tuple(buffer(step - e.ago, e.stage) for e in stage.earlier),
+                        read=tuple(buffer(step - e.ago, e.stage) for e in stage.earlier)
+                        + (() if stage.noise is None else (memory,)),
                         write=buffer(step, s) if (step, s) in read else None,
                     )
                 )
     rows = [_coefficients(segment) for segment in segments]
     empty = torch.empty(0, len(COLUMNS), dtype=torch.float64, device=times.device)
+    coefficients = torch.cat([empty, *rows])
     return Table(
         evaluations=tuple(evaluations),
         # Through float64, which is exact: under autocast, cat takes no 16-bit dtype but autocast's own.
         times=torch.cat([part.double() for part in all_times]).to(times.dtype).to(device),
-        coefficients=torch.cat([empty, *rows]).to(dtype).to(device),
+        coefficients=coefficients.to(dtype).to(device),
         steps=n,
-        buffers=max([0, *[e.write + 1 for e in evaluations if e.write is not None]]),
+        buffers=memory + (noise is not None),
+        noise=noise,
+        densities=None if noise is None else _densities(coefficients).to(dtype).to(device),
     )
 
 
@@ -208,13 +228,20 @@ def _reads(segments: list[Segment]) -> list[tuple[int, int, int]]:
     ]
 
 
+def _densities(coefficients: Tensor) -> Tensor:
+    """Scale and offset of log N(next; mean, std^2), [E, 2]: -1/(2 std^2), and -log(std) - log(2 pi)/2."""
+    std = coefficients.select(1, NOISE)
+    return torch.stack([-0.5 / std**2, -torch.log(std) - math.log(2 * math.pi) / 2], dim=1)
+
+
 def _coefficients(segment: Segment) -> Tensor:
     """Rows of a segment in float64: [n * stages, 8]."""
     rows = []
     for stage in segment.stages:
         columns: dict[str, Tensor | float] = dict.fromkeys(COLUMNS, 0.0)
         columns |= {"a": stage.a, "b0": stage.b0, "c": stage.c}
-        columns |= {f"b{k}": earlier.b for k, earlier in enumerate(stage.earlier, start=1)}
+        terms = [earlier.b for earlier in stage.earlier] + ([] if stage.noise is None else [stage.noise])
+        columns |= {f"b{k}": b for k, b in enumerate(terms, start=1)}
         filled = [
             column if isinstance(column, Tensor) else torch.full_like(stage.b0, column) for column in columns.values()
         ]
@@ -223,7 +250,7 @@ def _coefficients(segment: Segment) -> Tensor:
 
 
 def _segments(
-    int_method: str | FittedSolver, steps: Steps, euler_at_final: bool, euler_at_start: bool = False
+    int_method: str | FittedSolver | StochasticSolver, steps: Steps, euler_at_final: bool, euler_at_start: bool = False
 ) -> list[Segment]:
     """The solver's segments that have steps."""
     segments = [segment for segment in solver(int_method)(steps) if segment.steps.n]
@@ -236,7 +263,7 @@ def _segments(
     return [segment for segment in segments if segment.steps.n]
 
 
-def evaluations(int_method: str | FittedSolver, steps: int, euler_at_final: bool = False) -> int:
+def evaluations(int_method: str | FittedSolver | StochasticSolver, steps: int, euler_at_final: bool = False) -> int:
     """How often a solver evaluates the velocity in so many steps."""
     if isinstance(int_method, FittedSolver):
         return int_method.evaluations

@@ -1,0 +1,55 @@
+"""The log-probability of each step of a stochastic solver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .ops import dispatch, reference
+from .solvers import Table
+from .velocities import Velocities
+
+
+class LogProbs:
+    """Takes the log-probability of each step as it is made.
+
+    Args:
+        table: The solver's, with densities.
+        velocities: The checks, for states as they are stored.
+        guidance: The fused step's argument.
+        backend: Its name.
+        seen: A state as users see it.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        velocities: Velocities,
+        guidance: int,
+        backend: str,
+        seen: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        self._table, self._velocities, self._guidance, self._backend = table, velocities, guidance, backend
+        self._seen = seen
+        self._values: list[Tensor] = []
+
+    def add(self, x: Tensor, v: Tensor, u: Tensor | None, after: Tensor, row: int) -> None:
+        """One step, from x by the velocities to the state after it."""
+        v, u = self._velocities.checked(v, u, row)
+        columns = reference.Columns.of(self._table.coefficients, row, x.dim())
+        v = reference.velocity(v, u, columns, self._guidance)
+        if self._seen is not None:
+            x, v, after = self._seen(x), self._seen(v), self._seen(after)
+        self._values.append(step_log_prob(self._table, x, v, after, row, self._backend))
+
+    def result(self) -> Tensor:
+        """[B, N]."""
+        return torch.stack(self._values, dim=1)
+
+
+def step_log_prob(table: Table, x: Tensor, v: Tensor, after: Tensor, row: int, backend: str) -> Tensor:
+    """The log-probability of one row of a stochastic table, [B]."""
+    assert table.densities is not None
+    return dispatch.step_log_prob(x, v, after, table.coefficients, table.densities, row, backend)

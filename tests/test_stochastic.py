@@ -1,0 +1,296 @@
+"""Solvers that add noise, and the log-probability of their steps."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from flowmatch_kernels import FlowMatching, KeyedNoise
+from flowmatch_kernels.solvers import STOCHASTIC
+
+EXACT = {"rtol": 0, "atol": 0}
+DIMS, BATCH, STEPS = (5, 3), 4, 6
+ETA = {"sde": 0.7, "cps": 0.6, "dance": 0.3, "renoise": None}
+
+
+def options(name):
+    return {} if ETA[name] is None else {"eta": ETA[name]}
+
+
+def sampler(name, noise_at=0, **more):
+    return FlowMatching(
+        DIMS,
+        name,
+        STEPS,
+        int_method_options=options(name),
+        noise_at=noise_at,
+        backend=more.pop("backend", "auto"),
+        **more,
+    )
+
+
+def step_fn(x, t):
+    return torch.sin(3 * t) - 0.5 * x
+
+
+def mean_and_std(name, x, v, sigma, after, second):
+    """One step as the papers write it: v = noise - data, sigma the distance in time from the data."""
+    eta, d = ETA[name], after - sigma
+    data, noise = x - sigma * v, x + (1 - sigma) * v
+    if name == "sde":
+        s = eta * math.sqrt(sigma / (1 - (second if sigma == 1 else sigma)))
+        mean = x * (1 + s**2 / (2 * sigma) * d) + v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * d
+        return mean, s * math.sqrt(-d)
+    if name == "dance":
+        score = -(x - (1 - sigma) * data) / sigma**2
+        return x + d * v - eta**2 / 2 * score * d, eta * math.sqrt(-d)
+    if name == "cps":
+        std = after * math.sin(eta * math.pi / 2)
+        return (1 - after) * data + math.sqrt(after**2 - std**2) * noise, std
+    return (1 - after) * data, after
+
+
+def published(name, noise, z, grid, noise_at):
+    """The whole run, in noise's dtype."""
+    sigmas = [abs(1 - noise_at - t) for t in grid]
+    x, states, log_probs = noise, [noise], []
+    for k in range(len(grid) - 1):
+        t = torch.full((len(x), 1, 1), grid[k], dtype=x.dtype)
+        v = step_fn(x, t) if noise_at else -step_fn(x, t)
+        mean, std = mean_and_std(name, x, v, sigmas[k], sigmas[k + 1], sigmas[1])
+        x = mean + std * z[:, k]
+        states.append(x)
+        if std:
+            log_prob = -((x - mean) ** 2) / (2 * std**2) - math.log(std) - math.log(math.sqrt(2 * math.pi))
+            log_probs.append(log_prob.mean(dim=(1, 2)))
+    return torch.stack(states, 1), log_probs
+
+
+def drawn(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(BATCH, *DIMS, dtype=dtype, generator=generator), torch.randn(
+        BATCH, STEPS, *DIMS, dtype=dtype, generator=generator
+    )
+
+
+@pytest.mark.parametrize("name", sorted(STOCHASTIC))
+def test_steps_are_the_papers(name):
+    # float64: a few roundings of numbers of size 4; float32: the same, of a float32 state and of coefficients.
+    for noise_at, dtype, backend in itertools.product((0, 1), (torch.float64, torch.float32), ("auto", "reference")):
+        noise, z = drawn(dtype)
+        fm = sampler(name, noise_at, backend=backend)
+        x, grid = fm.sample(BATCH, step_fn, noise=noise, step_noise=z, return_all_steps=True)
+        wanted, _ = published(name, noise.double(), z.double(), grid.double().tolist(), noise_at)
+        bound = 40 * torch.finfo(dtype).eps if dtype is torch.float32 else 1e-6  # the times are float32 here
+        torch.testing.assert_close(x.double(), wanted, rtol=0, atol=4 * bound)
+    noise, z = drawn()
+    grid = torch.linspace(0, 1, STEPS + 1, dtype=torch.float64)
+    x = sampler(name).sample(BATCH, step_fn, noise=noise, step_noise=z, time_steps=grid)
+    wanted, _ = published(name, noise, z, grid.tolist(), 0)
+    torch.testing.assert_close(x, wanted[:, -1], rtol=0, atol=100 * torch.finfo(torch.float64).eps)
+
+
+def test_without_noise_sde_is_euler():
+    for dtype, noise_at in itertools.product((torch.float64, torch.float32, torch.bfloat16), (0, 1)):
+        noise, _ = drawn(dtype)
+        given = {"noise": noise, "return_all_steps": True}
+        wanted = FlowMatching(DIMS, "euler", STEPS, noise_at=noise_at).sample(BATCH, step_fn, **given)
+        for name in ("sde", "dance"):
+            fm = FlowMatching(DIMS, name, STEPS, noise_at=noise_at, int_method_options={"eta": 0})
+            torch.testing.assert_close(fm.sample(BATCH, step_fn, **given), wanted, **EXACT)
+
+
+@pytest.mark.parametrize("name", ["sde", "cps", "dance"])
+def test_marginals(name):
+    """A mixture of two normals and its exact velocity: the samples have its distribution, in every step count tried."""
+    means, spread, weights = torch.tensor([-1.5, 1.0]), 0.3, torch.tensor([0.3, 0.7])
+
+    def velocity(x, t):
+        variance = t**2 * spread**2 + (1 - t) ** 2
+        log = torch.log(weights) - (x - t * means) ** 2 / (2 * variance)
+        share = torch.softmax(log, dim=-1)
+        centre = x - t * means
+        data = means + t * spread**2 / variance * centre
+        noise = (1 - t) / variance * centre
+        return (share * (data - noise)).sum(-1, keepdim=True)
+
+    count = 40000
+    fm = FlowMatching(1, name, 200, int_method_options=options(name))
+    x = fm.sample(count, velocity, noise=KeyedNoise(5)).flatten().double().sort().values
+    cdf = sum(w * torch.special.ndtr((x - m) / spread) for w, m in zip(weights.double(), means.double(), strict=True))
+    distance = (cdf - torch.arange(count) / count).abs().max().item()
+    # Kolmogorov's 1e-4 quantile is 2.2/sqrt(count) = 0.011; beside it the error of 200 steps of order 1 (of euler
+    # without noise: 0.004). Without the noise term, or with a wrong sign of the score's, it is above 0.04.
+    assert distance < 0.02, distance
+
+
+def test_where_the_noise_comes_from():
+    fm = sampler("sde")
+    # torch's draws, in this order: the start, then a step after each evaluation.
+    for generator in (None, 11):
+        torch.manual_seed(9)
+        found = fm.sample(
+            BATCH, step_fn, generator=None if generator is None else torch.Generator().manual_seed(generator)
+        )
+        torch.manual_seed(9)
+        own = None if generator is None else torch.Generator().manual_seed(generator)
+        noise = torch.randn(BATCH, *DIMS, generator=own)
+        z = torch.stack([torch.randn(BATCH, *DIMS, generator=own) for _ in range(STEPS)], 1)
+        torch.testing.assert_close(found, fm.sample(BATCH, step_fn, noise=noise, step_noise=z), **EXACT)
+    # by keys: draw k + 1 of each sample's key
+    key = KeyedNoise(7, first=2)
+    z = torch.stack([key.draw(BATCH, DIMS, evaluation=k + 1) for k in range(STEPS)], 1)
+    wanted = fm.sample(BATCH, step_fn, noise=key.draw(BATCH, DIMS), step_noise=z)
+    lists = [KeyedNoise(7, first=2 + k) for k in range(BATCH)]
+    for given in ({"noise": key}, {"noise": lists}, {"noise": key.draw(BATCH, DIMS), "step_noise": key}):
+        for backend in ("auto", "reference"):
+            torch.testing.assert_close(fm.sample(BATCH, step_fn, backend=backend, **given), wanted, **EXACT)
+    alone = torch.cat([fm.sample(1, step_fn, noise=KeyedNoise(7, first=2 + k)) for k in range(BATCH)])
+    torch.testing.assert_close(alone, wanted, **EXACT)
+    # a generator for each sample
+    generators = lambda: [torch.Generator().manual_seed(k) for k in range(BATCH)]  # noqa: E731
+    together = fm.sample(BATCH, step_fn, noise=generators())
+    alone = [fm.sample(1, step_fn, noise=[one]) for one in generators()]
+    torch.testing.assert_close(together, torch.cat(alone), **EXACT)
+
+
+def test_ways_to_sample_agree():
+    """Formats, 16-bit states, gradients, compiled code, predictions and guidance: the bits of the plain way."""
+    key = KeyedNoise(1)
+    fm = FlowMatching((3, 4, 2), "sde", STEPS)
+    z = key.draw(BATCH, (3, 4, 2))
+    step = lambda x, t: torch.sin(t) - x  # noqa: E731
+    wanted = fm.sample(BATCH, step, noise=z, step_noise=key)
+    last = z.to(memory_format=torch.channels_last)
+    found = fm.sample(BATCH, step, noise=last, step_noise=key)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, wanted, **EXACT)
+    torch.testing.assert_close(fm.sample(BATCH, step, noise=z, step_noise=key, differentiable=True), wanted, **EXACT)
+    compiled = torch.compile(lambda: fm.sample(BATCH, step, noise=key), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(), wanted, **EXACT)
+    half = [fm.sample(BATCH, step, noise=key, dtype=torch.bfloat16, backend=b) for b in ("auto", "reference")]
+    torch.testing.assert_close(*half, **EXACT)
+    # v = (x1 - x)/(1 - t): the same table, with other columns
+    data = FlowMatching((3, 4, 2), "sde", STEPS, prediction_type="data")
+    found = data.sample(BATCH, lambda x, t: x + (1 - t) * step(x, t), noise=z, step_noise=key, dtype=torch.float32)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)  # divided by 1 - t and multiplied by it
+
+
+def test_gradient():
+    w = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    noise, z = drawn()
+    fm = sampler("sde")
+    x, log_prob = fm.sample(
+        BATCH, lambda x, t: w * step_fn(x, t), noise=noise, step_noise=z, differentiable=True, return_log_prob=True
+    )
+    (found,) = torch.autograd.grad(x.sum() + log_prob.sum(), w)
+    grid = torch.linspace(0, 1, STEPS + 1).tolist()
+
+    def loss(w):
+        x, total = noise, 0.0
+        for k in range(STEPS):
+            t = torch.full((BATCH, 1, 1), grid[k], dtype=x.dtype)
+            mean, std = mean_and_std("sde", x, -w * step_fn(x, t), 1 - grid[k], 1 - grid[k + 1], 1 - grid[1])
+            x = mean + std * z[:, k]
+            total = total - (((x - mean) ** 2) / (2 * std**2)).mean(dim=(1, 2)).sum()
+        return x.sum() + total
+
+    (wanted,) = torch.autograd.grad(loss(w), w)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)  # the grid's step sizes are float32
+    with torch.no_grad():
+        assert not fm.sample(BATCH, step_fn, noise=noise, step_noise=z).requires_grad
+
+
+def test_log_prob():
+    for name, guided, dtype in itertools.product(("sde", "dance"), (False, True), (torch.float32, torch.float64)):
+        fm = sampler(name, use_classifier_free_guidance=guided, inference_guidance_weight=2.5)
+        noise, z = drawn(dtype)
+        seen = []
+
+        def unguided(x, t):
+            return 0.3 * x
+
+        more = {"unguided_step_fn": unguided} if guided else {}
+        given = {"noise": noise, "step_noise": z, "return_all_steps": True} | more
+        states, grid, log_prob = fm.sample(BATCH, step_fn, return_log_prob=True, **given)
+        plain, _ = fm.sample(BATCH, step_fn, **given)
+        torch.testing.assert_close(states, plain, **EXACT)
+        x, again = fm.sample(BATCH, step_fn, return_log_prob=True, **(given | {"return_all_steps": False}))
+        torch.testing.assert_close((x, again), (states[:, -1], log_prob), **EXACT)
+        assert log_prob.shape == (BATCH, STEPS)
+        for k in range(STEPS):
+            x, t = states[:, k].contiguous(), grid[k].expand(BATCH, 1, 1)
+            v = step_fn(x, t)
+            if guided:
+                v = (1 - 2.5) * unguided(x, t) + 2.5 * v
+            found = fm.step_log_prob(x, v, states[:, k + 1].contiguous(), k)
+            torch.testing.assert_close(found, log_prob[:, k], **EXACT)  # the log-ratio of a policy with itself is 0.0
+            seen.append(found)
+        if not guided:
+            _, wanted = published(name, noise.double(), z.double(), grid.double().tolist(), 0)
+            # -z^2/2 of a mean of 15 elements, in z's own error: (x' - mean)/std loses the digits of x'/std
+            torch.testing.assert_close(torch.stack(seen, 1).double(), torch.stack(wanted, 1), rtol=0, atol=2e-5)
+
+
+ERRORS = [
+    ("no such option", {"int_method": "sde", "int_method_options": {"beta": 1}}, TypeError, "takes eta, got 'beta'"),
+    ("no options", {"int_method": "renoise", "int_method_options": {"eta": 1}}, TypeError, "takes no options"),
+    ("a solver of the ODE", {"int_method": "euler", "int_method_options": {"eta": 1}}, TypeError, "takes no options"),
+    ("negative", {"int_method_options": {"eta": -1}}, ValueError, "must be at least 0"),
+    ("too large", {"int_method": "cps", "int_method_options": {"eta": 1.5}}, ValueError, "between 0 and 1"),
+    ("no number", {"int_method_options": {"eta": "x"}}, TypeError, "eta"),
+    ("no dict", {"int_method_options": 0.7}, TypeError, "must be a dict"),
+    ("shape", {"step_noise": torch.zeros(BATCH, *DIMS)}, ValueError, r"step_noise must be \[batch_size, steps"),
+    ("integers", {"step_noise": torch.zeros(BATCH, STEPS, *DIMS, dtype=int)}, TypeError, "floating point"),
+    ("text", {"step_noise": "x"}, TypeError, "step_noise must be a tensor"),
+    ("rounding", {"step_rounding": "exact"}, ValueError, "must be 'promote'"),
+    ("the ODE's noise", {"int_method": "ab2", "step_noise": KeyedNoise(1)}, ValueError, "step_noise is for a solver"),
+    (
+        "the ODE's density",
+        {"int_method": "ab2", "return_log_prob": True},
+        ValueError,
+        "return_log_prob is for a solver",
+    ),
+    ("constraint", {"return_log_prob": True, "constraint": lambda x, t: x}, ValueError, "a constraint"),
+    ("callback", {"return_log_prob": True, "callback": lambda *_: None}, ValueError, "a callback"),
+    ("no noise at the end", {"return_log_prob": True, "int_method": "cps"}, ValueError, r"steps \[5\] add no noise"),
+    ("no noise", {"return_log_prob": True, "int_method_options": {"eta": 0.0}}, ValueError, "add no noise"),
+    ("grid", {"time_steps": [1.0, 0.5, 0.0]}, ValueError, "sde computes with the time itself"),
+    ("strength", {"velocity_strength": torch.ones(BATCH, *DIMS)}, ValueError, "int_method='euler'"),
+]
+
+
+def test_errors():
+    fm = sampler("sde")
+    for what, given, error, message in ERRORS:
+        calls = []
+        with pytest.raises(error, match=message):
+            fm.sample(BATCH, lambda x, t: calls.append(1) or x, **given)
+        assert not calls, what
+    x = torch.zeros(BATCH, *DIMS)
+    for more, message in (({"int_method": "euler"}, "adds no noise"), ({"int_method": "renoise", "step": 5}, "step 5")):
+        with pytest.raises(ValueError, match=message):
+            fm.step_log_prob(x, x, x, **({"step": 0} | more))
+    with pytest.raises(ValueError, match="below 6"):
+        fm.step_log_prob(x, x, x, 6)
+    for compared in ("sde", ["euler", "cps"]):
+        with pytest.raises(ValueError, match="adds noise"):
+            fm.compare_solvers(step_fn, 4, compared, batch_size=2)
+    with pytest.raises(ValueError, match="adds noise"):
+        fm.compare_solvers(step_fn, 4, ["euler"], batch_size=2, reference="sde")
+    with pytest.raises(ValueError, match="no solver that adds noise"):
+        fm.graphed(step_fn, BATCH)
+
+
+def test_partial_grids():
+    """A solver that adds no noise in its last step has densities where the grid ends before the data."""
+    fm = sampler("renoise")
+    noise, z = drawn(torch.float32)
+    grid = torch.linspace(0, 0.9, STEPS + 1)
+    states, times, log_prob = fm.sample(
+        BATCH, step_fn, noise=noise, step_noise=z, time_steps=grid, return_all_steps=True, return_log_prob=True
+    )
+    wanted, densities = published("renoise", noise.double(), z.double(), times.double().tolist(), 0)
+    torch.testing.assert_close(states.double(), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(log_prob.double(), torch.stack(densities, 1), rtol=0, atol=1e-4)

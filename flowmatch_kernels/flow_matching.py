@@ -369,7 +369,7 @@ class FlowMatching(BaseDiffusion):
             _no_noise(step_noise, return_log_prob, table)
         else:
             _check_noise(return_log_prob, hooks, rounded, table)
-            step_noise = noises.step_noise(step_noise, source, shape, table.steps, device)
+            drawing = noises.step_noise(step_noise, source, shape, table.steps, device)
         if velocity_strength is not None:
             if self.prediction_type != "velocity" or self._steps(int_method, inference_step)[0] != "euler":
                 raise ValueError(
@@ -387,8 +387,8 @@ class FlowMatching(BaseDiffusion):
         added = log_probs = None
         if table.noise is not None:
             added = noises.StepNoise(
-                *step_noise,
-                *(shape, arithmetic_dtype(dtype), device, backend_.name, None if layout is None else layout.stored),
+                *(*drawing, shape, arithmetic_dtype(dtype), device, backend_.name),
+                None if layout is None else layout.stored,
             )
             if return_log_prob:
                 log_probs = LogProbs(table, velocities, kernel, backend_.name, None if layout is None else layout.seen)
@@ -491,9 +491,8 @@ class FlowMatching(BaseDiffusion):
             cached=tracing.is_eager(),
         )
         if table.noise is None:
-            raise ValueError(
-                f"int_method {_or(int_method, self.int_method)!s:.60} adds no noise: its steps have no density"
-            )
+            named = str(_or(int_method, self.int_method))
+            raise ValueError(f"int_method {named:.60} adds no noise: its steps have no density")
         step = count(step, "step")
         if step >= table.steps:
             raise ValueError(f"step must be below {table.steps}, the number of steps, got {step}")
@@ -505,9 +504,8 @@ class FlowMatching(BaseDiffusion):
         """A stochastic solver with options: the one named, or the constructor's."""
         if not isinstance(options, Mapping):
             raise TypeError(f"int_method_options must be a dict, got {options!r:.60}")
-        return solvers.loaded(
-            getattr(_or(int_method, self.int_method), "name", _or(int_method, self.int_method)), options
-        )
+        solver = _or(int_method, self.int_method)
+        return solvers.loaded(solver.name if isinstance(solver, StochasticSolver) else solver, options)
 
     def _guidance(
         self,
@@ -570,9 +568,7 @@ class FlowMatching(BaseDiffusion):
         guided = flag(_or(guided, self.use_classifier_free_guidance), "guided")
         return solvers.evaluations(solver, steps, self.euler_at_final) * (2 if guided else 1)
 
-    def _steps(
-        self, int_method: IntMethod | None, inference_step: int | None
-    ) -> tuple[str | FittedSolver | StochasticSolver, int]:
+    def _steps(self, int_method: IntMethod | None, inference_step: int | None) -> tuple[solvers.Loaded, int]:
         """The solver and the number of steps that these arguments of sample() mean."""
         solver = solvers.loaded(self.int_method if int_method is None else int_method)
         steps = count(inference_step, "inference_step") if inference_step is not None else 0
@@ -969,9 +965,7 @@ def _no_noise(step_noise: Any, return_log_prob: Any, table: Table) -> None:
 def _check_noise(return_log_prob: bool, hooks: Hooks | None, rounded: int, table: Table) -> None:
     """Raises ValueError where an argument does not go with a stochastic solver."""
     if rounded != PROMOTE:
-        raise ValueError(
-            "step_rounding must be 'promote' with a solver that adds noise: the noise has no velocity's dtype"
-        )
+        raise ValueError("step_rounding must be 'promote' with a solver that adds noise, got 'exact' or 'rounded'")
     if not flag(return_log_prob, "return_log_prob"):
         return
     if hooks is not None:

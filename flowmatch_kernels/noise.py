@@ -286,8 +286,8 @@ def step_noise(
         found, rest = source(given, shape[0], None)
         if found is None:
             raise TypeError(
-                "step_noise must be a tensor, a KeyedNoise, or a list of KeyedNoise or of torch.Generator, one for each "
-                f"sample; got {shown(rest)}"
+                "step_noise must be a tensor, a KeyedNoise, or a list of KeyedNoise or of torch.Generator, one for "
+                f"each sample; got {shown(rest)}"
             )
         return found, None
     check_dense(given, "step_noise")

@@ -320,9 +320,8 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
         self, *arguments: Any, int_method: Any = "ab2", use_flow_sigmas: bool = False, **settings: Any
     ) -> None:
         super().__init__(*arguments, **settings)
-        self._solver = (
-            FittedSolver.from_dict(int_method) if isinstance(int_method, Mapping) else of_the_ode(loaded(int_method))
-        )
+        saved = isinstance(int_method, Mapping)
+        self._solver = FittedSolver.from_dict(int_method) if saved else of_the_ode(loaded(int_method))
         if self.config.get("stochastic_sampling"):
             raise ValueError("stochastic_sampling and a solver: use diffusers' FlowMatchEulerDiscreteScheduler")
         if use_flow_sigmas and self.config.invert_sigmas:

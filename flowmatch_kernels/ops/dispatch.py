@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .. import tracing
 from . import keyed_noise as noise_contract
-from . import native, reference, reference_noise, subclasses
+from . import native, reference, reference_log_prob, reference_noise, subclasses
+from . import step_log_prob as log_prob_contract
 from .fused_step import Operands, backward, check_operands, check_overlap, keep_for_backward, library
 
 logger = logging.getLogger("flowmatch_kernels")
@@ -43,6 +44,8 @@ class Backend(NamedTuple):
     load_noise: Callable[[], Callable[[Tensor, Tensor, int], None]] = lambda: reference_noise.keyed_noise_
     """Its keyed_noise_, of out, keys and the evaluation; unchecked. `cuda` has none of its own: the same bits in plain
     PyTorch, some 250 launches."""
+    load_log_prob: Callable[[], Callable[..., None]] = lambda: reference_log_prob.step_log_prob_
+    """Its step_log_prob_, of out and the op's operands; unchecked."""
 
 
 _TRITON = f"{__package__}.triton"
@@ -388,7 +391,75 @@ def _transformed() -> bool:
 _transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def step_log_prob(
+    base: Tensor,
+    v: Tensor,
+    next: Tensor,
+    coefficients: Tensor,
+    densities: Tensor,
+    row: int,
+    backend: str = "auto",
+) -> Tensor:
+    """The mean over a sample's elements of log N(next; a*base + b0*v, std^2), for each sample.
+
+        out = sum(d*d) / n * scale + offset,   d = next - (a*base + b0*v)
+
+    A sample has the same bits in any batch and in every backend: `ops.step_log_prob` gives the order of the sum.
+    Differentiable in base, v and next.
+
+    Args:
+        base: [B, *x_dims], float32, float64, bfloat16 or float16: the state before the step.
+        v: [B, *x_dims], of base's dtype or a narrower one: the velocity there.
+        next: [B, *x_dims], of base's dtype: the state after the step.
+        coefficients: [rows, 8], contiguous, float64 for a float64 state, else float32; a and b0 are the row's first.
+        densities: [rows, 2], contiguous, of the coefficients' dtype: scale = -1/(2 std^2) and
+            offset = -log(std) - log(2 pi)/2 of each row.
+        row: Which row.
+        backend: As for `choose`.
+
+    Returns:
+        [B], of the coefficients' dtype.
+
+    Raises:
+        TypeError, ValueError: as `ops.step_log_prob.check` says; densities on the CPU, in eager mode, that are not
+            finite, as those of std = 0.
+        NotImplementedError: coefficients or densities require grad.
+        RuntimeError: the backend was asked for by name and cannot serve.
+
+    Source: Liu et al., Flow-GRPO, arXiv 2505.05470; the mean over elements, as its code has it.
+
+    Example:
+        >>> import math, torch
+        >>> from flowmatch_kernels.ops import dispatch
+        >>> std = 0.5
+        >>> coefficients = torch.tensor([[1.0, 0.1, 0, 0, 0, 0, 0, 0]])
+        >>> densities = torch.tensor([[-1 / (2 * std**2), -math.log(std) - math.log(2 * math.pi) / 2]])
+        >>> x, v = torch.zeros(4, 3), torch.ones(4, 3)
+        >>> dispatch.step_log_prob(x, v, x + 0.1, coefficients, densities, 0)
+        tensor([-0.2258, -0.2258, -0.2258, -0.2258])
+    """
+    # A compiled graph keeps the choice it was traced with.
+    chosen = choose(backend, base.device.type)
+    if _transformed():
+        log_prob_contract.check(base, v, next, coefficients, densities, row)
+        return reference_log_prob.step_log_prob(base, v, next, coefficients, densities, row)
+    return torch.ops.flowmatch_kernels.step_log_prob(base, v, next, coefficients, densities, row, chosen.name)
+
+
 # ---- the kernels of the registered ops ----
+
+
+def _routed_step_log_prob(
+    base: Tensor, v: Tensor, next: Tensor, coefficients: Tensor, densities: Tensor, row: int, backend: str = "auto"
+) -> Tensor:
+    log_prob_contract.check(base, v, next, coefficients, densities, row)
+    log_prob_contract.check_density(densities, row)
+    out = torch.empty(base.shape[:1], dtype=coefficients.dtype, device=base.device)
+    choose(backend, base.device.type).load_log_prob()(out, base, v, next, coefficients, densities, row)
+    return out
+
+
+library.impl("step_log_prob", _routed_step_log_prob, "CompositeExplicitAutograd")
 
 
 def _routed_keyed_noise(

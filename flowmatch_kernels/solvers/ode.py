@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .fitted import FittedSolver
 from .stages import Earlier, Segment, Solver, Stage, Steps, part
-from .stochastic import STOCHASTIC, StochasticSolver, stochastic
+from .stochastic import STOCHASTIC, Loaded, StochasticSolver, stochastic
 
 
 def euler(steps: Steps) -> list[Segment]:
@@ -203,13 +203,13 @@ def solver(int_method: IntMethod) -> Solver:
         raise ValueError(f"{int_method} adds noise at each step; wanted a solver of the ODE: {', '.join(SOLVERS)}")
     if not isinstance(int_method, str) or int_method not in SOLVERS:
         raise ValueError(
-            f"Invalid integration method: {int_method} (known: {', '.join((*SOLVERS, *STOCHASTIC))}; or a FittedSolver, or the path of "
-            "its file, which ends in .json)"
+            f"Invalid integration method: {int_method} (known: {', '.join((*SOLVERS, *STOCHASTIC))}; "
+            "or a FittedSolver, or the path of its file, which ends in .json)"
         )
     return SOLVERS[int_method]
 
 
-def loaded(int_method: IntMethod, options: Mapping[str, float] | None = None) -> str | FittedSolver | StochasticSolver:
+def loaded(int_method: IntMethod, options: Mapping[str, float] | None = None) -> Loaded:
     """A solver's name; or a fitted solver, read from its file where a path is given; or a stochastic one.
 
     Args:

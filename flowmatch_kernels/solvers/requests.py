@@ -18,7 +18,7 @@ from .fitted import FittedSolver
 from .grid import Grid, check_absolute, checked_grid, checked_sizes, named_entries
 from .ode import ABSOLUTE
 from .stages import part
-from .stochastic import StochasticSolver
+from .stochastic import Loaded, StochasticSolver
 from .table import Table, build
 
 Numbers = Tensor | Sequence[float]
@@ -27,7 +27,7 @@ Numbers = Tensor | Sequence[float]
 class Request(NamedTuple):
     """What describes a table."""
 
-    int_method: str | FittedSolver | StochasticSolver
+    int_method: Loaded
     steps: int
     """N of a named grid; without meaning where time_steps are given, or a fitted solver brings its own times."""
     dtype: torch.dtype
@@ -158,7 +158,7 @@ def _plain(entry: float) -> float:
 
 
 def _computed_times(
-    int_method: str,
+    int_method: str | StochasticSolver,
     steps: int,
     noise_at: int,
     time_grid: str,
@@ -295,7 +295,7 @@ def _is(reference: weakref.ref[Tensor], tensor: Tensor) -> bool:
     return reference() is tensor
 
 
-def check_finite(table: Table, int_method: str | FittedSolver | StochasticSolver, noise_at: int) -> None:
+def check_finite(table: Table, int_method: Loaded, noise_at: int) -> None:
     """Raises where a solver cannot use a time grid.
 
     Raises:

@@ -1,4 +1,7 @@
-"""Steps that add noise: dx = v dt + noise, with the marginals of dx/dt = v, each one row of the table.
+"""Steps that add noise, each one row of the table.
+
+Those of `sde` and `dance` are steps of an SDE with the marginals of dx/dt = v, which many steps come near. `cps` and
+`renoise` keep the level of noise, and the share that is new does not shrink with the step: their marginals are others.
 
 Here v = dx/dt, and the noise is at t = `noise_at`. The papers write sigma for the distance in time from the data, so
 that x = (1 - sigma)*data + sigma*noise, and their velocity is dx/dsigma = noise - data: v with noise_at=1, and -v with
@@ -7,9 +10,9 @@ noise_at=0. With d = sigma' - sigma < 0, their v*d is our v*h in both.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,7 +70,7 @@ def renoise(steps: Steps) -> list[Segment]:
 
 def _langevin(steps: Steps, s: Tensor) -> list[Segment]:
     """x*(1 + s^2/(2 sigma)*d) + v*(1 + s^2*(1 - sigma)/(2 sigma))*d + s*sqrt(-d)*z."""
-    sigma, after = _sigmas(steps)
+    sigma, _ = _sigmas(steps)
     d = -steps.h.abs()
     half = s**2 / (2 * sigma)
     stage = Stage(steps.start, (1 + half * (1 - sigma)) * steps.h, a=1 + half * d, noise=s * torch.sqrt(-d))
@@ -95,7 +98,8 @@ _OPTIONS: Mapping[str, Mapping[str, float]] = {
 }
 
 
-class StochasticSolver(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class StochasticSolver:
     """A solver that adds noise, with its options: what `int_method` and `int_method_options` become."""
 
     name: str
@@ -109,7 +113,11 @@ class StochasticSolver(NamedTuple):
         return self.name
 
 
-def of_the_ode(solver: str | FittedSolver | StochasticSolver) -> str | FittedSolver:
+Loaded = str | FittedSolver | StochasticSolver
+"""A solver as tables are made of it: of the ODE by name, fitted, or one that adds noise."""
+
+
+def of_the_ode(solver: Loaded) -> str | FittedSolver:
     """A solver, which must add no noise.
 
     Raises:

@@ -28,7 +28,7 @@ from .grid import Grid, on_host
 from .ode import euler, solver
 from .predictions import predicting
 from .stages import Segment, Steps, part
-from .stochastic import StochasticSolver
+from .stochastic import Loaded
 
 #: The column of the noise: a solver that adds noise remembers no velocities.
 NOISE = COLUMNS.index("b1")
@@ -125,7 +125,7 @@ class Table(NamedTuple):
 
 
 def build(
-    int_method: str | FittedSolver | StochasticSolver,
+    int_method: Loaded,
     grid: Grid,
     sizes: Grid | None,
     dtype: torch.dtype,
@@ -249,9 +249,7 @@ def _coefficients(segment: Segment) -> Tensor:
     return torch.stack(rows, dim=1).flatten(0, 1)
 
 
-def _segments(
-    int_method: str | FittedSolver | StochasticSolver, steps: Steps, euler_at_final: bool, euler_at_start: bool = False
-) -> list[Segment]:
+def _segments(int_method: Loaded, steps: Steps, euler_at_final: bool, euler_at_start: bool = False) -> list[Segment]:
     """The solver's segments that have steps."""
     segments = [segment for segment in solver(int_method)(steps) if segment.steps.n]
     if euler_at_start and segments:
@@ -263,7 +261,7 @@ def _segments(
     return [segment for segment in segments if segment.steps.n]
 
 
-def evaluations(int_method: str | FittedSolver | StochasticSolver, steps: int, euler_at_final: bool = False) -> int:
+def evaluations(int_method: Loaded, steps: int, euler_at_final: bool = False) -> int:
     """How often a solver evaluates the velocity in so many steps."""
     if isinstance(int_method, FittedSolver):
         return int_method.evaluations

@@ -683,11 +683,8 @@ class GraphedSampler:
         states = [(generator, generator.get_state()) for generator in self._drawn_from()]
         try:
             with _one_capture, self._recorder.current():
-                if call.start is None and not noises.is_keyed(call.source):  # the call's own draw comes later
-                    private = torch.Generator(self._device).manual_seed(0)
-                    graph.write(call._replace(source=private))
-                else:
-                    graph.write(call)
+                # The call's own draw comes later: here the default generator draws, which is put back.
+                graph.write(call if noises.is_keyed(call.source) else call._replace(source=None))
                 self._recorder.warm_up(sample)  # what this raises, sample() raises too
                 try:
                     graph.result, graph.graph = self._recorder.capture(sample)

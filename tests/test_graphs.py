@@ -187,13 +187,13 @@ def test_sources_of_noise(monkeypatch, rows, temperature):
             assert got.stride() == source["noise"].stride()
 
 
-def test_noise_of_another_dtype_in_a_first_call(monkeypatch):
-    """Scaled in the state's dtype, as sample() does, and not in the noise's."""
+@pytest.mark.parametrize("name", [name for name in SOURCES if name.endswith("noise")])
+def test_noise_that_a_graph_is_made_for(monkeypatch, name):
+    """bfloat16 noise is scaled in the state's dtype; a format that sample() does not keep is contiguous."""
     emulated(monkeypatch)
-    fm, noise = flow(), torch.randn(BATCH, *DIMS).bfloat16()
-    options = {"noise": noise, "dtype": torch.float32}
-    sampler = fm.graphed(velocity, BATCH, inputs={"features": F}, temperature=0.3, **options)
-    assert_equal(sampler(features=F), sampled(fm, velocity, {"features": F}, temperature=0.3, **options))
+    fm, options = flow(), SOURCES[name] | {"dtype": torch.float32, "temperature": 0.3}
+    sampler = fm.graphed(velocity, BATCH, inputs={"features": F}, **options)
+    assert_equal(sampler(features=F), sampled(fm, velocity, {"features": F}, **options))
 
 
 def source_default(source):
@@ -281,6 +281,7 @@ def test_other_signatures_are_other_graphs(monkeypatch):
         ({"features": f[:1]}, {}),
         ({"features": f.double()}, {}),
         ({}, {"int_method": "heun"}),
+        ({}, {"int_method": "ab2"}),
         ({}, {"inference_step": 3}),
         ({}, GUIDED),
         ({}, {"constraint": lambda x, t: x.clamp(-0.1, 0.1)}),
@@ -297,7 +298,7 @@ def test_other_signatures_are_other_graphs(monkeypatch):
     with torch.inference_mode():
         check(sampler, fm, velocity, {"features": f})
     check(sampler, fm, velocity, {"features": f})
-    assert sampler.stats == (14, 26, {}, 14)
+    assert sampler.stats == (15, 28, {}, 15)
 
 
 # ---- values that may not be stale ----

@@ -50,8 +50,12 @@ _CAPTURED = (
     *("skip_irrelevant_model", "velocity_strength", "constraint", "step_rounding", "backend"),
 )
 _OPTIONS = frozenset((*_WRITTEN, *_GRIDS, *_SOLVERS, *_CAPTURED))
+_STOCHASTIC = "a graph has no solver that adds noise at each step yet"
 #: Options of sample() that a graph cannot have, and why.
 _REFUSED = {
+    "int_method_options": _STOCHASTIC,
+    "step_noise": _STOCHASTIC,
+    "return_log_prob": _STOCHASTIC,
     "callback": "it is Python code that runs after each step, and a replay runs no Python",
     "progress": "a replay is one launch",
     "differentiable": "a graph keeps no derivative",
@@ -630,7 +634,7 @@ class GraphedSampler:
             cached=tracing.is_eager(),
         )
         if table.noise is not None:
-            raise ValueError("a graph has no solver that adds noise at each step yet: sample() takes it")
+            raise ValueError(f"{_STOCHASTIC}: sample() takes it")
         return table, form
 
     def _set(self, changed: dict[str, Any]) -> None:
@@ -683,11 +687,8 @@ class GraphedSampler:
         states = [(generator, generator.get_state()) for generator in self._drawn_from()]
         try:
             with _one_capture, self._recorder.current():
-                if call.start is None and not noises.is_keyed(call.source):  # the call's own draw comes later
-                    private = torch.Generator(self._device).manual_seed(0)
-                    graph.write(call._replace(source=private))
-                else:
-                    graph.write(call)
+                # The call's own draw comes later: here the default generator draws, which is put back.
+                graph.write(call if noises.is_keyed(call.source) else call._replace(source=None))
                 self._recorder.warm_up(sample)  # what this raises, sample() raises too
                 try:
                     graph.result, graph.graph = self._recorder.capture(sample)

@@ -55,6 +55,7 @@ CASES = {f"solver {name}": ({"int_method": name}, {}) for name in solvers.SOLVER
     "weight of t": ({}, GUIDED | {"inference_guidance_weight": lambda t: 1 + t}),
     "skip": ({}, GUIDED | {"inference_guidance_weight": [1.0, 2.0, 0.0, 4.0], "skip_irrelevant_model": True}),
     "combined": ({}, {"use_classifier_free_guidance": True, "combined_guidance": True}),
+    "combined, guided first": ({}, {"use_classifier_free_guidance": True, "combined_guidance": "guided_first"}),
     "shifted": ({"time_grid": "shifted", "time_grid_options": {"shift": 3.0}}, {}),
     "function": ({"time_grid": lambda n: torch.linspace(0, 1, n + 1) ** 2}, {}),
     "data": ({"prediction_type": "data"}, {}),
@@ -187,13 +188,13 @@ def test_sources_of_noise(monkeypatch, rows, temperature):
             assert got.stride() == source["noise"].stride()
 
 
-def test_noise_of_another_dtype_in_a_first_call(monkeypatch):
-    """Scaled in the state's dtype, as sample() does, and not in the noise's."""
+@pytest.mark.parametrize("name", [name for name in SOURCES if name.endswith("noise")])
+def test_noise_that_a_graph_is_made_for(monkeypatch, name):
+    """bfloat16 noise is scaled in the state's dtype; a format that sample() does not keep is contiguous."""
     emulated(monkeypatch)
-    fm, noise = flow(), torch.randn(BATCH, *DIMS).bfloat16()
-    options = {"noise": noise, "dtype": torch.float32}
-    sampler = fm.graphed(velocity, BATCH, inputs={"features": F}, temperature=0.3, **options)
-    assert_equal(sampler(features=F), sampled(fm, velocity, {"features": F}, temperature=0.3, **options))
+    fm, options = flow(), SOURCES[name] | {"dtype": torch.float32, "temperature": 0.3}
+    sampler = fm.graphed(velocity, BATCH, inputs={"features": F}, **options)
+    assert_equal(sampler(features=F), sampled(fm, velocity, {"features": F}, **options))
 
 
 def source_default(source):
@@ -281,6 +282,7 @@ def test_other_signatures_are_other_graphs(monkeypatch):
         ({"features": f[:1]}, {}),
         ({"features": f.double()}, {}),
         ({}, {"int_method": "heun"}),
+        ({}, {"int_method": "ab2"}),
         ({}, {"inference_step": 3}),
         ({}, GUIDED),
         ({}, {"constraint": lambda x, t: x.clamp(-0.1, 0.1)}),
@@ -297,7 +299,7 @@ def test_other_signatures_are_other_graphs(monkeypatch):
     with torch.inference_mode():
         check(sampler, fm, velocity, {"features": f})
     check(sampler, fm, velocity, {"features": f})
-    assert sampler.stats == (14, 26, {}, 14)
+    assert sampler.stats == (15, 28, {}, 15)
 
 
 # ---- values that may not be stale ----
@@ -856,6 +858,14 @@ BAD = [
     ({"callback": lambda step, t, x: None}, ValueError, "callback cannot be used in a graph"),
     ({"progress": True}, ValueError, "progress cannot be used in a graph"),
     ({"differentiable": True}, ValueError, "differentiable cannot be used in a graph"),
+    (
+        {"step_noise": KeyedNoise(1)},
+        ValueError,
+        "step_noise cannot be used in a graph: a graph has no solver",
+    ),
+    ({"return_log_prob": True}, ValueError, "return_log_prob cannot be used in a graph"),
+    ({"int_method_options": {"eta": 0.5}}, ValueError, "int_method_options cannot be used in a graph"),
+    ({"int_method": "sde"}, ValueError, "no solver that adds noise at each step yet"),
     ({"tepmerature": 1.0}, TypeError, "'tepmerature' is neither an input"),
     ({"int_method": "oiler"}, ValueError, "oiler"),
     ({"time_steps": [0.0, 0.0]}, ValueError, "strictly monotonic"),

@@ -40,6 +40,7 @@ from flowmatch_kernels.ops.fused_step import (
     Operands,
     arithmetic_dtype,
 )
+from flowmatch_kernels.solvers import STOCHASTIC
 
 gpu = pytest.mark.gpu
 DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
@@ -136,6 +137,27 @@ def test_sizes_and_ranks(place, shape):
         for seed, combination in enumerate([(None, 0, None, None, True), (FROM_UNGUIDED, 1, 3, "new", True)]):
             for aligned in (True, False):
                 check(place, shape, state, velocity, False, combination, seed=seed, aligned=aligned)
+
+
+@placed(PLACES)
+def test_stochastic_solvers(place):
+    """States and log-probabilities: the bits of the reference on the CPU, and of each sample alone."""
+
+    def step_fn(x, t):
+        return (0.5 * x - t * x).to(x.dtype)
+
+    for solver, dtype in itertools.product(sorted(STOCHASTIC), (torch.float32, torch.bfloat16, torch.float64)):
+        given = {"noise": KeyedNoise(3), "dtype": dtype, "return_all_steps": True, "return_log_prob": True}
+        given["time_steps"] = [0.0, 0.2, 0.5, 0.9]
+        fm = FlowMatching((33, 5), solver)
+        wanted = fm.sample(3, step_fn, backend="reference", **given)
+        got = fm.sample(3, step_fn, place.device, backend=place.backend, **given)
+        for one, other in zip(got, wanted, strict=True):
+            assert_same_bits(one.cpu(), other)
+        given["noise"] = KeyedNoise(3, first=2)
+        alone = fm.sample(1, step_fn, place.device, backend=place.backend, **given)
+        assert_same_bits(alone[0].cpu(), wanted[0][2:])
+        assert_same_bits(alone[2].cpu(), wanted[2][2:])
 
 
 @placed(PLACES)

@@ -228,6 +228,7 @@ def test_signatures():
         "x_dims": inspect.Parameter.empty,
         "int_method": "euler",
         "num_inference_steps": None,  # 10; a number given may contradict a fitted solver
+        "int_method_options": None,
         "train_timestep_sampler": "beta",
         "train_ignore_guidance_rate": 0.1,
         "inference_guidance_weight": 1.0,
@@ -251,6 +252,7 @@ def test_signatures():
         "self", "batch_size", "step_fn", "device", "return_all_steps", "inference_step", "int_method",
     ]  # fmt: skip
     assert keyword == {
+        "int_method_options": None,
         "unguided_step_fn": None,
         "use_classifier_free_guidance": None,
         "inference_guidance_weight": None,
@@ -260,6 +262,8 @@ def test_signatures():
         "temperature": 1.0,
         "noise": None,
         "generator": None,
+        "step_noise": None,
+        "return_log_prob": False,
         "dtype": None,
         "time_steps": None,
         "step_sizes": None,

@@ -74,14 +74,14 @@ def test_sample(cuda: cuda_runtime.CudaHalf, monkeypatch: pytest.MonkeyPatch) ->
     of = dispatch.BACKENDS["cuda"]
     served = of._replace(devices=("cuda", "cpu"), unavailable=lambda device_type: None, load=lambda: cuda.fused_step_)
     monkeypatch.setitem(dispatch.BACKENDS, "cuda", served)
-    loops, failed = [*cases.LOOPS, *cases.MORE_LOOPS], []
+    loops, failed = [*cases.LOOPS, *cases.STOCHASTIC_LOOPS, *cases.MORE_LOOPS], []
     for loop in loops:
         before = len(cuda.launches)
         failed += cases.looped(loop, "cuda")
         if len(cuda.launches) - before < 4:
             failed.append(f"not one launch an evaluation [{loop}]")
     assert not failed, "\n".join(failed)
-    assert len(loops) == 30
+    assert len(loops) == 32
 
 
 def test_rows(cuda: cuda_runtime.CudaHalf) -> None:

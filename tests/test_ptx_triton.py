@@ -64,7 +64,7 @@ def test_sample(driver: ExecutingDriver, monkeypatch: pytest.MonkeyPatch) -> Non
     of = dispatch.BACKENDS["triton"]
     monkeypatch.setitem(dispatch.BACKENDS, "triton", of._replace(unavailable=lambda device_type: None))
     failed = []
-    for loop in cases.LOOPS:
+    for loop in (*cases.LOOPS, *cases.STOCHASTIC_LOOPS):
         before = len(driver.launches)
         failed += cases.looped(loop, "triton")
         if len(driver.launches) - before < 4:

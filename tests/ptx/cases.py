@@ -164,6 +164,8 @@ LOOPS = [
     Loop(state=BF16, velocity=BF16),
     Loop(velocity=BF16, off=True),
 ]
+#: Their noise is a history operand that no row writes.
+STOCHASTIC_LOOPS = [Loop("sde"), Loop("renoise", off=True)]
 MORE_LOOPS = [
     *[Loop(s, velocity=BF16, guided=True, trajectory=True, x_dims=(7, 3)) for s in sorted(solvers.SOLVERS)],
     Loop("heun", F64, F16, guided=True, trajectory=True),
@@ -231,11 +233,14 @@ def looped(loop: Loop, backend: str) -> list[str]:
     conditioned, unconditioned = models(loop)
     noise = torch.randn(5, *loop.x_dims, generator=torch.Generator().manual_seed(1)).to(loop.state)
 
+    added = torch.randn(5, 4, *loop.x_dims, generator=torch.Generator().manual_seed(2))
+
     def sampled(by: str) -> Any:
         return FlowMatching(loop.x_dims, loop.solver, 4, backend=by).sample(
             5,
             conditioned,
             noise=noise,
+            step_noise=added if loop.solver in solvers.STOCHASTIC else None,
             dtype=loop.state,
             return_all_steps=loop.trajectory,
             unguided_step_fn=unconditioned if loop.guided else None,

@@ -2,6 +2,7 @@
 
 from .base import BaseDiffusion, StepFn
 from .constraints import inpaint
+from .diffusion import DDIM, DDPM
 from .flow_matching import FlowMatching, Sample
 from .noise import KeyedNoise
 from .ops.dispatch import available_backends, use_backend
@@ -11,6 +12,8 @@ from .solvers import FittedSolver
 from .step_functions import StepFunction
 
 __all__ = [
+    "DDIM",
+    "DDPM",
     "BaseDiffusion",
     "FittedSolver",
     "FlowMatching",

@@ -80,28 +80,35 @@ def integrate(
 def solve(
     table: Table,
     step_fn: StepFn,
-    noise: Tensor,
+    start: Tensor,
     rounding: int,
     differentiable: bool,
     return_all_steps: bool = False,
     strength: Tensor | None = None,
+    hooks: Hooks | None = None,
+    noise: Callable[[int, Tensor | None], Tensor] | None = None,
+    backend: str = "auto",
 ) -> Integrated:
-    """Integrates from a given noise, for who has a table of its own; unchecked, without guidance and hooks.
+    """Integrates from a given start, for who has a table of its own; unchecked, without guidance.
 
     Args:
         table: As for `integrate`.
         step_fn: As for `FlowMatching.sample`.
-        noise: [B, *x_dims], a dense tensor whose dtype a state can have, on the table's device. Not written.
+        start: [B, *x_dims], a dense tensor whose dtype a state can have, on the table's device. Not written.
         rounding: The fused step's argument.
         differentiable: Keep the derivative, in the caller's grad mode.
         return_all_steps: Keep the states for `rows.trajectory(state, steps)`.
         strength: The fused step's operand.
+        hooks, noise: As for `integrate`.
+        backend: As for `dispatch.choose`.
     """
     eager = tracing.is_eager()
-    if noise.requires_grad and not differentiable:
-        noise = noise.detach()
-    velocities = Velocities(tuple(noise.shape), noise.dtype, noise.device, differentiable=differentiable)
-    backend = dispatch.choose("auto", noise.device.type)
-    setting = Setting(table, velocities, backend, eager, return_all_steps, rounding, WEIGHTED, False, strength=strength)
-    rows = rows_for(setting, noise)
-    return integrate(table, rows, rows.start(noise, False), model(step_fn, velocities, eager))
+    if start.requires_grad and not differentiable:
+        start = start.detach()
+    velocities = Velocities(tuple(start.shape), start.dtype, start.device, differentiable=differentiable)
+    chosen = dispatch.choose(backend, start.device.type)
+    constrained = hooks is not None and hooks.constraint is not None
+    rest = (return_all_steps, rounding, WEIGHTED, constrained, backend, strength)
+    rows = rows_for(Setting(table, velocities, chosen, eager, *rest), start)
+    state = rows.start(start, False)
+    return integrate(table, rows, state, model(step_fn, velocities, eager), hooks, noise=noise)

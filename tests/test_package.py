@@ -212,7 +212,7 @@ print("ok")
 
 def test_public_names():
     wanted = ["BaseDiffusion", "FittedSolver", "FlowMatching", "Sample", "SolverComparison", "StepFn"]
-    wanted += ["KeyedNoise", "StepFunction"]
+    wanted += ["DDIM", "DDPM", "KeyedNoise", "StepFunction"]
     wanted += ["available_backends", "empty_cache", "inpaint", "use_backend"]
     assert sorted(flowmatch_kernels.__all__) == sorted(wanted)
     for name in wanted:

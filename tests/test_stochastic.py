@@ -158,6 +158,9 @@ def test_ways_to_sample_agree():
     found = fm.sample(BATCH, step, noise=last, step_noise=key)
     assert found.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(found, wanted, **EXACT)
+    given = {"step_noise": key, "return_log_prob": True}
+    for one, other in zip(*(fm.sample(BATCH, step, noise=start, **given) for start in (z, last)), strict=True):
+        torch.testing.assert_close(other, one, **EXACT)
     torch.testing.assert_close(fm.sample(BATCH, step, noise=z, step_noise=key, differentiable=True), wanted, **EXACT)
     compiled = torch.compile(lambda: fm.sample(BATCH, step, noise=key), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(), wanted, **EXACT)

@@ -1,0 +1,360 @@
+"""DDIM and DDPM: the samplers that flow matching is compared with, as tables of the same fused step.
+
+With abar the running product of alpha = 1 - beta, x = sqrt(abar)*data + sqrt(1 - abar)*noise. What a network predicts
+gives both ends of that line as linear functions of x and the prediction, and a step is linear in them: one row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import noise as noises
+from . import tracing
+from .arguments import LARGEST, available_device, count, finite, flag
+from .base import BaseDiffusion, StepFn
+from .flow_matching import Sample
+from .hooks import Hooks
+from .noise import KeyedNoise
+from .ops import dispatch
+from .ops.fused_step import COLUMNS, PROMOTE, arithmetic_dtype
+from .sampling import solve
+from .solvers import Evaluation, Table
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "cosine")
+SPACINGS = ("leading", "trailing", "linspace")
+PREDICTIONS = ("noise", "data", "v")
+VARIANCES = ("fixed_small", "fixed_large")
+
+Pair = tuple[Tensor, Tensor]  # the coefficients of x and of the prediction, [N]
+
+
+class _Diffusion(BaseDiffusion):
+    """What `DDIM` and `DDPM` share: the noise schedule, and sample()."""
+
+    def __init__(
+        self,
+        x_dims: int | Sequence[int],
+        num_inference_steps: int,
+        num_train_timesteps: int,
+        beta_start: float,
+        beta_end: float,
+        beta_schedule: str,
+        timestep_spacing: str,
+        steps_offset: int,
+        prediction_type: str,
+        backend: str,
+    ) -> None:
+        super().__init__(x_dims)
+        _known(beta_schedule, "beta_schedule", BETA_SCHEDULES)
+        _known(timestep_spacing, "timestep_spacing", SPACINGS)
+        _known(prediction_type, "prediction_type", PREDICTIONS)
+        self.num_train_timesteps = count(num_train_timesteps, "num_train_timesteps")
+        if self.num_train_timesteps < 2:
+            raise ValueError(f"num_train_timesteps must be at least 2, got {num_train_timesteps}")
+        start, end = finite(beta_start, "beta_start"), finite(beta_end, "beta_end")
+        if not 0 < start <= end < 1:
+            raise ValueError(f"wanted 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
+        self.timestep_spacing = timestep_spacing
+        self.steps_offset = count(steps_offset, "steps_offset")
+        self.prediction_type = prediction_type
+        self.backend = dispatch.check_name(backend)
+        self.alphas_cumprod = torch.cumprod(1 - _betas(beta_schedule, self.num_train_timesteps, start, end), 0)
+        """abar at each training timestep, [num_train_timesteps], float64."""
+        self.num_inference_steps = self._checked_steps(num_inference_steps, "num_inference_steps")
+
+    def sample(
+        self,
+        batch_size: int,
+        step_fn: StepFn,
+        device: torch.device | str = "cpu",
+        return_all_steps: bool = False,
+        inference_step: int | None = None,
+        *,
+        noise: Tensor | KeyedNoise | Sequence[KeyedNoise] | Sequence[torch.Generator] | None = None,
+        generator: torch.Generator | None = None,
+        step_noise: Tensor | KeyedNoise | Sequence[KeyedNoise] | Sequence[torch.Generator] | None = None,
+        dtype: torch.dtype | None = None,
+        constraint: Callable[[Tensor, Tensor], Tensor] | None = None,
+        callback: Callable[[int, Tensor, Tensor], bool | None] | None = None,
+        differentiable: bool = False,
+    ) -> Any:
+        """Samples from noise to data: one evaluation and one launch a step.
+
+        Args:
+            batch_size: B.
+            step_fn: The network, called as step_fn(x=x, t=t) with x [B, *x_dims] and the training timestep t
+                [B, 1, ..., 1], a whole number in torch's default dtype (t.flatten().long() for an embedding); returns
+                what prediction_type says, [B, *x_dims]. Guidance: combine the predictions in it.
+            device: Where to sample.
+            return_all_steps: Return the trajectory too.
+            inference_step: Steps; None or 0: num_inference_steps.
+            noise, generator, step_noise, dtype, constraint, callback: As for `FlowMatching.sample`. To clip each state:
+                constraint=lambda x, t: x.clamp(-1, 1). (diffusers' clip_sample clips the predicted data instead.)
+            differentiable: Keep the derivative of the loop.
+
+        Returns:
+            The samples [B, *x_dims]; with return_all_steps, all states [B, T, *x_dims] and the timesteps [T], of which
+            the last is -1, the data. With a callback a `Sample`.
+
+        Raises:
+            TypeError: an argument is of the wrong type or dtype.
+            ValueError: a value or a shape is wrong.
+            RuntimeError: the device or the backend is not available.
+        """
+        batch_size = count(batch_size, "batch_size", most=None)
+        if tracing.is_eager() and batch_size > LARGEST:
+            count(batch_size, "batch_size")
+        device = available_device(device)
+        if not callable(step_fn):
+            raise TypeError(f"step_fn must be callable, got {step_fn!r:.60}")
+        for name, hook in (("constraint", constraint), ("callback", callback)):
+            if hook is not None and not callable(hook):
+                raise TypeError(f"{name} must be callable, got {hook!r:.60}")
+        flag(return_all_steps, "return_all_steps")
+        flag(differentiable, "differentiable")
+        source, start = noises.source(noise, batch_size, generator)
+        shape = (batch_size, *self.x_dims)
+        dtype = noises.state_dtype(dtype, start, shape, device)
+        steps = self.num_inference_steps
+        if inference_step:
+            steps = self._checked_steps(inference_step, "inference_step")
+        table = self.table(steps, dtype, device)
+        backend = dispatch.choose(self.backend, device.type).name
+        added = None
+        if table.noise is not None:
+            drawing = noises.step_noise(step_noise, source, shape, steps, device)
+            added = noises.StepNoise(*drawing, shape, arithmetic_dtype(dtype), device, backend, None)
+        elif step_noise is not None:
+            raise ValueError("step_noise is for steps that add noise: DDPM, or DDIM with eta > 0")
+        if start is None:
+            start = noises.drawn(source, shape, dtype, device, backend, None)
+        hooks = None if constraint is None and callback is None else Hooks(constraint, callback)
+        rows, state, taken = solve(
+            *(table, step_fn, start.to(dtype), PROMOTE, differentiable, return_all_steps),
+            hooks=hooks,
+            noise=added,
+            backend=self.backend,
+        )
+        x = rows.trajectory(state, taken) if return_all_steps else rows.result(state)
+        if callback is not None:
+            return Sample(x, rows.time_steps(taken), stopped=taken < steps)
+        return (x, rows.time_steps(taken)) if return_all_steps else x
+
+    def timesteps(self, steps: int) -> list[int]:
+        """The training timesteps that so many steps evaluate at, the noisiest first."""
+        all_ = self.num_train_timesteps
+        if self.timestep_spacing == "leading":
+            found = [k * (all_ // steps) + self.steps_offset for k in reversed(range(steps))]
+        elif self.timestep_spacing == "trailing":
+            found = [round(all_ - k * all_ / steps) - 1 for k in range(steps)]
+        else:
+            found = [round(k * (all_ - 1) / max(steps - 1, 1)) for k in reversed(range(steps))]
+            found = found if steps > 1 else [0]
+        if found[0] >= all_:
+            raise ValueError(f"steps_offset {self.steps_offset} leads to the timestep {found[0]}, of {all_}")
+        return found
+
+    def table(self, steps: int, dtype: torch.dtype, device: torch.device) -> Table:
+        """The table of so many steps, for a state of this dtype."""
+        at = self.timesteps(steps)
+        now = self.alphas_cumprod[at]
+        before = self._before(at)
+        after = torch.stack([self.alphas_cumprod[t] if t >= 0 else self._last() for t in before])
+        root, rest = now.sqrt(), (1 - now).sqrt()
+        zero, one = torch.zeros_like(now), torch.ones_like(now)
+        data, noise = {
+            "noise": ((1 / root, -rest / root), (zero, one)),
+            "data": ((zero, one), (1 / rest, -root / rest)),
+            "v": ((root, -rest), (rest, root)),
+        }[self.prediction_type]
+        (a, b0), std = self._step(at, now, after, data, noise)
+        rows = torch.zeros(steps, len(COLUMNS), dtype=torch.float64, device="cpu")
+        rows[:, 0], rows[:, 1], rows[:, 2] = a, b0, std
+        adds = [s > 0 for s in std.tolist()]
+        return Table(
+            evaluations=tuple(Evaluation(k, True, (0,) if adds[k] else ()) for k in range(steps)),
+            times=torch.tensor([*at, -1], dtype=torch.get_default_dtype(), device=device),
+            coefficients=rows.to(arithmetic_dtype(dtype)).to(device),
+            steps=steps,
+            buffers=int(any(adds)),
+            noise=0 if any(adds) else None,
+        ).readable()
+
+    def _before(self, at: Sequence[int]) -> list[int]:
+        """The timestep that each step ends at; below 0: the data."""
+        raise NotImplementedError
+
+    def _last(self) -> Tensor:
+        """abar where a step ends at the data."""
+        return torch.ones((), dtype=torch.float64, device="cpu")
+
+    def _step(self, at: Sequence[int], now: Tensor, after: Tensor, data: Pair, noise: Pair) -> tuple[Pair, Tensor]:
+        """The coefficients of x and of the prediction, and the standard deviation of the noise, each [N].
+
+        Args:
+            at: The timestep at which each step begins.
+            now: abar where each step begins, [N].
+            after: abar where it ends, [N].
+            data: The data in x and the prediction.
+            noise: The noise in x and the prediction.
+        """
+        raise NotImplementedError
+
+    def _checked_steps(self, steps: int, name: str) -> int:
+        steps = count(steps, name)
+        if not 1 <= steps <= self.num_train_timesteps:
+            raise ValueError(f"{name} must be in [1, {self.num_train_timesteps}], got {steps}")
+        self.timesteps(steps)
+        return steps
+
+
+class DDIM(_Diffusion):
+    """Denoising diffusion implicit models, for networks that were trained on a noise schedule of discrete timesteps.
+
+        x' = sqrt(abar')*data + sqrt(1 - abar' - std^2)*noise + std*z
+        std = eta*sqrt((1 - abar')/(1 - abar))*sqrt(1 - abar/abar')
+
+    Args:
+        x_dims: The shape of one sample: an int or a sequence of ints.
+        num_inference_steps: Steps.
+        num_train_timesteps: How many timesteps the network was trained on.
+        beta_start, beta_end: Of the schedules "linear" and "scaled_linear".
+        beta_schedule: "linear"; "scaled_linear", linear in the square root (Stable Diffusion); or "cosine", of arXiv
+            2102.09672.
+        timestep_spacing: "leading", "trailing" or "linspace": arXiv 2305.08891, table 2.
+        steps_offset: Added to the timesteps with "leading" (Stable Diffusion: 1).
+        prediction_type: What step_fn predicts: the "noise", the "data", or "v" (arXiv 2202.00512).
+        eta: 0: no noise is added; 1: as much as DDPM.
+        set_alpha_to_one: The last step ends at abar = 1; False: at that of timestep 0 (Stable Diffusion).
+        backend: "auto", "triton", "cuda", "cpu" or "reference".
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument has a value that cannot be used.
+
+    Example:
+        >>> from flowmatch_kernels import DDIM
+        >>> ddim = DDIM((64, 2), num_inference_steps=20)
+        >>> ddim.sample(6, lambda x, t: 0.1 * x).shape
+        torch.Size([6, 64, 2])
+
+    A step ends num_train_timesteps // num_inference_steps before it begins, as in diffusers: where that is no whole
+    share, not quite at the next timestep.
+
+    Source: arXiv 2010.02502, eq. 12 and 16.
+    """
+
+    def __init__(
+        self,
+        x_dims: int | Sequence[int],
+        num_inference_steps: int = 50,
+        *,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        prediction_type: str = "noise",
+        eta: float = 0.0,
+        set_alpha_to_one: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            *(x_dims, num_inference_steps, num_train_timesteps, beta_start, beta_end, beta_schedule),
+            *(timestep_spacing, steps_offset, prediction_type, backend),
+        )
+        self.eta = finite(eta, "eta")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be between 0 and 1, got {eta}")
+        self.set_alpha_to_one = flag(set_alpha_to_one, "set_alpha_to_one")
+
+    def _before(self, at: Sequence[int]) -> list[int]:
+        return [t - self.num_train_timesteps // len(at) for t in at]
+
+    def _last(self) -> Tensor:
+        return super()._last() if self.set_alpha_to_one else self.alphas_cumprod[0]
+
+    def _step(self, at: Sequence[int], now: Tensor, after: Tensor, data: Pair, noise: Pair) -> tuple[Pair, Tensor]:
+        variance = self.eta**2 * (1 - after) / (1 - now) * (1 - now / after)
+        to_data, to_noise = after.sqrt(), (1 - after - variance).clamp(min=0).sqrt()
+        a, b0 = (to_data * x0 + to_noise * e for x0, e in zip(data, noise, strict=True))
+        return (a, b0), variance.sqrt()
+
+
+class DDPM(_Diffusion):
+    """Denoising diffusion probabilistic models: each step draws from the posterior.
+
+        x' = sqrt(abar')*beta/(1 - abar)*data + sqrt(alpha)*(1 - abar')/(1 - abar)*x + std*z,  alpha = abar/abar'
+
+    Args:
+        x_dims, num_inference_steps, num_train_timesteps, beta_start, beta_end, beta_schedule, timestep_spacing,
+            steps_offset, prediction_type, backend: As for `DDIM`.
+        variance_type: std^2 is "fixed_small", (1 - abar')/(1 - abar)*beta, or "fixed_large", beta = 1 - alpha.
+            No noise is added at timestep 0.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument has a value that cannot be used.
+
+    Example:
+        >>> from flowmatch_kernels import DDPM
+        >>> ddpm = DDPM((64, 2), num_inference_steps=100)
+        >>> ddpm.sample(6, lambda x, t: 0.1 * x).shape
+        torch.Size([6, 64, 2])
+
+    Source: arXiv 2006.11239, eq. 6, 7 and 11.
+    """
+
+    def __init__(
+        self,
+        x_dims: int | Sequence[int],
+        num_inference_steps: int = 1000,
+        *,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        prediction_type: str = "noise",
+        variance_type: str = "fixed_small",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            *(x_dims, num_inference_steps, num_train_timesteps, beta_start, beta_end, beta_schedule),
+            *(timestep_spacing, steps_offset, prediction_type, backend),
+        )
+        _known(variance_type, "variance_type", VARIANCES)
+        self.variance_type = variance_type
+
+    def _before(self, at: Sequence[int]) -> list[int]:
+        return [*at[1:], -1]
+
+    def _step(self, at: Sequence[int], now: Tensor, after: Tensor, data: Pair, noise: Pair) -> tuple[Pair, Tensor]:
+        alpha = now / after
+        beta = 1 - alpha
+        to_data, to_x = after.sqrt() * beta / (1 - now), alpha.sqrt() * (1 - after) / (1 - now)
+        variance = beta if self.variance_type == "fixed_large" else (1 - after) / (1 - now) * beta
+        variance = variance * torch.tensor([float(t > 0) for t in at], dtype=torch.float64, device="cpu")
+        return (to_data * data[0] + to_x, to_data * data[1]), variance.sqrt()
+
+
+def _known(value: Any, name: str, known: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name} must be {', '.join(map(repr, known))}, got {value!r:.60}")
+
+
+def _betas(schedule: str, n: int, start: float, end: float) -> Tensor:
+    """beta at each training timestep, [n], float64."""
+    if schedule == "linear":
+        return torch.linspace(start, end, n, dtype=torch.float64, device="cpu")
+    if schedule == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, n, dtype=torch.float64, device="cpu") ** 2
+    bars = [math.cos((k / n + 0.008) / 1.008 * math.pi / 2) ** 2 for k in range(n + 1)]
+    return torch.tensor([min(1 - bars[k + 1] / bars[k], 0.999) for k in range(n)], dtype=torch.float64, device="cpu")

@@ -1,0 +1,149 @@
+"""DDIM and DDPM, against diffusers' schedulers with the same settings, and against each other."""
+
+import itertools
+
+import pytest
+import torch
+
+from flowmatch_kernels import DDIM, DDPM, KeyedNoise
+
+EXACT = {"rtol": 0, "atol": 0}
+DIMS, BATCH = (5, 3), 4
+PREDICTED = {"noise": "epsilon", "data": "sample", "v": "v_prediction"}
+
+
+def step_fn(x, t):
+    return 0.7 * torch.tanh(x) + 1e-4 * t
+
+
+def draws(steps):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(BATCH, *DIMS, generator=generator), torch.randn(BATCH, steps, *DIMS, generator=generator)
+
+
+def theirs(scheduler, steps, noise, z, **step):
+    scheduler.set_timesteps(steps)
+    x, states = noise, [noise]
+    for k, t in enumerate(scheduler.timesteps):
+        prediction = step_fn(x, torch.full((BATCH, 1, 1), float(t)))
+        x = scheduler.step(
+            prediction, t, x, **{name: z[:, k] if value is None else value for name, value in step.items()}
+        )
+        x = x.prev_sample
+        states.append(x)
+    return torch.stack(states, 1)
+
+
+def settings(schedule, spacing, predicted, offset):
+    ours = {
+        "beta_schedule": schedule,
+        "timestep_spacing": spacing,
+        "prediction_type": predicted,
+        "steps_offset": offset,
+    }
+    other = dict(ours)
+    other["prediction_type"] = PREDICTED[predicted]
+    if schedule == "cosine":
+        other["beta_schedule"] = "squaredcos_cap_v2"
+    return ours, other | {"clip_sample": False}
+
+
+GRID = [
+    *itertools.product(("linear", "scaled_linear", "cosine"), ("trailing",), ("noise", "v"), (0,), (10,)),
+    *itertools.product(("linear",), ("leading", "trailing", "linspace"), PREDICTED, (0,), (7, 50)),
+    ("scaled_linear", "leading", "noise", 1, 20),
+]
+
+
+def close(found, wanted):
+    """A whole run within 5e-5 of the largest state: theirs computes its factors in float32."""
+    assert (found - wanted).abs().max() <= 5e-5 * wanted.abs().max()
+
+
+def test_ddim_is_diffusers():
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    for (*setting, steps), eta, one in itertools.product(GRID, (0.0, 0.6), (True, False)):
+        ours, other = settings(*setting)
+        noise, z = draws(steps)
+        scheduler = diffusers.DDIMScheduler(set_alpha_to_one=one, **other)
+        wanted = theirs(scheduler, steps, noise, z, eta=eta, **({"variance_noise": None} if eta else {}))
+        ddim = DDIM(DIMS, steps, eta=eta, set_alpha_to_one=one, **ours)
+        given = {"step_noise": z} if eta else {}
+        found, times = ddim.sample(BATCH, step_fn, noise=noise, return_all_steps=True, **given)
+        assert times.tolist() == [*scheduler.timesteps.tolist(), -1], setting
+        close(found, wanted)
+
+
+def test_ddpm_is_diffusers(monkeypatch):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    module = pytest.importorskip("diffusers.schedulers.scheduling_ddpm")
+    for (*setting, steps), variance in itertools.product(GRID, ("fixed_small", "fixed_large")):
+        ours, other = settings(*setting)
+        noise, z = draws(steps)
+        drawn = iter(z.unbind(1))
+        monkeypatch.setattr(module, "randn_tensor", lambda *args, drawn=drawn, **kwargs: next(drawn))
+        wanted = theirs(diffusers.DDPMScheduler(variance_type=variance, **other), steps, noise, z)
+        found = DDPM(DIMS, steps, variance_type=variance, **ours).sample(BATCH, step_fn, noise=noise, step_noise=z)
+        close(found, wanted[:, -1])
+
+
+def test_ways_to_sample():
+    """Backends, keys, 16 bits, one sample alone, gradients, hooks."""
+    for made in (DDIM(DIMS, 6), DDIM(DIMS, 6, eta=1.0), DDPM(DIMS, 6)):
+        states, times = made.sample(BATCH, step_fn, noise=KeyedNoise(5), return_all_steps=True)
+        assert states.shape == (BATCH, 7, *DIMS) and times.shape == (7,)
+        made.backend = "reference"
+        other = made.sample(BATCH, step_fn, noise=KeyedNoise(5))
+        torch.testing.assert_close(other, states[:, -1], **EXACT)
+        made.backend = "auto"
+        alone = made.sample(1, step_fn, noise=KeyedNoise(5, first=2))
+        torch.testing.assert_close(alone, states[2:3, -1], **EXACT)
+        w = torch.ones((), requires_grad=True)
+        derived = made.sample(BATCH, lambda x, t, w=w: w * step_fn(x, t), noise=KeyedNoise(5), differentiable=True)
+        torch.testing.assert_close(derived.detach(), states[:, -1], **EXACT)
+        assert torch.autograd.grad(derived.sum(), w)[0].abs() > 1e-3
+        half = made.sample(BATCH, lambda x, t: step_fn(x, t).bfloat16(), noise=KeyedNoise(5), dtype=torch.bfloat16)
+        assert half.dtype is torch.bfloat16
+        error = (half - states[:, -1]).abs().max() / states[:, -1].abs().max()
+        assert error < 6 * 2**-8, error  # six steps, each of which rounds to 8 bits
+        seen = []
+        clipped = made.sample(
+            *(BATCH, step_fn),
+            noise=KeyedNoise(5),
+            constraint=lambda x, t: x.clamp(-0.5, 0.5),
+            callback=lambda step, t, x, seen=seen: seen.append(x) or step == 2,
+        )
+        assert clipped.stopped and len(seen) == 3 and clipped.x.abs().max() <= 0.5
+        assert clipped.time_steps.tolist() == times[:4].tolist()
+    torch.manual_seed(4)
+    drawn = DDPM(DIMS, 6).sample(BATCH, step_fn)
+    torch.manual_seed(4)
+    noise = torch.randn(BATCH, *DIMS)
+    z = torch.stack([*(torch.randn(BATCH, *DIMS) for _ in range(5)), torch.zeros(BATCH, *DIMS)], 1)
+    torch.testing.assert_close(drawn, DDPM(DIMS, 6).sample(BATCH, step_fn, noise=noise, step_noise=z), **EXACT)
+
+
+ERRORS = [
+    (lambda: DDIM(3, beta_schedule="x"), ValueError, "beta_schedule must be 'linear'"),
+    (lambda: DDIM(3, timestep_spacing="x"), ValueError, "timestep_spacing"),
+    (lambda: DDIM(3, prediction_type="velocity"), ValueError, "prediction_type"),
+    (lambda: DDPM(3, variance_type="learned"), ValueError, "variance_type"),
+    (lambda: DDIM(3, eta=1.5), ValueError, "eta must be between 0 and 1"),
+    (lambda: DDIM(3, beta_start=0.5, beta_end=0.1), ValueError, "beta_start <= beta_end"),
+    (lambda: DDIM(3, 1001), ValueError, "num_inference_steps must be in"),
+    (lambda: DDIM(3, 0), ValueError, "num_inference_steps must be in"),
+    (lambda: DDIM(3, num_train_timesteps=1), ValueError, "at least 2"),
+    (lambda: DDIM(3, 1000, steps_offset=1), ValueError, "steps_offset 1 leads to the timestep 1000"),
+    (lambda: DDIM(3).sample(2, None), TypeError, "step_fn must be callable"),
+    (lambda: DDIM(3).sample(2, step_fn, inference_step=2000), ValueError, "inference_step must be in"),
+    (lambda: DDIM(3).sample(2, step_fn, step_noise=KeyedNoise(1)), ValueError, "eta > 0"),
+    (lambda: DDIM(3).sample(2, step_fn, noise=torch.zeros(3, 3)), ValueError, "noise must be"),
+    (lambda: DDIM(3).sample(2, lambda x, t: x.double()), TypeError, "would widen"),
+    (lambda: DDPM(3).sample(2, step_fn, constraint=1), TypeError, "constraint must be callable"),
+]
+
+
+def test_errors():
+    for call, error, message in ERRORS:
+        with pytest.raises(error, match=message):
+            call()

@@ -179,7 +179,7 @@ def test_a_table_is_finished_before_another_stream_can_find_it(monkeypatch):
             events.append(f"{self.name} used on {stream.name}")
 
     class Made:
-        coefficients, times = OnDevice("coefficients"), OnDevice("times")
+        coefficients, times, densities = OnDevice("coefficients"), OnDevice("times"), OnDevice("densities")
 
         def readable(self):
             return self
@@ -200,11 +200,12 @@ def test_a_table_is_finished_before_another_stream_can_find_it(monkeypatch):
         "first synchronised, 0 in the cache",
         "coefficients used on first",
         "times used on first",
+        "densities used on first",
     ]
     events.clear()
     del streams[0]
     assert solvers.cache.get(request) is table
-    assert events == ["coefficients used on second", "times used on second"]
+    assert events == ["coefficients used on second", "times used on second", "densities used on second"]
 
 
 def test_inpaint(monkeypatch):

@@ -17,6 +17,7 @@
 #include "host_pool.h"
 #include "launch.h"
 #include "overlap.h"
+#include "python_log_prob.h"
 #include "python_noise.h"
 #include "python_operands.h"
 #include "python_tensor.h"
@@ -226,6 +227,7 @@ PYBIND11_MODULE(_C, m) {
       "Host memory, in bytes: the most that is kept for reuse, what is kept now, and what is in use.");
   add_fused_step(m);
   add_keyed_noise(m);
+  add_step_log_prob(m);
   add_rows(m);
   add_tensor_rows(m);
 #ifdef FLOWMATCH_KERNELS_CUDA

@@ -3,6 +3,9 @@
 
 namespace flowmatch_kernels {
 
+// The last of them.
+constexpr int kWidest = 2;
+
 // 0: the baseline, SSE2 on x86-64. 1: AVX2. 2: AVX-512. Elsewhere there is the baseline alone.
 // Not `inline` alone: its answer would be one for all libraries of a process, and a test loads copies of one.
 static inline int instruction_set_level() {

@@ -6,8 +6,6 @@
 
 #include <algorithm>
 
-#include "instruction_set.h"
-
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

@@ -1,15 +1,13 @@
 // The `cpu` backend of keyed noise; see keyed_noise.h for the arithmetic.
 #pragma once
 
+#include "instruction_set.h"
 #include "keyed_noise.h"
 
 namespace flowmatch_kernels {
 
 // Counters of one sample: four elements each, the last one fewer.
 constexpr std::int64_t blocks_of(std::int64_t elements) { return (elements + 3) / 4; }
-
-// The instruction sets that it is compiled for are numbered: SSE2, AVX2, AVX-512; elsewhere there is one.
-constexpr int kWidest = 2;
 
 // Counters [begin, end) of samples * blocks_of(elements), on the calling thread, by the widest instruction set of this
 // machine that is not beyond `level`.

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import tracing
 from . import keyed_noise as noise_contract
@@ -131,6 +132,7 @@ BACKENDS = {
             lambda: _triton().launch,
             lambda: _triton().compiled,
             lambda: importlib.import_module(f"{__package__}.triton_noise").keyed_noise_,
+            lambda: importlib.import_module(f"{__package__}.triton_log_prob").step_log_prob_,
         ),
         Backend(
             "cuda",
@@ -145,6 +147,7 @@ BACKENDS = {
             lambda device_type: native.cpu_unavailable(),
             lambda: native.fused_step_,
             load_noise=lambda: native.keyed_noise_,
+            load_log_prob=lambda: native.step_log_prob_,
         ),
         Backend("reference", (), lambda device_type: reference.unavailable(), lambda: reference.fused_step_),
     )
@@ -453,6 +456,11 @@ def _routed_step_log_prob(
     base: Tensor, v: Tensor, next: Tensor, coefficients: Tensor, densities: Tensor, row: int, backend: str = "auto"
 ) -> Tensor:
     log_prob_contract.check(base, v, next, coefficients, densities, row)
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "torch.ops.flowmatch_kernels.step_log_prob has no forward-mode derivative: call "
+            "flowmatch_kernels.ops.dispatch.step_log_prob, which then runs in plain PyTorch"
+        )
     log_prob_contract.check_density(densities, row)
     out = torch.empty(base.shape[:1], dtype=coefficients.dtype, device=base.device)
     choose(backend, base.device.type).load_log_prob()(out, base, v, next, coefficients, densities, row)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .fused_step import Operands
+from .fused_step import Operands, dense
 
 #: csrc/fused_step.h, Dtype
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -155,6 +155,23 @@ def keyed_noise_(out: Tensor, keys: Tensor, evaluation: int) -> None:
     samples = out.shape[0]
     if out.numel():
         _C.keyed_noise(out.data_ptr(), DTYPES[out.dtype], keys.data_ptr(), samples, out.numel() // samples, evaluation)
+
+
+def step_log_prob_(
+    out: Tensor, base: Tensor, v: Tensor, next: Tensor, coefficients: Tensor, densities: Tensor, row: int
+) -> None:
+    """`ops.step_log_prob` in C++ for the CPU. base, v and next may be non-contiguous: each costs one copy."""
+    if _C is None:
+        raise RuntimeError(_import_error)
+    samples = out.shape[0]
+    if samples:
+        read = [dense(x) for x in (base, v, next)]
+        _C.step_log_prob(
+            out.data_ptr(),
+            *[x.data_ptr() for x in read],
+            *[table.data_ptr() + row * table.shape[1] * table.element_size() for table in (coefficients, densities)],
+            *(DTYPES[base.dtype], DTYPES[v.dtype], samples, base.numel() // samples),
+        )
 
 
 #: The states of one sample() on the CPU, in counted memory: csrc/row.cpp. None where this torch cannot make a tensor

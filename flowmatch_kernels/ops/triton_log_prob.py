@@ -1,0 +1,73 @@
+"""The log-probability of a stochastic step in Triton, for CUDA and ROCm, and for the CPU under TRITON_INTERPRET=1.
+
+`ops.step_log_prob` is the contract, `ops.reference_log_prob` the definition; names agree. Two compilations a pair of
+dtypes serve every size: operands whose accesses can be of 16 bytes, and others.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .fused_step import dense
+from .step_log_prob import LANES
+from .triton import _LAUNCH_OPTIONS, _elements, _widened
+
+_RUNTIME_ARGUMENTS = ("out", "base", "v", "next", "coefficients", "densities", "row", "elements")
+
+
+@triton.jit(do_not_specialize=_RUNTIME_ARGUMENTS)
+def step_log_prob_kernel(
+    out,
+    base,
+    v,
+    next,
+    coefficients,
+    densities,
+    row: tl.int64,
+    elements: tl.int64,
+    VECTOR: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """One sample of `ops.step_log_prob`.
+
+    Bytes moved per element: |S| for each of base and next, |V| for v, read.
+
+    Args:
+        out: A[samples].
+        base, next: S[samples, elements].
+        v: V[samples, elements].
+        coefficients: A[rows, 8].
+        densities: A[rows, 2].
+        row: Which row of both.
+        elements: Of one sample, at least 1.
+        VECTOR: Elements of one access, or 1. With more than 1, elements is a multiple of VECTOR, and each pointer of
+            VECTOR elements.
+        LANES: Partial sums, a power of two.
+    """
+    A: tl.constexpr = coefficients.dtype.element_ty
+    row, elements = row.to(tl.int64), elements.to(tl.int64)  # the interpreter passes a small integer as int32
+    sample = tl.program_id(0).to(tl.int64)
+    start = sample * elements
+    a = tl.load(coefficients + row * 8)
+    b0 = tl.load(coefficients + row * 8 + 1)
+    lane = tl.arange(0, LANES)
+    lanes = tl.zeros([LANES], A)
+    for i in range(0, elements, LANES):
+        mask = i + lane < elements
+        if VECTOR > 1:
+            mask = tl.max_constancy(mask, VECTOR)
+        offset = start + i + lane
+        x = _widened(tl.load(_elements(base, offset, VECTOR), mask, other=0.0), A)
+        h0 = _widened(tl.load(_elements(v, offset, VECTOR), mask, other=0.0), A)
+        y = _widened(tl.load(_elements(next, offset, VECTOR), mask, other=0.0), A)
+        d = y - (a * x + b0 * h0)
+        lanes += tl.where(mask, d * d, 0.0)  # an infinite a times 0 is NaN
+    # Halves: each sum has two terms, so that it has no order of its own.
+    half: tl.constexpr = LANES // 2
+    while half > 0:
+        lanes = tl.sum(tl.reshape(lanes, [2, half]), axis=0)
+        half: tl.constexpr = half // 2
+    tl.store(out + sample, lanes)

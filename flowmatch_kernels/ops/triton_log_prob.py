@@ -30,6 +30,7 @@ def step_log_prob_kernel(
     elements: tl.int64,
     VECTOR: tl.constexpr,
     LANES: tl.constexpr,
+    LEVELS: tl.constexpr,
 ):
     """One sample of `ops.step_log_prob`.
 
@@ -45,7 +46,7 @@ def step_log_prob_kernel(
         elements: Of one sample, at least 1.
         VECTOR: Elements of one access, or 1. With more than 1, elements is a multiple of VECTOR, and each pointer of
             VECTOR elements.
-        LANES: Partial sums, a power of two.
+        LANES: Partial sums, 2^LEVELS.
     """
     A: tl.constexpr = coefficients.dtype.element_ty
     row, elements = row.to(tl.int64), elements.to(tl.int64)  # the interpreter passes a small integer as int32
@@ -66,8 +67,29 @@ def step_log_prob_kernel(
         d = y - (a * x + b0 * h0)
         lanes += tl.where(mask, d * d, 0.0)  # an infinite a times 0 is NaN
     # Halves: each sum has two terms, so that it has no order of its own.
-    half: tl.constexpr = LANES // 2
-    while half > 0:
-        lanes = tl.sum(tl.reshape(lanes, [2, half]), axis=0)
-        half: tl.constexpr = half // 2
-    tl.store(out + sample, lanes)
+    for k in tl.static_range(1, LEVELS + 1):
+        lanes = tl.sum(tl.reshape(lanes, [2, LANES >> k]), axis=0)
+    scale = tl.load(densities + row * 2)
+    count = elements.to(A)
+    mean = tl.div_rn(lanes, count) if A == tl.float32 else lanes / count
+    tl.store(out + sample + tl.arange(0, 1), mean * scale + tl.load(densities + row * 2 + 1))
+
+
+def step_log_prob_(
+    out: Tensor, base: Tensor, v: Tensor, next: Tensor, coefficients: Tensor, densities: Tensor, row: int
+) -> None:
+    """`ops.step_log_prob` in Triton: one launch on out's current stream, a program for each sample.
+
+    base, v and next may be non-contiguous: each costs one copy.
+    """
+    samples = out.shape[0]
+    if samples == 0:
+        return
+    base, v, next = dense(base), dense(v), dense(next)
+    elements = base.numel() // samples
+    vector = 16 // base.element_size()
+    if (base.data_ptr() | v.data_ptr() | next.data_ptr()) % 16 or elements % vector:
+        vector = 1
+    arguments = out, base, v, next, coefficients, densities, row, elements
+    with torch.cuda.device(out.get_device()):  # -1, the CPU, changes nothing
+        step_log_prob_kernel[(samples,)](*arguments, vector, LANES, LANES.bit_length() - 1, **_LAUNCH_OPTIONS)

@@ -1,0 +1,30 @@
+"""Operands of step_log_prob for its tests, and the cases that every backend is tried with."""
+
+import math
+
+import torch
+from operands import values
+
+from flowmatch_kernels.ops.fused_step import VELOCITY_DTYPES, arithmetic_dtype
+from flowmatch_kernels.ops.step_log_prob import LANES
+
+PAIRS = [(state, velocity) for state, velocities in VELOCITY_DTYPES.items() for velocity in velocities]
+#: Around a lane, all lanes, and two and four strips of them.
+SIZES = (1, 2, 3, 31, LANES - 1, LANES, LANES + 1, 2 * LANES, 2 * LANES + 8, 4 * LANES - 3)
+
+
+def tables(dtype, rows=2, std=0.3):
+    """coefficients [rows, 8] and densities [rows, 2]; columns that are not to be read are NaN."""
+    coefficients = torch.full([rows, 8], math.nan, dtype=torch.float64)
+    coefficients[:, 0] = 0.9 - 0.3 * torch.arange(rows)
+    coefficients[:, 1] = 0.2 + 0.1 * torch.arange(rows)
+    stds = std * 2.0 ** torch.arange(rows, dtype=torch.float64)
+    densities = torch.stack([-1 / (2 * stds**2), -stds.log() - math.log(2 * math.pi) / 2], dim=1)
+    return coefficients.to(dtype), densities.to(dtype)
+
+
+def drawn(shape, state, velocity, special=False, seed=0):
+    """base, v, next, coefficients, densities."""
+    generator = torch.Generator().manual_seed(seed)
+    base, next = (values(shape, state, generator, special) for _ in range(2))
+    return base, values(shape, velocity, generator, special), next, *tables(arithmetic_dtype(state))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 
-from flowmatch_kernels.ops import reference_noise
+from flowmatch_kernels.ops import reference_log_prob, reference_noise
 from flowmatch_kernels.ops.dispatch import BACKENDS, choose
 from flowmatch_kernels.ops.fused_step import COLUMNS, Operands
 
@@ -91,7 +92,13 @@ def table(plan: Plan, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     found = [measured(ratio, rows) for ratio in ratios(plan) if plan.whole or ratio.work in plan.works]
     if plan.whole:
-        found += [*triad(plan), keyed_noise(plan), trajectory_memory(plan.large), cost_per_step(plan)]
+        found += [
+            *triad(plan),
+            keyed_noise(plan),
+            step_log_prob(plan),
+            trajectory_memory(plan.large),
+            cost_per_step(plan),
+        ]
         found += host_on_a_gpu(plan)
     return [target.json() for target in found]
 
@@ -164,6 +171,31 @@ def keyed_noise(plan: Plan) -> Target:
     )
     work = f"keyed noise, {samples * elements} floats"
     return Target(work, "torch.randn", 1 / 4, _ratio(timings, "keyed", "randn"), backend.name)
+
+
+def step_log_prob(plan: Plan) -> Target:
+    """The log-probability of a step against the expression and its mean in eager PyTorch; its bits checked first."""
+    backend, samples = choose("auto", "cpu"), 4
+    a, b0, std = torch.tensor([0.9, 0.2, 0.3]).view(3, 1, 1)
+    x, v, after = torch.randn(3, samples, max(1, plan.triad // samples))
+    coefficients = torch.zeros(1, len(COLUMNS))
+    coefficients[0, :2] = torch.cat([a, b0]).flatten()
+    densities = torch.tensor([[-1 / (2 * std.item() ** 2), -math.log(std.item()) - math.log(2 * math.pi) / 2]])
+
+    def eager() -> torch.Tensor:
+        mean = a * x + b0 * v
+        log_prob = -((after - mean) ** 2) / (2 * std**2) - std.log() - math.log(2 * math.pi) / 2
+        return log_prob.mean(dim=1)
+
+    def op() -> torch.Tensor:
+        return torch.ops.flowmatch_kernels.step_log_prob(x, v, after, coefficients, densities, 0)
+
+    wanted = reference_log_prob.step_log_prob(x, v, after, coefficients, densities, 0)
+    assert torch.equal(op(), wanted), "step_log_prob has other bits than the reference"
+    torch.testing.assert_close(op(), eager(), rtol=1e-4, atol=1e-4)  # another order of the sum
+    timings = in_turn({"op": op, "eager": eager}, 2 * plan.seconds, plan.least_runs)
+    work = f"log-probability of a step, {x.numel()} floats"
+    return Target(work, "the expression and its mean", 1 / 4, _ratio(timings, "op", "eager"), backend.name)
 
 
 def _ratio(timings: dict[str, Timing], mine: str, other: str) -> float:

@@ -31,10 +31,10 @@ for n, state, velocity in [*tried, *((n, *pair) for n in (1025, 2048) for pair i
         cases += 1
 base, v, next, *tables = drawn([3, 32, 40], torch.float32, torch.float32)
 v = v.transpose(1, 2).contiguous().transpose(1, 2)
-assert_same_bits(
-    dispatch.step_log_prob(base, v, next, *tables, 0, "triton"), step_log_prob(base, v, next, *tables, 0)
-)
+assert_same_bits(dispatch.step_log_prob(base, v, next, *tables, 0, "triton"), step_log_prob(base, v, next, *tables, 0))
 off = torch.empty(base.numel() + 1)[1:].view(base.shape).copy_(base)  # not on a 16-byte boundary
 assert_same_bits(dispatch.step_log_prob(off, v, next, *tables, 0, "triton"), step_log_prob(base, v, next, *tables, 0))
+tables[0][0, 0] = float("inf")  # times 0, where nothing stands, it would be NaN
+assert_same_bits(dispatch.step_log_prob(base, v, next, *tables, 0, "triton"), torch.full([3], -float("inf")))
 assert dispatch.step_log_prob(base[:0], v[:0], next[:0], *tables, 0, "triton").shape == (0,)
 os.write(1, f"{cases} cases\n".encode())

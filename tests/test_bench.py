@@ -57,8 +57,8 @@ def test_quick(tmp_path):
     wanted = {c.name for c in contestants.contestants(CPU) if c.installed() and c.kind != "compiled"}
     assert timed.keys() == wanted
     assert timed["published loop"] == timed["ours, reference"] == set(TASKS)
-    assert len(found["targets"]) == 27
-    assert all(row["measured"] is not None for row in found["targets"][:21])  # not peak memory, nor the cost of a step
+    assert len(found["targets"]) == 28
+    assert all(row["measured"] is not None for row in found["targets"][:22])  # not peak memory, nor the cost of a step
     assert {row["contestant"] for row in found["counts"]} == {
         "published loop",
         "best by hand",

@@ -309,6 +309,14 @@ def test_signatures_of_graphs():
     assert options == graphs._OPTIONS | set(graphs._REFUSED)
 
 
+def test_signature_of_the_log_probability():
+    parameters = inspect.signature(dispatch.step_log_prob).parameters
+    assert list(parameters) == ["base", "v", "next", "coefficients", "densities", "row", "backend"]
+    schema = torch.ops.flowmatch_kernels.step_log_prob.default._schema
+    assert [argument.name for argument in schema.arguments] == list(parameters)
+    assert schema.arguments[-1].default_value == parameters["backend"].default == "auto"
+
+
 def test_base_is_abstract():
     with pytest.raises(TypeError, match=r"abstract"):
         flowmatch_kernels.BaseDiffusion(3)

@@ -72,6 +72,15 @@ def test_instruction_sets(state, velocity, level):
 
 
 @on_each_backend
+def test_infinite_coefficients(backend):
+    """What stands behind a sample's last element does not count, not even as a product with 0."""
+    base, v, next, coefficients, densities = drawn([2, 5], torch.float32, torch.float32)
+    coefficients[0, 0] = math.inf
+    got = dispatch.step_log_prob(base, v, next, coefficients, densities, 0, backend)
+    assert_same_bits(got, torch.full([2], -math.inf))
+
+
+@on_each_backend
 def test_layouts(backend):
     """base, v and next each in every layout, as the values they hold."""
     for shape in ((4, 31), (2, 3, 8, 9)):
@@ -91,7 +100,7 @@ def test_layouts(backend):
 def test_negative_bit_and_zero_tensors(backend):
     base, v, next, *table = drawn([3, 40], torch.float32, torch.float32)
     wanted = reference(base, -v, next, *table, 0)
-    negative = torch.view_as_real(torch.complex(base, v).conj())[..., 1]
+    negative = torch.complex(base, v).conj().imag
     assert negative.is_neg()
     assert_same_bits(dispatch.step_log_prob(base, negative, next, *table, 0, backend), wanted)
     zero = torch._efficientzerotensor(v.shape)
@@ -221,7 +230,7 @@ def test_gradients_as_autograd(backend, state, velocity):
     a, b0 = table[0][1, :2].double()
     scale = table[1][1, 0].double()
     weight = torch.tensor([1.0, -2.0, 0.5])
-    exact = [x.double().requires_grad_() for x in (base, v, next)]
+    exact = [x.detach().double().clone().requires_grad_() for x in (base, v, next)]
     x, h, y = exact
     ((((y - (a * x + b0 * h)) ** 2).mean(1) * scale) * weight).sum().backward()
     for asked in ((0, 1, 2), (1,), (0,), (2,)):
@@ -267,9 +276,11 @@ def test_op():
 
 def test_fake_and_meta():
     base, v, next, *table = drawn([3, 4], torch.float32, torch.bfloat16)
-    with FakeTensorMode() as mode:
-        got = dispatch.step_log_prob(*map(mode.from_tensor, (base, v, next, *table)), 0)
-        assert got.shape == (3,) and got.dtype == torch.float32
+    for state, wanted in ((base, torch.float32), (base.bfloat16(), torch.float32), (base.double(), torch.float64)):
+        given = (state, v, next.to(state.dtype), *(t.to(wanted) for t in table))
+        with FakeTensorMode() as mode:
+            got = dispatch.step_log_prob(*map(mode.from_tensor, given), 0)
+            assert got.shape == (3,) and got.dtype == wanted
     got = dispatch.step_log_prob(*(x.to("meta") for x in (base, v, next, *table)), 0)
     assert got.is_meta and got.shape == (3,)
 

@@ -46,7 +46,8 @@ class Backend(NamedTuple):
     """Its keyed_noise_, of out, keys and the evaluation; unchecked. `cuda` has none of its own: the same bits in plain
     PyTorch, some 250 launches."""
     load_log_prob: Callable[[], Callable[..., None]] = lambda: reference_log_prob.step_log_prob_
-    """Its step_log_prob_, of out and the op's operands; unchecked."""
+    """Its step_log_prob_, of out and the op's operands; unchecked. `cuda` has none of its own: the same bits in plain
+    PyTorch."""
 
 
 _TRITON = f"{__package__}.triton"

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from operands import assert_same_bits, bits, coefficients, laid_out, values
 from torch import Tensor
@@ -39,6 +40,15 @@ class Place(NamedTuple):
     @property
     def gpu(self) -> bool:
         return self.device.type != "cpu"
+
+
+def on_second_device(place: Place) -> Place:
+    """The same on the second GPU; on the CPU the same place."""
+    if not place.gpu:
+        return place
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs: this machine has one")
+    return place._replace(device=torch.device("cuda", 1))
 
 
 class Guarded:

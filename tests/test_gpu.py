@@ -23,6 +23,7 @@ from gpu_operands import (
     free_memory,
     kernels,
     no_synchronisation,
+    on_second_device,
     run,
 )
 from operands import FORMS, FORMULAS, LAYOUTS, assert_same_bits, bits, combinations, laid_out, values
@@ -552,9 +553,7 @@ def test_another_stream_builds_the_table(place):
 @placed(PLACES)
 def test_second_device(place):
     """On a device that is not the current one, which stays the current one."""
-    if place.gpu and torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs: this machine has one")
-    second = place._replace(device=torch.device("cuda", 1)) if place.gpu else place
+    second = on_second_device(place)
     current = place.module.current_device()
     for return_all_steps in (False, True):
         fns = [field(torch.bfloat16), field(torch.bfloat16, weight=0.1)]
@@ -901,9 +900,7 @@ def test_graphed_streams(place):
 @placed(FUSED)
 def test_graphed_on_a_second_device(place):
     """Captured and replayed there while another device is the current one."""
-    if place.gpu and torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs: this machine has one")
-    second = place._replace(device=torch.device("cuda", 1)) if place.gpu else place
+    second = on_second_device(place)
     current = place.module.current_device()
     fm, sampler = graphed(second)
     for seed in range(2):

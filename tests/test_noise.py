@@ -1,11 +1,9 @@
 """Keyed noise: known answers, invariance, bits on every backend, statistics, accuracy, errors."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import interpreted
 import numpy as np
 import pytest
 import torch
@@ -139,13 +137,7 @@ def test_nothing_is_empty():
 
 
 def test_triton_interpreter():
-    """In a process of its own: TRITON_INTERPRET=1 must be set before the kernel is decorated."""
-    pytest.importorskip("triton", reason="Triton is not installed: its kernel is not tested")
-    path = os.pathsep.join([str(CASES.parent.parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    ended = subprocess.run([sys.executable, str(CASES)], env=environment, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout == "15 cases\n"
+    assert interpreted.run(CASES) == "15 cases\n"
 
 
 @pytest.mark.parametrize("fours", [True, False])

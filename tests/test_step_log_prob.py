@@ -1,11 +1,9 @@
 """The log-probability of a step: bits on every backend and in any batch, accuracy, gradients, what watches, errors."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import interpreted
 import pytest
 import torch
 from log_prob_operands import PAIRS, SIZES, drawn, tables
@@ -150,13 +148,7 @@ def test_shapes(backend):
 
 
 def test_triton_interpreter():
-    """In a process of its own: TRITON_INTERPRET=1 must be set before the kernel is decorated."""
-    pytest.importorskip("triton", reason="Triton is not installed: its kernel is not tested")
-    path = os.pathsep.join([str(CASES.parent.parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    ended = subprocess.run([sys.executable, str(CASES)], env=environment, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout == "76 cases\n"
+    assert interpreted.run(CASES) == "76 cases\n"
 
 
 @pytest.mark.parametrize("vector", [1, 4])

@@ -18,7 +18,7 @@ from . import tracing
 from .arguments import LARGEST, available_device, count, finite, flag
 from .base import BaseDiffusion, StepFn
 from .flow_matching import Sample
-from .hooks import Hooks
+from .hooks import hooks_of
 from .noise import KeyedNoise
 from .ops import dispatch
 from .ops.fused_step import COLUMNS, PROMOTE, arithmetic_dtype
@@ -112,9 +112,7 @@ class _Diffusion(BaseDiffusion):
         device = available_device(device)
         if not callable(step_fn):
             raise TypeError(f"step_fn must be callable, got {step_fn!r:.60}")
-        for name, hook in (("constraint", constraint), ("callback", callback)):
-            if hook is not None and not callable(hook):
-                raise TypeError(f"{name} must be callable, got {hook!r:.60}")
+        hooks = hooks_of(constraint, callback)
         flag(return_all_steps, "return_all_steps")
         flag(differentiable, "differentiable")
         source, start = noises.source(noise, batch_size, generator)
@@ -133,7 +131,6 @@ class _Diffusion(BaseDiffusion):
             raise ValueError("step_noise is for steps that add noise: DDPM, or DDIM with eta > 0")
         if start is None:
             start = noises.drawn(source, shape, dtype, device, backend, None)
-        hooks = None if constraint is None and callback is None else Hooks(constraint, callback)
         rows, state, taken = solve(
             *(table, step_fn, start.to(dtype), PROMOTE, differentiable, return_all_steps),
             hooks=hooks,
@@ -163,8 +160,8 @@ class _Diffusion(BaseDiffusion):
         """The table of so many steps, for a state of this dtype."""
         at = self.timesteps(steps)
         now = self.alphas_cumprod[at]
-        before = self._before(at)
-        after = torch.stack([self.alphas_cumprod[t] if t >= 0 else self._last() for t in before])
+        before = torch.tensor(self._before(at), device="cpu")
+        after = torch.where(before >= 0, self.alphas_cumprod[before.clamp(min=0)], self._last())
         root, rest = now.sqrt(), (1 - now).sqrt()
         zero, one = torch.zeros_like(now), torch.ones_like(now)
         data, noise = {
@@ -176,14 +173,15 @@ class _Diffusion(BaseDiffusion):
         rows = torch.zeros(steps, len(COLUMNS), dtype=torch.float64, device="cpu")
         rows[:, 0], rows[:, 1], rows[:, 2] = a, b0, std
         adds = [s > 0 for s in std.tolist()]
-        return Table(
+        table = Table(
             evaluations=tuple(Evaluation(k, True, (0,) if adds[k] else ()) for k in range(steps)),
-            times=torch.tensor([*at, -1], dtype=torch.get_default_dtype(), device=device),
-            coefficients=rows.to(arithmetic_dtype(dtype)).to(device),
+            times=torch.tensor([*at, -1], dtype=torch.get_default_dtype(), device="cpu"),
+            coefficients=rows.to(arithmetic_dtype(dtype)),
             steps=steps,
             buffers=int(any(adds)),
             noise=0 if any(adds) else None,
-        ).readable()
+        ).readable()  # on the host, without waiting for a device
+        return table._replace(times=table.times.to(device), coefficients=table.coefficients.to(device))
 
     def _before(self, at: Sequence[int]) -> list[int]:
         """The timestep that each step ends at; below 0: the data."""

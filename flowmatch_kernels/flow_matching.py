@@ -29,7 +29,7 @@ from .arguments import (
 )
 from .base import BaseDiffusion, StepFn
 from .guidance import Weight
-from .hooks import Hooks
+from .hooks import Hooks, hooks_of
 from .log_probs import LogProbs, step_log_prob
 from .noise import KeyedNoise
 from .ops import dispatch
@@ -338,18 +338,14 @@ class FlowMatching(BaseDiffusion):
             flag(progress, "progress")
         guided, form, weight = self._guidance(
             *(use_classifier_free_guidance, guidance_form, inference_guidance_weight),
-            *(unguided_step_fn, None if combined_guidance is False else guidance.guided_first(combined_guidance)),
-            skip_irrelevant_model,
+            *(unguided_step_fn, combined_guidance, skip_irrelevant_model),
         )
         if isinstance(temperature, Tensor) and temperature.dim() == 0 and not tracing.is_readable(temperature):
             temperature = unread(temperature, "temperature")
         else:
             temperature = finite(temperature, "temperature")
-        for name, hook in (("constraint", constraint), ("callback", callback)):
-            if hook is not None and not callable(hook):
-                raise TypeError(f"{name} must be callable, got {hook!r:.60}")
+        hooks = hooks_of(constraint, callback)
         bar = progress_bar() if progress else iter
-        hooks = None if constraint is None and callback is None else Hooks(constraint, callback)
         shape = (batch_size, *self.x_dims)
         dtype = noises.state_dtype(dtype, start, shape, device)
         if type(temperature) is float and temperature != 1.0:
@@ -365,11 +361,12 @@ class FlowMatching(BaseDiffusion):
         velocities = Velocities(shape, dtype, device, guided, table.weights, differentiable)
         kernel = WEIGHTED if guided is None else guided.form.kernel
         rounded = rounding(_or(step_rounding, self.step_rounding))
-        if table.noise is None:
-            _no_noise(step_noise, return_log_prob, table)
-        else:
+        if table.noise is not None:
             _check_noise(return_log_prob, hooks, rounded, table)
             drawing = noises.step_noise(step_noise, source, shape, table.steps, device)
+        elif step_noise is not None or return_log_prob:
+            name, wanted = "step_noise" if step_noise is not None else "return_log_prob", ", ".join(solvers.STOCHASTIC)
+            raise ValueError(f"{name} is for a solver that adds noise ({wanted}), and int_method adds none")
         if velocity_strength is not None:
             if self.prediction_type != "velocity" or self._steps(int_method, inference_step)[0] != "euler":
                 raise ValueError(
@@ -513,10 +510,11 @@ class FlowMatching(BaseDiffusion):
         form: str | None,
         weight: Any,
         unguided_step_fn: StepFn | None,
-        guided_first: bool | None,
+        combined_guidance: bool | str,
         skip: bool,
     ) -> tuple[Guidance | None, str | None, Weight]:
         """How to guide, with the form's name and the weight; None without guidance."""
+        guided_first = None if combined_guidance is False else guidance.guided_first(combined_guidance)
         combined = guided_first is not None
         form = _or(form, self.guidance_form)
         its_form = guidance.form(form)
@@ -952,14 +950,6 @@ def rounding(name: str) -> int:
     if not isinstance(name, str) or name not in _ROUNDINGS:
         raise ValueError(f"step_rounding must be {', '.join(map(repr, _ROUNDINGS))}, got {name!r:.60}")
     return _ROUNDINGS[name]
-
-
-def _no_noise(step_noise: Any, return_log_prob: Any, table: Table) -> None:
-    """Raises ValueError where an argument is for a stochastic solver, and the solver adds no noise."""
-    for name, given in (("step_noise", step_noise is not None), ("return_log_prob", return_log_prob)):
-        if given:
-            wanted = ", ".join(solvers.STOCHASTIC)
-            raise ValueError(f"{name} is for a solver that adds noise ({wanted}), and int_method adds none")
 
 
 def _check_noise(return_log_prob: bool, hooks: Hooks | None, rounded: int, table: Table) -> None:

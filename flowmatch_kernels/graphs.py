@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from . import guidance, layouts, tracing
+from . import layouts, tracing
 from . import noise as noises
 from .arguments import available_device, check_dense, count, elsewhere, finite, flag, held, shown
 from .flow_matching import FlowMatching
@@ -621,12 +621,9 @@ class GraphedSampler:
     def _table(self, options: Mapping[str, Any], dtype: torch.dtype) -> tuple[Table, str | None]:
         """The table that sample() would use now, and the form of guidance: kept tables are found, functions asked."""
         fm, given = self._fm, options.get
-        combined = given("combined_guidance", False)
         _, form, weight = fm._guidance(
             *(given("use_classifier_free_guidance"), given("guidance_form"), given("inference_guidance_weight")),
-            given("unguided_step_fn"),
-            None if combined is False else guidance.guided_first(combined),
-            given("skip_irrelevant_model", False),
+            *(given("unguided_step_fn"), given("combined_guidance", False), given("skip_irrelevant_model", False)),
         )
         table = fm._table(
             *(given("int_method"), given("inference_step"), given("time_steps"), given("step_sizes")),
@@ -798,7 +795,7 @@ def _settings(device_type: str) -> tuple[Any, ...]:
 
 
 def _fingerprint(module: torch.nn.Module) -> list[Any]:
-    """Where the parameters and buffers of a module are, and which of its modules train; 1 us a tensor."""
+    """Where the parameters and buffers of a module are, and which of its modules train; some 2 us a tensor."""
     found: list[Any] = []
     modules: list[Any] = [module]
     while modules:

@@ -53,6 +53,18 @@ class Hooks(NamedTuple):
         raise TypeError(f"{wanted}, got {described(answer)}: bool(...) makes it one")
 
 
+def hooks_of(constraint: Any, callback: Any) -> Hooks | None:
+    """The hooks that a user gave, or None.
+
+    Raises:
+        TypeError: one is not callable.
+    """
+    for name, hook in (("constraint", constraint), ("callback", callback)):
+        if hook is not None and not callable(hook):
+            raise TypeError(f"{name} must be callable, got {hook!r:.60}")
+    return None if constraint is None and callback is None else Hooks(constraint, callback)
+
+
 def check(y: object, x: Tensor) -> None:
     """Raises where a constraint that was called with x returned what cannot take its place; see `Hooks`."""
     wanted = f"wanted a tensor {list(x.shape)}, {x.dtype}, on {x.device}"

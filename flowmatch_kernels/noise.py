@@ -267,7 +267,7 @@ class StepNoise:
         if self._stored is not None:
             z = self._stored(z)
         if out is None:
-            return z.to(self._dtype, memory_format=torch.contiguous_format).contiguous()
+            return z.to(self._dtype).contiguous()
         return z if z is out else out.copy_(z)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .fitted import FittedSolver
 from .stages import Earlier, Segment, Solver, Stage, Steps, part
-from .stochastic import STOCHASTIC, Loaded, StochasticSolver, stochastic
+from .stochastic import STOCHASTIC, Loaded, StochasticSolver, of_the_ode, stochastic
 
 
 def euler(steps: Steps) -> list[Segment]:
@@ -200,7 +200,7 @@ def solver(int_method: IntMethod) -> Solver:
     if isinstance(int_method, (FittedSolver, StochasticSolver)):
         return int_method
     if isinstance(int_method, str) and int_method in STOCHASTIC:
-        raise ValueError(f"{int_method} adds noise at each step; wanted a solver of the ODE: {', '.join(SOLVERS)}")
+        of_the_ode(stochastic(int_method, None))  # which raises
     if not isinstance(int_method, str) or int_method not in SOLVERS:
         raise ValueError(
             f"Invalid integration method: {int_method} (known: {', '.join((*SOLVERS, *STOCHASTIC))}; "

@@ -291,8 +291,8 @@ class DDPM(_Diffusion):
         x' = sqrt(abar')*beta/(1 - abar)*data + sqrt(alpha)*(1 - abar')/(1 - abar)*x + std*z,  alpha = abar/abar'
 
     Args:
-        x_dims, num_inference_steps, num_train_timesteps, beta_start, beta_end, beta_schedule, timestep_spacing,
-            steps_offset, prediction_type, backend: As for `DDIM`.
+        x_dims: As for `DDIM`, and so are num_inference_steps, num_train_timesteps, beta_start, beta_end, beta_schedule,
+            timestep_spacing, steps_offset, prediction_type and backend.
         variance_type: std^2 is "fixed_small", (1 - abar')/(1 - abar)*beta, or "fixed_large", beta = 1 - alpha.
             No noise is added at timestep 0.
 

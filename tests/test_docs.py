@@ -197,8 +197,9 @@ def test_every_page_is_in_the_site():
 
 def test_the_reference_names_what_exists_and_every_public_name():
     page, scope, found = (ROOT / "docs" / "api.md").read_text(), "flowmatch_kernels", set()
-    for directive, name in re.findall(r"^\.\. (currentmodule|autoclass|autofunction):: ([\w.]+)", page, re.MULTILINE):
-        if directive == "currentmodule":
+    directives = r"^\.\. (currentmodule|automodule|autoclass|autofunction):: ([\w.]+)"
+    for directive, name in re.findall(directives, page, re.MULTILINE):
+        if directive in ("currentmodule", "automodule"):  # for what follows
             scope = name
             continue
         module, _, attribute = (name if "." in name else f"{scope}.{name}").rpartition(".")

@@ -36,7 +36,7 @@ from .ops import dispatch
 from .ops.fused_step import EXACT, PROMOTE, ROUNDED, WEIGHTED, arithmetic_dtype
 from .progress import bar as progress_bar
 from .rows import Setting, rows_for
-from .sampling import integrate
+from .sampling import integrate, noisy
 from .solver_comparison import SolverComparison
 from .solvers import FittedSolver, IntMethod, StochasticSolver, Table
 from .step_functions import Bound, StepFunction, bound, timed
@@ -317,7 +317,12 @@ class FlowMatching(BaseDiffusion):
             int_method = self._with_options(int_method, int_method_options)
         if not callable(step_fn):
             raise TypeError(f"step_fn must be callable, got {step_fn!r:.60}")
-        source, start = noises.source(noise, batch_size, generator)
+        source: noises.Source | torch.Generator | None = None
+        start: Tensor | None = None
+        if isinstance(noise, Tensor) and generator is None:  # the usual case, without a call
+            start = noise
+        else:
+            source, start = noises.source(noise, batch_size, generator)
         functions: list[Bound] = []
         if isinstance(step_fn, StepFunction) or isinstance(unguided_step_fn, StepFunction):
             step_fn, unguided_step_fn = bound(step_fn, functions), bound(unguided_step_fn, functions)
@@ -344,7 +349,7 @@ class FlowMatching(BaseDiffusion):
             temperature = unread(temperature, "temperature")
         else:
             temperature = finite(temperature, "temperature")
-        hooks = hooks_of(constraint, callback)
+        hooks = None if constraint is None and callback is None else hooks_of(constraint, callback)
         bar = progress_bar() if progress else iter
         shape = (batch_size, *self.x_dims)
         dtype = noises.state_dtype(dtype, start, shape, device)
@@ -381,14 +386,16 @@ class FlowMatching(BaseDiffusion):
                 velocity_strength = layout.stored(velocity_strength).contiguous()
             step_fn, velocities, hooks = layout.applied(step_fn, velocities, hooks)
         evaluate = model(step_fn, velocities, eager)
-        added = log_probs = None
+        if functions:
+            evaluate = timed(evaluate, functions, table.times, shape)
+        log_probs = None
         if table.noise is not None:
-            added = noises.StepNoise(
-                *(*drawing, shape, arithmetic_dtype(dtype), device, backend_.name),
-                None if layout is None else layout.stored,
-            )
+            stored, seen = (None, None) if layout is None else (layout.stored, layout.seen)
+            added = noises.StepNoise(*drawing, shape, arithmetic_dtype(dtype), device, backend_.name, stored)
+            evaluate = noisy(evaluate, table, added)
             if return_log_prob:
-                log_probs = LogProbs(table, velocities, kernel, backend_.name, None if layout is None else layout.seen)
+                log_probs = LogProbs(table, velocities, kernel, backend_.name, seen)
+                evaluate = log_probs.watched(evaluate)
         grad = torch.is_grad_enabled()
         torch._C._set_grad_enabled(grad and differentiable)  # a context manager takes ten times as long
         try:
@@ -411,11 +418,9 @@ class FlowMatching(BaseDiffusion):
                 table,
                 rows,
                 _start(rows, start, source, temperature, velocities, eager, backend_.name),
-                timed(evaluate, functions, table.times, shape) if functions else evaluate,
-                hooks,
+                evaluate,
+                log_probs or hooks,
                 bar,
-                added,
-                log_probs,
             )
             x = rows.trajectory(state, steps) if return_all_steps else rows.result(state)
             if layout is not None:

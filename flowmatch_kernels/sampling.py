@@ -35,10 +35,8 @@ def integrate(
     rows: Any,
     state: Any,
     model: Model,
-    hooks: Hooks | None = None,
+    hooks: Hooks | LogProbs | None = None,
     progress: Callable[[Sequence[Evaluation]], Iterable[Evaluation]] = iter,
-    noise: Callable[[int, Tensor | None], Tensor] | None = None,
-    log_probs: LogProbs | None = None,
 ) -> Integrated:
     """Integrates dx/dt = v(x, t) along a table.
 
@@ -47,25 +45,17 @@ def integrate(
         rows: How a row is taken: one of `flowmatch_kernels.rows`.
         state: The first state, of `rows.start`.
         model: Evaluates the velocity, or the two of guidance.
-        hooks: What the user does with each committed state.
+        hooks: What is done with each committed state: `Hooks`, or `LogProbs`.
         progress: Wraps the evaluations (a progress bar).
-        noise: (row, memory) -> the noise that a stochastic solver adds; see `noise.StepNoise`.
-        log_probs: Takes the log-probability of each step.
     """
     base, step = state, 0
     for row, evaluation in enumerate(progress(table.evaluations)):
         v, u = model(rows, state, evaluation.time, row)
-        if table.noise in evaluation.read:
-            assert noise is not None and table.noise is not None
-            rows.draw(table.noise, functools.partial(noise, row))
-        x = None if log_probs is None else rows.tensor(base)
         out = rows.step(state, base, v, u, row, evaluation)
         if out is None:  # a velocity to expand or to copy, or an error; or tensors that are not to be written in place
             rows, base, v, u = rows.prepare(base, v, u, row)
             out = rows.step(state, base, v, u, row, evaluation)
         state = out
-        if log_probs is not None and x is not None:
-            log_probs.add(x, v, u, rows.tensor(state), row)
         if not evaluation.commit:
             continue
         step += 1
@@ -75,6 +65,24 @@ def integrate(
                 break
         base = state
     return Integrated(rows, state, step)
+
+
+def noisy(model: Model, table: Table, noise: Callable[[int, Tensor | None], Tensor]) -> Model:
+    """The model, after each call of which the noise of the step is drawn.
+
+    Args:
+        model: Evaluates the velocity.
+        table: Of a solver that adds noise.
+        noise: (row, memory) -> the noise; see `noise.StepNoise`.
+    """
+
+    def evaluate(rows: Any, state: Any, time: int, row: int) -> tuple[Any, Any]:
+        velocities = model(rows, state, time, row)
+        if table.noise in table.evaluations[row].read:
+            rows.draw(table.noise, functools.partial(noise, row))
+        return velocities
+
+    return evaluate
 
 
 def solve(
@@ -99,7 +107,8 @@ def solve(
         differentiable: Keep the derivative, in the caller's grad mode.
         return_all_steps: Keep the states for `rows.trajectory(state, steps)`.
         strength: The fused step's operand.
-        hooks, noise: As for `integrate`.
+        hooks: As for `integrate`.
+        noise: As for `noisy`.
         backend: As for `dispatch.choose`.
     """
     eager = tracing.is_eager()
@@ -110,5 +119,7 @@ def solve(
     constrained = hooks is not None and hooks.constraint is not None
     rest = (return_all_steps, rounding, WEIGHTED, constrained, backend, strength)
     rows = rows_for(Setting(table, velocities, chosen, eager, *rest), start)
-    state = rows.start(start, False)
-    return integrate(table, rows, state, model(step_fn, velocities, eager), hooks, noise=noise)
+    evaluate = model(step_fn, velocities, eager)
+    if noise is not None:
+        evaluate = noisy(evaluate, table, noise)
+    return integrate(table, rows, rows.start(start, False), evaluate, hooks)

@@ -4,16 +4,18 @@
 
 Both run the same whole sampling of STEPS steps without gradients, and their results are compared first: to the bit, or,
 where the project rounds otherwise, within a bound that its row states. They take turns in one run, on one thread; the
-times are its own CPU time, as in bench/host.py. A project that is not installed has no row; lerobot's and GR00T's loops
-are those of tests/lerobot_loop.py and tests/gr00t_loop.py, written from facts. Exits with 1 where a result differs.
+times are its own CPU time, as in bench/host.py. A project that is not installed has no row. The loops of lerobot, GR00T,
+openpi and Alpamayo are those of the tests, written from facts. Exits with 1 where a result differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -49,8 +51,11 @@ def rows(shape: tuple[int, ...]) -> Iterator[Row]:
         yield from _torchdiffeq(x, v)
     if importlib.util.find_spec("flow_matching"):
         yield from _flow_matching(x, v)
+    yield from _alpamayo(x, v)
     yield from _lerobot(x, v)
-    yield from _gr00t(x, v)
+    if x.dim() == 3:  # [B, actions, numbers]
+        yield from _openpi(x, v)
+        yield from _gr00t(x, v)
 
 
 def _diffusers(x: Tensor, v: Tensor) -> Iterator[Row]:
@@ -112,6 +117,26 @@ def _flow_matching(x: Tensor, v: Tensor) -> Iterator[Row]:
     yield Row("flow_matching, midpoint", *both)
 
 
+def _alpamayo(x: Tensor, v: Tensor) -> Iterator[Row]:
+    from flowmatch_kernels.integrations import alpamayo
+
+    published, ours = _oracle("published").sample, alpamayo.FlowMatching(x_dims=x.shape[1:], num_inference_steps=STEPS)
+    batch = x.shape[0]
+
+    def step_fn(x: Tensor, t: Tensor) -> Tensor:
+        return v
+
+    def seeded(sample: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            torch.default_generator.manual_seed(0)  # both draw the noise; torch.manual_seed costs 500 us
+            return sample()
+
+        return run
+
+    theirs = seeded(lambda: published(batch, step_fn, x.shape[1:], STEPS))
+    yield Row("Alpamayo", theirs, seeded(lambda: ours.sample(batch_size=batch, step_fn=step_fn)))
+
+
 def _lerobot(x: Tensor, v: Tensor) -> Iterator[Row]:
     from flowmatch_kernels.integrations import lerobot as ours
 
@@ -123,12 +148,40 @@ def _lerobot(x: Tensor, v: Tensor) -> Iterator[Row]:
     yield Row("lerobot, Euler, grad mode", *map(torch.enable_grad(), both))
 
 
-def _gr00t(x: Tensor, v: Tensor) -> Iterator[Row]:
-    from flowmatch_kernels.integrations import gr00t as ours
+@contextlib.contextmanager
+def _known(versions: dict[str, Any], method: Callable[..., Any], what: Any) -> Iterator[None]:
+    """A stand-in's method counts as a version that `accelerate` knows."""
     from flowmatch_kernels.integrations.replacement import fingerprint
 
-    if x.dim() != 3:  # [B, actions, numbers]
-        return
+    key = fingerprint(method)
+    before = dict(versions)
+    versions[key] = what
+    try:
+        yield
+    finally:
+        versions.clear()
+        versions.update(before)
+
+
+def _openpi(x: Tensor, v: Tensor) -> Iterator[Row]:
+    from flowmatch_kernels.integrations import openpi as ours
+
+    stand_in = _oracle("openpi_loop").Model
+
+    class Free(stand_in):  # type: ignore[misc, valid-type]
+        def denoise_step(self, *given: Any) -> Tensor:
+            return v
+
+    models = [Free(horizon=x.shape[1], dim=x.shape[2]) for _ in range(2)]
+    with _known(ours.KNOWN, stand_in.sample_actions, "the stand-in"):
+        ours.accelerate(models[1])
+    observation = types.SimpleNamespace(state=x[..., 0])
+    yield Row("openpi", *(lambda model=model: model.sample_actions("cpu", observation, x, STEPS) for model in models))
+
+
+def _gr00t(x: Tensor, v: Tensor) -> Iterator[Row]:
+    from flowmatch_kernels.integrations import gr00t as ours
+
     loops = _oracle("gr00t_loop")
 
     class Free(torch.nn.Module):
@@ -140,11 +193,8 @@ def _gr00t(x: Tensor, v: Tensor) -> Iterator[Row]:
         head.config.action_horizon, head.action_horizon, head.action_dim = x.shape[1], x.shape[1], x.shape[2]
         head.config.add_pos_embed, head.num_inference_timesteps = False, STEPS
         head.action_encoder, head.model, head.action_decoder = Free(), Free(), Free()
-    key = fingerprint(loops.N1d7.get_action_with_features)
-    kept, ours.KNOWN[key] = dict(ours.KNOWN), ("the stand-in", ours._n1d7)  # counts as what it stands for
-    ours.accelerate(heads[1])
-    ours.KNOWN.clear()
-    ours.KNOWN.update(kept)
+    with _known(ours.KNOWN, loops.N1d7.get_action_with_features, ("the stand-in", ours._n1d7)):
+        ours.accelerate(heads[1])
     features, state = torch.zeros(x.shape[0], 1, 1), torch.zeros(x.shape[0], 1, x.shape[2])
     # The strength of real-time chunking, as the heads take it from the actions of the chunk before.
     names = {"rtc_overlap_steps": 2, "action_horizon": x.shape[1], "rtc_frozen_steps": 1, "rtc_ramp_rate": 6.0}

@@ -8,7 +8,7 @@ from bench import integrations
 
 def test_rows_are_compared_and_timed():
     found = integrations.measured((1, 5, 4), 0.1)
-    assert {"lerobot, Euler", "lerobot, Euler, grad mode", "GR00T N1.7"} <= found.keys()
+    assert {"Alpamayo", "lerobot, Euler", "lerobot, Euler, grad mode", "openpi", "GR00T N1.7"} <= found.keys()
     for timings in found.values():
         assert all(0 < timing.low <= timing.median <= timing.high for timing in timings)
     lines = integrations.table(found).splitlines()

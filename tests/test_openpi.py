@@ -4,52 +4,11 @@ import types
 
 import pytest
 import torch
+from openpi_loop import Model, loop
 from operands import assert_same_bits
 
 from flowmatch_kernels import FlowMatching
 from flowmatch_kernels.integrations import openpi, replacement
-
-
-def loop(denoise, noise, num_steps):
-    """openpi's loop, from facts: t and dt are float32 tensors of no dimensions, t is summed up. And its times."""
-    dt = torch.tensor(-1.0 / num_steps, dtype=torch.float32)
-    t, x, times = torch.tensor(1.0), noise, []
-    while t >= -dt / 2:
-        times.append(t.item())
-        x = x + dt * denoise(x, t.expand(x.shape[0]))
-        t = t + dt
-    return x, times
-
-
-class Model(torch.nn.Module):
-    """What ours needs of openpi's PI0Pytorch, and no more."""
-
-    def __init__(self, compiled=False):
-        super().__init__()
-        self.config = types.SimpleNamespace(action_horizon=5, action_dim=4, pytorch_compile_mode="default")
-        self.action_out_proj = torch.nn.Linear(4, 4)
-        self.prepared = []
-        if compiled:
-            self.sample_actions = torch.compile(self.sample_actions, mode="default")
-
-    def sample_noise(self, shape, device):
-        return torch.normal(0.0, 1.0, shape, dtype=torch.float32, device=device)
-
-    @torch.no_grad()
-    def sample_actions(self, device, observation, noise=None, num_steps=10):
-        if noise is None:
-            noise = self.sample_noise((observation.state.shape[0], 5, 4), device)
-        self.prepared.append(num_steps)
-        masks, cache = torch.ones(observation.state.shape[0], 3), {"keys": observation.state.sum()}
-        return loop(lambda x, t: self.denoise_step(observation.state, masks, cache, x, t), noise, num_steps)[0]
-
-    def denoise_step(self, state, prefix_pad_masks, past_key_values, x_t, timestep):
-        assert timestep.shape == (x_t.shape[0],)
-        assert timestep.dtype == torch.float32
-        mixed = (
-            torch.sin(self.action_out_proj(x_t)) + past_key_values["keys"] * prefix_pad_masks.sum() * state[:, :1, None]
-        )
-        return mixed + timestep[:, None, None]
 
 
 class Policy:

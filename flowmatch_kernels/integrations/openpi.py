@@ -11,6 +11,7 @@ Source: github.com/Physical-Intelligence/openpi, src/openpi/models_pytorch/pi0_p
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -52,18 +53,18 @@ def time_grid(num_steps: int = 10) -> tuple[Tensor, Tensor]:
     """
     if count(num_steps, "num_steps") < 1:
         raise ValueError(f"num_steps must be 1 or more, got {num_steps}")
-    times, dt = _times(num_steps)
-    sizes = [dt] * (len(times) - 1)
+    times, sizes = _times(num_steps)
     return torch.tensor(times, dtype=torch.float32), torch.tensor(sizes, dtype=torch.float32)
 
 
-def _times(num_steps: int) -> tuple[list[float], float]:
-    """openpi's times, and dt. A sum of two float32 in float64, rounded once, is their float32 sum."""
+@functools.lru_cache(maxsize=16)
+def _times(num_steps: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """openpi's times and step sizes. A sum of two float32 in float64, rounded once, is their float32 sum."""
     dt = _float32(-1.0 / num_steps)
     times = [1.0]
     while times[-1] >= -dt / 2:
         times.append(_float32(times[-1] + dt))
-    return times, dt
+    return tuple(times), (dt,) * (len(times) - 1)
 
 
 # A compiler takes what it returns, and does not trace it. This is torch.compiler.assume_constant_result, without what

@@ -4,8 +4,8 @@
 
 Both run the same whole sampling of STEPS steps without gradients, and their results are compared first: to the bit, or,
 where the project rounds otherwise, within a bound that its row states. They take turns in one run, on one thread; the
-times are its own CPU time, as in bench/host.py. A project that is not installed has no row. The loops of lerobot, GR00T,
-openpi and Alpamayo are those of the tests, written from facts. Exits with 1 where a result differs.
+times are its own CPU time, as in bench/host.py. A project that is not installed has no row. The loops of lerobot,
+GR00T, openpi and Alpamayo are those of the tests, written from facts. Exits with 1 where a result differs.
 """
 
 from __future__ import annotations

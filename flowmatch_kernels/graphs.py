@@ -1,9 +1,10 @@
 """The whole of sample() as one CUDA graph: a call copies its inputs in, replays the graph, and copies the result out.
 
 `FlowMatching.graphed` makes a `GraphedSampler`. What is captured is a call of sample() itself, on buffers that stay
-where they are: the noise (or the keys that it is drawn from), the inputs of step_fn, and the table of the solver. What
-may differ between two calls is either in one of these buffers, which each call writes, or in the signature, and another
-signature is another graph. So no replay can use a value of an earlier call.
+where they are: the noise (or the keys that it is drawn from), the noise of a stochastic solver's steps, the inputs of
+step_fn, and the table of the solver. What may differ between two calls is either in one of these buffers, which each
+call writes, or in the signature, and another signature is another graph. So no replay can use a value of an earlier
+call.
 """
 
 from __future__ import annotations
@@ -42,20 +43,16 @@ _REASONS = 64
 
 #: Options of sample(): what each call writes to a buffer, what the table's numbers and its form are made from, and what
 #: a graph is captured with.
-_WRITTEN = ("noise", "generator", "temperature", "dtype")
-_GRIDS = ("time_steps", "step_sizes", "inference_guidance_weight")
+_WRITTEN = ("noise", "generator", "step_noise", "temperature", "dtype")
+_GRIDS = ("time_steps", "step_sizes", "inference_guidance_weight", "int_method_options")
 _SOLVERS = ("inference_step", "int_method")
 _CAPTURED = (
     *("return_all_steps", "unguided_step_fn", "use_classifier_free_guidance", "guidance_form", "combined_guidance"),
-    *("skip_irrelevant_model", "velocity_strength", "constraint", "step_rounding", "backend"),
+    *("skip_irrelevant_model", "velocity_strength", "constraint", "step_rounding", "backend", "return_log_prob"),
 )
 _OPTIONS = frozenset((*_WRITTEN, *_GRIDS, *_SOLVERS, *_CAPTURED))
-_STOCHASTIC = "a graph has no solver that adds noise at each step yet"
 #: Options of sample() that a graph cannot have, and why.
 _REFUSED = {
-    "int_method_options": _STOCHASTIC,
-    "step_noise": _STOCHASTIC,
-    "return_log_prob": _STOCHASTIC,
     "callback": "it is Python code that runs after each step, and a replay runs no Python",
     "progress": "a replay is one launch",
     "differentiable": "a graph keeps no derivative",
@@ -271,6 +268,10 @@ class _Call(NamedTuple):
     """What the noise is drawn from, as `noise.source` returns it; of no meaning where `start` is given."""
     start: Tensor | None
     """The noise that was given."""
+    steps_source: Any
+    """What the noise of a stochastic solver's steps is drawn from, as `start`'s; None with other solvers."""
+    steps_given: Tensor | None
+    """That noise, where it was given."""
     temperature: float
     dtype: torch.dtype
     table: Table
@@ -302,28 +303,35 @@ class _Graph:
         self._call = call._replace(
             source=None,
             start=None,
+            steps_source=None,
+            steps_given=None,
             leaves=[],
             options={name: value for name, value in call.options.items() if name not in (*_WRITTEN, *_GRIDS)},
         )
         self._inputs = _Inputs(call.leaves, call.spec)
         shape, dtype, table = (call.batch_size, *fm.x_dims), call.dtype, call.table
         self._noise: _Buffer | None = None
-        self._keys = self._temperature = None
+        self._keys = self._temperature = self._step_keys = self._step_noise = None
+        arithmetic = arithmetic_dtype(dtype)
         with torch.inference_mode(False):
+            if table.noise is not None and noises.is_keyed(call.steps_source):
+                self._step_keys = torch.empty(call.batch_size, 3, dtype=torch.int64, device=device)
+            elif table.noise is not None and _draws_outside(call):
+                self._step_noise = torch.empty(
+                    call.batch_size, table.steps, *fm.x_dims, dtype=arithmetic, device=device
+                )
             if noises.is_keyed(call.source):
                 self._keys = torch.empty(call.batch_size, 3, dtype=torch.int64, device=device)
-                self._temperature = torch.empty(1, dtype=arithmetic_dtype(dtype), device=device)
+                self._temperature = torch.empty(1, dtype=arithmetic, device=device)
             elif call.start is not None:
                 # A format that sample() does not keep is contiguous there too.
                 start = call.start if call.temperature == 1.0 else call.start.to(dtype)
                 self._noise = _Buffer(start, contiguous=layouts.of(start) is None)
             else:
                 self._noise = _Buffer(torch.empty(shape, dtype=dtype, device=device))
-            times, coefficients = torch.empty_like(table.times), torch.empty_like(table.coefficients)
+            numbers: dict[str, Any] = {name: torch.empty_like(one) for name, one in _numbers(table).items()}
         self._weights = _Weights(table.weights)
-        self._static = table._replace(
-            times=times, coefficients=coefficients, weights=self._weights, units=None, views=None
-        )
+        self._static = table._replace(**numbers, weights=self._weights, units=None, views=None)
         self._written: Table | None = None
         self.result: Any = None
         self.graph: Any = None
@@ -340,6 +348,10 @@ class _Graph:
         static = self._static
         fm._table = lambda *_, **__: static  # type: ignore[method-assign]
         options, step_fn = self._inputs.options(call.options), self._inputs.bound(self._step_fn)
+        if self._step_keys is not None:
+            options["step_noise"] = noises.KeyRows(self._step_keys)
+        elif self._step_noise is not None:
+            options["step_noise"] = self._step_noise
 
         def sample() -> Any:
             if self._noise is not None:
@@ -353,21 +365,35 @@ class _Graph:
         return sample
 
     def write(self, call: _Call) -> None:
-        """Copies in what the call brings. The noise is drawn as sample() draws it, outside the graph but for keys."""
+        """Copies in what the call brings.
+
+        Noise is drawn as sample() draws it, the start first, outside the graph: but for keys, and for that of steps
+        from the default generator, which the graph draws, in the order in which it and step_fn come to it.
+        """
         self._inputs.write(call.leaves)
         if call.table is not self._written:
-            self._static.times.copy_(call.table.times)
-            self._static.coefficients.copy_(call.table.coefficients)
+            for name, one in _numbers(call.table).items():
+                getattr(self._static, name).copy_(one)
             self._written = call.table
         if self._keys is not None and self._temperature is not None:
-            # One key becomes rows on the device; a list is pinned first, so that the host does not wait for the copy.
-            single = isinstance(call.source, noises.KeyedNoise)
-            keys = noises.keys(call.source, call.batch_size, self._device if single else torch.device("cpu"))
-            if keys.device != self._device:
-                keys = keys.pin_memory()
-            self._keys.copy_(keys, non_blocking=True)
+            self._write_keys(self._keys, call.source)
             self._temperature.fill_(call.temperature)
-            return
+        else:
+            self._write_start(call)
+        if self._step_keys is not None:
+            self._write_keys(self._step_keys, call.steps_source)
+        elif self._step_noise is not None:
+            self._write_steps(self._step_noise, call)
+
+    def _write_keys(self, buffer: Tensor, source: Any) -> None:
+        # One key becomes rows on the device; a list is pinned first, so that the host does not wait for the copy.
+        single = isinstance(source, noises.KeyedNoise)
+        keys = noises.keys(source, len(buffer), self._device if single else torch.device("cpu"))
+        if keys.device != self._device:
+            keys = keys.pin_memory()
+        buffer.copy_(keys, non_blocking=True)
+
+    def _write_start(self, call: _Call) -> None:
         assert self._noise is not None
         buffer, noise = self._noise, call.start
         if noise is None:
@@ -376,6 +402,15 @@ class _Graph:
         if call.temperature != 1.0:
             noise = noises.scaled(noise.to(call.dtype), call.temperature)
         buffer.write(noise)
+
+    def _write_steps(self, buffer: Tensor, call: _Call) -> None:
+        if call.steps_given is not None:
+            buffer.copy_(call.steps_given, non_blocking=True)
+            return
+        source, shape = call.steps_source, (call.batch_size, *self._fm.x_dims)
+        for step in range(buffer.shape[1]):
+            z = noises.drawn(source, shape, buffer.dtype, self._device, call.backend, None)
+            buffer.select(1, step).copy_(z, non_blocking=True)
 
 
 class GraphedSampler:
@@ -592,9 +627,18 @@ class GraphedSampler:
         if temperature != 1.0:
             held(temperature, "temperature", dtype)
         table, form = self._table(options, dtype)
+        given, steps_source, steps_given = options.get("step_noise"), None, None
+        if table.noise is not None:
+            shape = (batch_size, *fm.x_dims)
+            steps_source, steps_given = noises.step_noise(given, source, shape, table.steps, device)
+        elif given is not None:
+            raise ValueError("step_noise is for a solver that adds noise, and int_method adds none")
         name = options.get("backend")
         backend = dispatch.choose(fm.backend if name is None else name, device.type).name
-        call = _Call(batch_size, source, start, temperature, dtype, table, backend, leaves, spec, options, None)
+        call = _Call(
+            *(batch_size, source, start, steps_source, steps_given, temperature, dtype, table, backend),
+            *(leaves, spec, options, None),
+        )
         scaled = temperature != 1.0
         if noises.is_keyed(source):
             noise: Hashable = "keys", scaled
@@ -609,6 +653,7 @@ class GraphedSampler:
         signature = (
             (batch_size, *fm.x_dims),
             (dtype, noise),
+            (table.noise, table.noiseless, noises.is_keyed(steps_source), _draws_outside(call)),
             (spec, of_leaves),
             tuple((name, _constant(options[name])) for name in _CAPTURED if name in options and name not in copied),
             (form, fm.step_rounding, backend, plain),
@@ -621,17 +666,18 @@ class GraphedSampler:
     def _table(self, options: Mapping[str, Any], dtype: torch.dtype) -> tuple[Table, str | None]:
         """The table that sample() would use now, and the form of guidance: kept tables are found, functions asked."""
         fm, given = self._fm, options.get
+        int_method, of_solver = given("int_method"), given("int_method_options")
+        if of_solver is not None:
+            int_method = fm._with_options(int_method, of_solver)
         _, form, weight = fm._guidance(
             *(given("use_classifier_free_guidance"), given("guidance_form"), given("inference_guidance_weight")),
             *(given("unguided_step_fn"), given("combined_guidance", False), given("skip_irrelevant_model", False)),
         )
         table = fm._table(
-            *(given("int_method"), given("inference_step"), given("time_steps"), given("step_sizes")),
+            *(int_method, given("inference_step"), given("time_steps"), given("step_sizes")),
             *(dtype, self._device, form, weight),
             cached=tracing.is_eager(),
         )
-        if table.noise is not None:
-            raise ValueError(f"{_STOCHASTIC}: sample() takes it")
         return table, form
 
     def _set(self, changed: dict[str, Any]) -> None:
@@ -684,8 +730,9 @@ class GraphedSampler:
         states = [(generator, generator.get_state()) for generator in self._drawn_from()]
         try:
             with _one_capture, self._recorder.current():
-                # The call's own draw comes later: here the default generator draws, which is put back.
-                graph.write(call if noises.is_keyed(call.source) else call._replace(source=None))
+                # The call's own draws come later: here the default generator draws, which is put back.
+                start, steps = (one if noises.is_keyed(one) else None for one in (call.source, call.steps_source))
+                graph.write(call._replace(source=start, steps_source=steps))
                 self._recorder.warm_up(sample)  # what this raises, sample() raises too
                 try:
                     graph.result, graph.graph = self._recorder.capture(sample)
@@ -739,6 +786,17 @@ class GraphedSampler:
         x = self._fm.sample(call.batch_size, inputs.bound(self._step_fn), self._device, **options)
         self._eager[reason] = self._eager.get(reason, 0) + 1
         return x
+
+
+def _numbers(table: Table) -> dict[str, Tensor]:
+    """The tensors of a table, which a graph has in memory of its own."""
+    found = {"times": table.times, "coefficients": table.coefficients}
+    return found if table.densities is None else found | {"densities": table.densities}
+
+
+def _draws_outside(call: _Call) -> bool:
+    """Whether the noise of the steps is given, or drawn from a generator that the graph does not know."""
+    return call.steps_given is not None or (call.steps_source is not None and not noises.is_keyed(call.steps_source))
 
 
 def _checked_generators(generators: Any, device: torch.device) -> tuple[torch.Generator, ...]:

@@ -112,8 +112,18 @@ def _int(value: Any, name: str) -> int:
         raise TypeError(f"{name} must be an int, got {shown(value)}") from None
 
 
-def keys(source: KeyedNoise | Sequence[KeyedNoise], batch_size: int, device: torch.device) -> Tensor:
+@dataclasses.dataclass(frozen=True)
+class KeyRows:
+    """Keys that are on the device already: a buffer of a CUDA graph."""
+
+    rows: Tensor
+    """[B, 3], as `keys` returns them."""
+
+
+def keys(source: KeyedNoise | KeyRows | Sequence[KeyedNoise], batch_size: int, device: torch.device) -> Tensor:
     """Rows of keys, [B, 3]: of one `KeyedNoise` made on the device, of a list copied to it."""
+    if isinstance(source, KeyRows):
+        return source.rows
     if not isinstance(source, KeyedNoise):
         rows = [[one._bits, one.first, one.stream] for one in source]
         return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 3).to(device)
@@ -124,7 +134,7 @@ def keys(source: KeyedNoise | Sequence[KeyedNoise], batch_size: int, device: tor
     return torch.stack([seed, index, stream], dim=1)
 
 
-Source = Union[KeyedNoise, "list[KeyedNoise | torch.Generator]"]
+Source = Union[KeyedNoise, KeyRows, "list[KeyedNoise | torch.Generator]"]
 """What noise is drawn from: one key for all samples, or a key for each, or a generator for each."""
 
 
@@ -139,7 +149,7 @@ def source(
     """
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {generator!r:.60}")
-    if isinstance(noise, KeyedNoise):
+    if isinstance(noise, (KeyedNoise, KeyRows)):
         found: Source = noise
     elif isinstance(noise, (list, tuple)):
         kinds = KeyedNoise, torch.Generator
@@ -162,7 +172,7 @@ def source(
 
 def is_keyed(source: Any) -> bool:
     """Whether what `source` returned are keys. An empty list has none."""
-    return isinstance(source[0] if isinstance(source, list) and source else source, KeyedNoise)
+    return isinstance(source[0] if isinstance(source, list) and source else source, (KeyedNoise, KeyRows))
 
 
 def state_dtype(

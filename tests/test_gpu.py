@@ -765,6 +765,7 @@ def test_graphed(place):
         ({"int_method": "dpmpp_2m"}, {"dtype": torch.bfloat16}),
         ({"int_method": FittedSolver((0.0, 0.4, 1.0), ((1.0, 0.4), (1.0, 0.7, -0.1)))}, {}),
         ({"time_grid": "shifted", "time_grid_options": {"shift": 3.0}}, weights | {"return_all_steps": True}),
+        ({"int_method": "sde"}, {"return_log_prob": True}),
     ]
     for constructor, options in configurations:
 
@@ -796,6 +797,10 @@ def test_graphed_sources_of_noise(place):
         x = sampler(features=features(place, 1), generator=own[0], noise=None)
         wanted = fm.sample(6, lambda x, t: with_features(x, t, features(place, 1)), place.device, generator=own[1])
         assert_same_bits(x.cpu(), wanted.cpu())
+    fm, sampler = graphed(place, constructor={"int_method": "dance"}, max_graphs=8)
+    assert_graphed(place, sampler, fm, with_features, 1, captures=2, noise=KeyedNoise(3))  # its steps' noise too
+    given = torch.randn(6, 10, 64, 2, device=place.device)
+    assert_graphed(place, sampler, fm, with_features, 1, captures=3, step_noise=given)
 
 
 @placed(PLACES)

@@ -101,7 +101,7 @@ def assert_equal(got, wanted, what=""):
 
 def check(sampler, fm, step_fn, inputs, what="", seed=0, **options):
     """A call gives the bits of sample(), from the same state of the default generator, and leaves it in the same."""
-    drawn_from = {name: options[name] for name in ("generator", "noise") if name in options}
+    drawn_from = {name: options[name] for name in ("generator", "noise", "step_noise") if name in options}
     options = {name: value for name, value in options.items() if name not in drawn_from}
 
     def sources():
@@ -147,6 +147,71 @@ def test_bits_of_eager(monkeypatch, rows):
             check(sampler, fm, step_fn, {"features": features(7)}, f"{name}, noise", noise=noise.mul_(factor))
         assert torch.equal(noise, before * 2), "the caller's noise has changed"
         assert sampler.stats.captures == 1
+
+
+STOCHASTIC = {
+    "sde": ({"int_method": "sde"}, {}),
+    "sde, log_prob": ({"int_method": "sde"}, {"return_log_prob": True}),
+    "dance, trajectory, log_prob": ({"int_method": "dance"}, {"return_log_prob": True, "return_all_steps": True}),
+    "cps": ({"int_method": "cps"}, {"return_all_steps": True}),
+    "renoise, bfloat16": ({"int_method": "renoise"}, {"dtype": torch.bfloat16}),
+    "sde, float64": ({"int_method": "sde"}, {"dtype": torch.float64, "return_log_prob": True}),
+    "sde, guided": ({"int_method": "sde"}, GUIDED | {"return_log_prob": True}),
+}
+STEP_SOURCES = {
+    "default": {},
+    "keyed": {"noise": KeyedNoise(7)},
+    "keyed list": {"noise": [KeyedNoise(k, k) for k in range(BATCH)]},
+    "generator": {"generator": 5},
+    "generators": {"noise": "generators"},
+    "keyed steps": {"step_noise": KeyedNoise(9, first=2)},
+    "keyed steps, keyed start": {"noise": KeyedNoise(3), "step_noise": KeyedNoise(9)},
+    "given": {"step_noise": torch.randn(BATCH, 4, *DIMS, generator=torch.Generator().manual_seed(3))},
+    "given start and steps": {
+        "noise": torch.randn(BATCH, *DIMS, generator=torch.Generator().manual_seed(4)),
+        "step_noise": torch.randn(BATCH, 4, *DIMS, generator=torch.Generator().manual_seed(3)),
+    },
+    "permuted start": {"noise": torch.randn(BATCH, *DIMS[::-1]).transpose(1, 2), "generator": 6},
+}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_stochastic_solvers(monkeypatch, rows):
+    """Every draw is that of sample(), also where step_fn draws between them; other keys and other eta need no graph."""
+    emulated(monkeypatch, rows)
+    some = "default", "keyed", "given"
+    cases = [(name, kind) for name in STOCHASTIC for kind in some if rows == "C++" or "log_prob" in name]
+    if rows == "C++":
+        cases += [("sde, log_prob", kind) for kind in STEP_SOURCES if kind not in some]
+    for name, kind in cases:
+        constructor, options = STOCHASTIC[name]
+        source = STEP_SOURCES[kind]
+        fm = flow(**constructor)
+        step_fn = drawing if kind == "default" else velocity
+        sampler = fm.graphed(step_fn, BATCH, inputs={"features": features(0)}, **options)
+        inputs = {"features": features(1)}
+        check(sampler, fm, step_fn, inputs, f"{name}, {kind}", **source)
+        captures = sampler.stats.captures
+        assert captures <= 2, f"{name}, {kind}"  # the constructor's draws by the default generator
+        if "renoise" not in name:
+            of_solver = {"int_method_options": {"eta": 0.2}}
+            check(sampler, fm, step_fn, inputs, f"{name}, {kind}, eta", **source, **of_solver)
+        for option, other in (("noise", KeyedNoise(8, 3)), ("step_noise", KeyedNoise(1))):
+            if isinstance(source.get(option), KeyedNoise):
+                check(sampler, fm, step_fn, inputs, f"{name}, {kind}", **source | {option: other})
+        assert sampler.stats.captures == captures, f"{name}, {kind}"
+
+
+def drawing(x, t, features):
+    return velocity(x, t, features) + 0.1 * torch.randn_like(x)
+
+
+def test_a_step_without_noise_has_no_log_prob(monkeypatch):
+    """Also where the graph is there: another eta is the same graph, but not one that leaves no noise."""
+    emulated(monkeypatch)
+    sampler = flow(int_method="sde").graphed(velocity, BATCH, inputs={"features": F}, return_log_prob=True)
+    with pytest.raises(ValueError, match=r"steps \[0, 1, 2, 3\] add no noise"):
+        sampler(features=F, int_method_options={"eta": 0.0})
 
 
 SOURCES = {
@@ -858,14 +923,10 @@ BAD = [
     ({"callback": lambda step, t, x: None}, ValueError, "callback cannot be used in a graph"),
     ({"progress": True}, ValueError, "progress cannot be used in a graph"),
     ({"differentiable": True}, ValueError, "differentiable cannot be used in a graph"),
-    (
-        {"step_noise": KeyedNoise(1)},
-        ValueError,
-        "step_noise cannot be used in a graph: a graph has no solver",
-    ),
-    ({"return_log_prob": True}, ValueError, "return_log_prob cannot be used in a graph"),
-    ({"int_method_options": {"eta": 0.5}}, ValueError, "int_method_options cannot be used in a graph"),
-    ({"int_method": "sde"}, ValueError, "no solver that adds noise at each step yet"),
+    ({"step_noise": KeyedNoise(1)}, ValueError, "step_noise is for a solver that adds noise"),
+    ({"return_log_prob": True}, ValueError, "return_log_prob is for a solver that adds noise"),
+    ({"int_method_options": {"eta": 0.5}}, TypeError, "'euler' takes no options, got 'eta'"),
+    ({"int_method": "renoise", "return_log_prob": True}, ValueError, r"steps \[3\] add no noise"),
     ({"tepmerature": 1.0}, TypeError, "'tepmerature' is neither an input"),
     ({"int_method": "oiler"}, ValueError, "oiler"),
     ({"time_steps": [0.0, 0.0]}, ValueError, "strictly monotonic"),

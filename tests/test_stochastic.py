@@ -275,8 +275,6 @@ def test_errors():
             fm.compare_solvers(step_fn, 4, compared, batch_size=2)
     with pytest.raises(ValueError, match="adds noise"):
         fm.compare_solvers(step_fn, 4, ["euler"], batch_size=2, reference="sde")
-    with pytest.raises(ValueError, match="no solver that adds noise"):
-        fm.graphed(step_fn, BATCH)
 
 
 def test_partial_grids():

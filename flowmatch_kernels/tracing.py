@@ -51,8 +51,11 @@ is_differentiating._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def has_derivative(x: Tensor) -> bool:
     """Whether a derivative with respect to x is being taken: x requires grad, and grad is on, or it has a tangent."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return True
+    return (torch.is_grad_enabled() and x.requires_grad) or has_tangent(x)
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether x is a dual tensor of forward-mode AD."""
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 

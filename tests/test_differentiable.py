@@ -233,3 +233,36 @@ def test_second_derivative(backend):
 def test_bad_flag():
     with pytest.raises(TypeError, match="differentiable must be True or False, got 'yes'"):
         sampled(Z, W, differentiable="yes")
+
+
+def test_the_op_refuses_tangents():
+    """Which PyTorch would drop, and say that the derivative is zero."""
+    table = torch.tensor([[1.0, 0.5, 0, 0, 0, 0, 0, 0]])
+    op, op_ = torch.ops.flowmatch_kernels.fused_step, torch.ops.flowmatch_kernels.fused_step_
+    x, h = torch.zeros(2, 3), torch.ones(2, 3)
+
+    def step(base=x, v=h, history=None):
+        return op(base, v, None, history, None, None, table, 0)
+
+    def step_(v):
+        op_(torch.empty(2, 3), x, v, None, None, None, None, table, 0)
+        return v
+
+    def dual(function):
+        with forward_ad.dual_level():
+            return function(forward_ad.make_dual(h, h))
+
+    for derivative in {
+        "jvp of v": lambda: jvp(lambda v: step(v=v), (h,), (h,)),
+        "jvp of base": lambda: jvp(lambda base: step(base=base), (h,), (h,)),
+        "jvp of history": lambda: jvp(lambda history: step(history=history), (h,), (h,)),
+        "jvp of a tensor that requires grad": lambda: jvp(lambda v: step(v=v), (h.clone().requires_grad_(),), (h,)),
+        "jacfwd": lambda: jacfwd(lambda v: step(v=v))(h),
+        "vmap of jvp": lambda: vmap(lambda v: jvp(lambda v: step(v=v), (v,), (v,)))(torch.ones(2, 2, 3)),
+        "dual": lambda: dual(lambda v: step(v=v)),
+        "in place, jvp": lambda: jvp(step_, (h,), (h,)),
+        "in place, dual": lambda: dual(step_),
+    }.values():
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            derivative()
+    assert torch.equal(jvp(lambda w: w * step(), (h,), (h,))[1], step())  # a constant beside what is derived

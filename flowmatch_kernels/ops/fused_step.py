@@ -43,11 +43,13 @@ Every backend gives the same bits as `reference.fused_step`, which is the defini
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..tracing import has_tangent
 
 NAMESPACE = "flowmatch_kernels"
 
@@ -351,10 +353,36 @@ def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-torch.library.register_autograd(f"{NAMESPACE}::fused_step", backward, setup_context=keep_for_backward, lib=library)
+def _refuse_tangents(operands: Sequence[Any]) -> None:
+    if any(isinstance(x, Tensor) and has_tangent(x) for x in operands):
+        raise NotImplementedError(
+            "torch.ops.flowmatch_kernels.fused_step and fused_step_ have no forward-mode derivative: call "
+            "FlowMatching.sample, which then runs in plain PyTorch"
+        )
+
+
+class _WithoutTangents:
+    """The library for `register_autograd`, whose kernel would drop the tangents of forward-mode AD without a word."""
+
+    @staticmethod
+    def impl(name: str, kernel: Callable[..., Any], key: str, **options: Any) -> None:
+        def checked(keyset: Any, *operands: Any) -> Any:
+            _refuse_tangents(operands)
+            return kernel(keyset, *operands)
+
+        library.impl(name, checked, key, **options)
+
+
+torch.library.register_autograd(
+    f"{NAMESPACE}::fused_step",
+    backward,
+    setup_context=keep_for_backward,
+    lib=_WithoutTangents,
+)
 
 
 def _fused_step_inplace_autograd(*operands: Any) -> None:
+    _refuse_tangents(operands)
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in operands):
         raise RuntimeError(
             "fused_step_ writes in place and has no gradient, and an operand requires grad: "

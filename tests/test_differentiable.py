@@ -266,3 +266,26 @@ def test_the_op_refuses_tangents():
         with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
             derivative()
     assert torch.equal(jvp(lambda w: w * step(), (h,), (h,))[1], step())  # a constant beside what is derived
+
+
+@pytest.mark.parametrize("requires_grad", ["noise", "model"])
+def test_plain_pytorch_on_a_cpu(requires_grad):
+    """Where a derivative is kept and no backend was asked for by name. The bits: `test_every_solver`."""
+    for backend, is_op in (("auto", False), ("cpu", True), ("reference", False)):
+        z = torch.ones(2, 2, 3).requires_grad_(requires_grad == "noise")
+        w = torch.ones(3).requires_grad_(requires_grad == "model")
+        x = FlowMatching((2, 3), "ab2", backend=backend).sample(
+            2, lambda x, t, w=w: w * x, noise=z, differentiable=True
+        )
+        assert ("_DifferentiableBackward" in graph_of(x)) == is_op, backend
+
+
+def graph_of(x):
+    """The names of the nodes of x's graph."""
+    nodes, left = set(), [x.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            left += [one for one, _ in node.next_functions]
+    return {node.name() for node in nodes}

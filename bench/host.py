@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import itertools
 import sys
 import time
@@ -23,7 +24,7 @@ from unittest import mock
 import torch
 
 from flowmatch_kernels import FlowMatching
-from flowmatch_kernels.ops import dispatch, native
+from flowmatch_kernels.ops import cuda_driver, dispatch, native
 from flowmatch_kernels.ops.fused_step import PROMOTE, WEIGHTED, Operands
 from flowmatch_kernels.rows import Fresh, Setting
 from flowmatch_kernels.sampling import integrate
@@ -41,10 +42,14 @@ class IdleDriver:
     """Stands where Triton's CUDA driver would: kernels are compiled, and launches do nothing."""
 
     def __init__(self) -> None:
+        self.has_launch_kernel = True
+        self._nothing = ctypes.cast(ctypes.CDLL("libm.so.6").fegetround, ctypes.c_void_p).value or 0
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": 1 << 16},
             load_binary=lambda name, binary, shared, device: (1, 1, 0, 0, 1024),
             unload_module=lambda module: None,
+            launch=lambda *arguments: None,
+            build_signature_metadata=lambda signature: None,
         )
 
     def get_current_target(self) -> Any:
@@ -59,7 +64,17 @@ class IdleDriver:
         return 7
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        return lambda *arguments: None
+        """Triton's own, but for the C function at its end, which needs the driver's library."""
+        from triton.backends.nvidia import driver
+
+        in_c = dict.fromkeys(("PyKernelArg", "ARG_CONSTEXPR", "ARG_KERNEL", "ARG_TUPLE"), dict)
+        with mock.patch.multiple(driver, create=True, **in_c):
+            launcher: Callable[..., None] = driver.CudaLauncher(source, metadata)
+        return launcher
+
+    def launch_kernel(self) -> int:
+        """For cuLaunchKernel: a C function that does nothing and returns 0, whatever it is given; or none."""
+        return self._nothing if self.has_launch_kernel else 0
 
 
 @contextlib.contextmanager
@@ -74,7 +89,11 @@ def idle() -> Iterator[Any]:
     caches.clear()
     serving = dispatch.BACKENDS["triton"]._replace(devices=(), unavailable=lambda device_type: None)
     try:
-        with mock.patch.object(driver, "_active", IdleDriver()), mock.patch.dict(dispatch.BACKENDS, triton=serving):
+        with (
+            mock.patch.object(driver, "_active", IdleDriver()) as idle_driver,
+            mock.patch.object(cuda_driver, "launch_kernel", idle_driver.launch_kernel),
+            mock.patch.dict(dispatch.BACKENDS, triton=serving),
+        ):
             yield backend
     finally:
         caches.clear()
@@ -176,7 +195,21 @@ def rows(backend: Any, half: Any) -> dict[str, Callable[[], object]]:
     def ours() -> torch.Tensor:
         return fm.sample(SHAPE[0], step_fn, inference_step=STEPS, backend="triton")
 
-    found = {"eager loop": by_hand, "sample(), Triton's JIT": _by_jit(backend, ours), "sample(), direct": ours}
+    def by_its_launcher() -> torch.Tensor:
+        from triton.runtime import driver
+
+        driver.active.has_launch_kernel = False
+        try:
+            return ours()
+        finally:
+            driver.active.has_launch_kernel = True
+
+    found = {
+        "eager loop": by_hand,
+        "sample(), Triton's JIT": _by_jit(backend, ours),
+        "sample(), its launcher": by_its_launcher,
+        "sample(), direct": ours,
+    }
     return found if half is None else found | {"rows, cuda": cuda_rows(half)}
 
 

@@ -118,12 +118,19 @@ class TensorRows : public TableRows {
     return key * 2 + sum_first_;
   }
 
+  // cuLaunchKernel(function, grid, block, shared, stream, parameters, extra)
+  using LaunchKernel = int(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
+                           void**);
+
   // A compiled kernel, as launch_(key, device, aligned, sample) knows it.
   struct Compiled {
     std::int64_t key;
     Object fields;
-    enum { kVector, kBlock, kStream, kRun, kFunction, kMetadata, kCount };
+    enum { kVector, kBlock, kStream, kRun, kFunction, kMetadata, kThreads, kLaunchKernel, kCount };
     PyObject* field(Py_ssize_t k) const { return PyTuple_GET_ITEM(fields.get(), k); }
+    std::int64_t block = integer(field(kBlock)), threads = integer(field(kThreads));
+    // Where Triton's own launcher would do nothing else.
+    LaunchKernel* launch_kernel = threads ? reinterpret_cast<LaunchKernel*>(integer(field(kLaunchKernel))) : nullptr;
   };
 
   // Where it has launched this key before, the kernel.
@@ -142,7 +149,7 @@ class TensorRows : public TableRows {
 
   static Object number(std::int64_t value) { return Object(PyLong_FromLongLong(value)); }
 
-  // A launch by Triton's own launcher, past its JIT; false where only the JIT may.
+  // A launch past Triton's JIT: by CUDA's driver, or by Triton's own launcher. False where only the JIT may.
   bool launch_compiled(const Row& row, std::int64_t key, std::int64_t number_of_row) {
     const Operands& o = row.operands;
     const void* const pointers[] = {o.out,  o.base, o.v,          o.u,       o.h[0],    o.h[1],
@@ -157,14 +164,19 @@ class TensorRows : public TableRows {
       compiled_.clear();
       return false;
     }
-    const std::int64_t block = integer(kernel->field(Compiled::kBlock));
+    const std::int64_t blocks = (o.numel + kernel->block - 1) / kernel->block;
+    const std::int64_t numbers[] = {number_of_row, o.numel, sample, o.trajectory ? o.slots : 1, o.slot};
+    if (kernel->launch_kernel) {
+      launch_by_driver(*kernel, blocks, stream.get(), pointers, numbers);
+      return true;
+    }
     std::vector<Object> kept;
     const auto keep = [&](PyObject* object) {
       kept.emplace_back(object);
       return object;
     };
     PyObject* const one = keep(PyLong_FromLong(1));
-    std::vector<PyObject*> arguments{keep(PyLong_FromLongLong((o.numel + block - 1) / block)),
+    std::vector<PyObject*> arguments{keep(PyLong_FromLongLong(blocks)),
                                      one,
                                      one,
                                      stream.get(),
@@ -176,15 +188,39 @@ class TensorRows : public TableRows {
     for (const void* pointer : pointers) {
       arguments.push_back(pointer ? keep(PyLong_FromVoidPtr(const_cast<void*>(pointer))) : Py_None);
     }
-    for (const std::int64_t value : {number_of_row, o.numel, sample, o.trajectory ? o.slots : 1, o.slot,
-                                     static_cast<std::int64_t>(rounding_), static_cast<std::int64_t>(form(o))}) {
-      arguments.push_back(keep(PyLong_FromLongLong(value)));
-    }
+    for (const std::int64_t value : numbers) arguments.push_back(keep(PyLong_FromLongLong(value)));
+    for (const int value : {static_cast<int>(rounding_), form(o)}) arguments.push_back(keep(PyLong_FromLong(value)));
     arguments.push_back(sum_first_ ? Py_True : Py_False);
     arguments.push_back(kernel->field(Compiled::kVector));
     arguments.push_back(kernel->field(Compiled::kBlock));
     Object(PyObject_Vectorcall(kernel->field(Compiled::kRun), arguments.data(), arguments.size(), nullptr));
     return true;
+  }
+
+  // With the parameters that `_unknown` of ops/triton_launcher.py has found in the PTX: the pointers that there are,
+  // the numbers, and two pointers to memory for the kernel's own use, of which it has none.
+  template <std::size_t kPointers, std::size_t kNumbers>
+  static void launch_by_driver(const Compiled& kernel, std::int64_t blocks, PyObject* stream,
+                               const void* const (&pointers)[kPointers], const std::int64_t (&numbers)[kNumbers]) {
+    std::uint64_t values[kPointers + kNumbers + 2];
+    std::size_t count = 0;
+    for (const void* pointer : pointers) {
+      if (pointer) values[count++] = reinterpret_cast<std::uintptr_t>(pointer);
+    }
+    for (const std::int64_t number : numbers) values[count++] = static_cast<std::uint64_t>(number);
+    values[count++] = 0;
+    values[count++] = 0;
+    void* parameters[std::size(values)];
+    for (std::size_t k = 0; k < count; ++k) parameters[k] = &values[k];
+    void* const on = PyLong_AsVoidPtr(stream);
+    void* const function = PyLong_AsVoidPtr(kernel.field(Compiled::kFunction));
+    if (PyErr_Occurred()) throw PythonError();
+    int error = 0;
+    Py_BEGIN_ALLOW_THREADS;  // it waits where the device's queue is full
+    error = kernel.launch_kernel(function, static_cast<unsigned>(blocks), 1, 1, static_cast<unsigned>(kernel.threads),
+                                 1, 1, 0, on, parameters, nullptr);
+    Py_END_ALLOW_THREADS;
+    if (error) raise(PyExc_RuntimeError, "Triton's kernel was not launched: CUDA error " + std::to_string(error));
   }
 
   int form(const Operands& o) const { return o.u ? static_cast<int>(guidance_) : 0; }

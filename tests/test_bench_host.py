@@ -17,7 +17,7 @@ def test_rows() -> None:
     from bench import host
 
     lines = {line["what"]: line for line in host.table(host.measured(0.2))}
-    assert len(lines) == 6 + 2 * (cuda_runtime.unavailable() is None)
+    assert len(lines) == 7 + 2 * (cuda_runtime.unavailable() is None)
     assert all(line["low"] <= line["median"] <= line["high"] for line in lines.values())
     assert lines["launch, Triton's JIT"]["of_jit"] == 1.0
 

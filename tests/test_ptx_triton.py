@@ -21,7 +21,7 @@ from flowmatch_kernels.ops import triton as backend
 
 @pytest.fixture(params=[90, 100], ids=["sm_90", "sm_100"])
 def driver(request: pytest.FixtureRequest) -> Iterator[ExecutingDriver]:
-    with executing(backend.fused_step_kernel, request.param) as driver:
+    with executing(backend.fused_step_kernel, request.param, direct=request.param == 90) as driver:
         yield driver
 
 
@@ -60,7 +60,7 @@ def test_velocities_that_are_not_contiguous(driver: ExecutingDriver) -> None:
 
 
 def test_sample(driver: ExecutingDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole loops: every solver, guidance, trajectory, dtypes."""
+    """Whole loops: every solver, guidance, trajectory, dtypes; for sm_90 by cuLaunchKernel, else by Triton's way."""
     of = dispatch.BACKENDS["triton"]
     monkeypatch.setitem(dispatch.BACKENDS, "triton", of._replace(unavailable=lambda device_type: None))
     failed = []
@@ -70,4 +70,5 @@ def test_sample(driver: ExecutingDriver, monkeypatch: pytest.MonkeyPatch) -> Non
         if len(driver.launches) - before < 4:
             failed.append(f"not one launch an evaluation [{loop}]")
     assert not failed, "\n".join(failed)
+    assert driver.by_driver == (94 if driver.arch == 90 else 0)  # the first of a kind is Triton's
     assert len(cases.LOOPS) == 17

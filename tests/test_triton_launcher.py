@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import logging
 import threading
@@ -21,7 +22,7 @@ from triton_cases import PAIRS
 from triton_recorder import Launch, recording
 
 from flowmatch_kernels import FlowMatching
-from flowmatch_kernels.ops import dispatch, native, triton_launcher
+from flowmatch_kernels.ops import cuda_driver, dispatch, native, triton_launcher
 from flowmatch_kernels.ops import triton as backend
 from flowmatch_kernels.ops.fused_step import (
     EXACT,
@@ -426,3 +427,52 @@ def test_what_is_no_jit_function_is_called_as_it_is() -> None:
     for _ in range(2):
         launch("variant", 3, (1, 2))
     assert calls == [((3,), (1, 2), {"num_warps": 4})] * 2
+
+
+# ---- cuLaunchKernel ----
+
+
+def test_address_of_cu_launch_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none without a driver, and none in a thread without a context."""
+
+    def library(error: int, context: int) -> Any:
+        def current(pointer: Any) -> int:
+            pointer._obj.value = context
+            return error
+
+        return SimpleNamespace(cuCtxGetCurrent=current, cuLaunchKernel=ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0))
+
+    for found, wanted in ((None, False), (library(0, 5), True), (library(0, 0), False), (library(3, 5), False)):
+        monkeypatch.setattr(cuda_driver, "_library", lambda found=found: found)
+        assert (cuda_driver.launch_kernel() != 0) == wanted
+    monkeypatch.undo()
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+        cuda_driver._library.cache_clear()
+        assert cuda_driver.launch_kernel() == 0
+        cuda_driver._library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("more", "threads"),
+    [({}, 128), ({"num_warps": 8}, 256), ({"num_ctas": 2}, 0), ({"shared": 16}, 0), ({"launch_pdl": True}, 0)]
+    + [({name: 1}, 0) for name in ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid")],
+)
+def test_launches_that_are_more_than_cu_launch_kernel(more: dict[str, Any], threads: int) -> None:
+    plain = {"num_warps": 4, "num_ctas": 1, "shared": 0, "launch_pdl": False, "tensordesc_meta": []}
+    assert triton_launcher._threads(SimpleNamespace(**plain | more)) == threads
+
+
+@pytest.mark.skipif(native.TensorRows is None, reason="the extension is not built")
+def test_a_launch_that_fails(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cuLaunchKernel returns is raised, at the step that it is of."""
+    of = dispatch.BACKENDS["triton"]
+    monkeypatch.setitem(dispatch.BACKENDS, "triton", of._replace(devices=(), unavailable=lambda device_type: None))
+    fails = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 701)
+    monkeypatch.setattr(cuda_driver, "launch_kernel", lambda: ctypes.cast(fails, ctypes.c_void_p).value)
+    calls: list[int] = []
+    with pytest.raises(RuntimeError, match=r"Triton's kernel was not launched: CUDA error 701"):
+        FlowMatching(4, num_inference_steps=6).sample(
+            2, lambda x, t: calls.append(1) or torch.zeros_like(x), backend="triton"
+        )
+    assert len(calls) == 2  # the first launch is Triton's own

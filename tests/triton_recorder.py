@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
+
+from flowmatch_kernels.ops import cuda_driver
 
 
 class Launch(NamedTuple):
@@ -49,6 +52,10 @@ class RecordingDriver:
     def get_current_stream(self, device: int) -> int:
         return self.stream
 
+    def launch_kernel(self) -> int:
+        """In the place of `cuda_driver.launch_kernel`: none, so that Triton's launcher launches."""
+        return 0
+
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         names = source.fn.arg_names
         options = {"enable_fp_fusion": metadata.enable_fp_fusion, "num_warps": metadata.num_warps}
@@ -75,7 +82,8 @@ def installed(kernel: Any, driver: RecordingDriver) -> Iterator[None]:
     kernel.device_caches.clear()
     config._active = driver
     try:
-        yield
+        with mock.patch.object(cuda_driver, "launch_kernel", driver.launch_kernel):
+            yield
     finally:
         kernel.device_caches.clear()
         kernel.device_caches.update(caches)

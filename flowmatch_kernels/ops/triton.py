@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import cuda_driver
 from .fused_step import FROM_UNGUIDED, PROMOTE, ROUNDED, WEIGHTED, Operands, check_overlap, dense
 from .triton_launcher import Launcher
 
@@ -396,7 +397,8 @@ def compiled(key: int, device: int, aligned: bool, sample: int) -> tuple[Any, ..
         sample: The kernel's argument.
 
     Returns:
-        VECTOR, BLOCK, and stream, run, function and packed_metadata of `triton_launcher.Known`.
+        VECTOR, BLOCK; stream, run, function, packed_metadata and threads of `triton_launcher.Known`; and the address of
+        cuLaunchKernel, or 0.
     """
     vector = _vectors_of_keys.get(key)
     if vector is None:
@@ -404,4 +406,4 @@ def compiled(key: int, device: int, aligned: bool, sample: int) -> tuple[Any, ..
     if not aligned or sample % vector:
         vector = 1
     known = _launcher.known((key, vector), None if device < 0 else device)
-    return None if known is None else (vector, block(vector), *known[:4])
+    return None if known is None else (vector, block(vector), *known[:5], cuda_driver.launch_kernel())

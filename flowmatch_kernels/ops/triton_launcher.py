@@ -33,6 +33,8 @@ class Known(NamedTuple):
     run: Callable[..., None]
     function: Any
     packed_metadata: Any
+    threads: int
+    """Of a block, where a launch is cuLaunchKernel with the arguments and two null pointers, and no more; else 0."""
     kernel: CompiledKernel
     """Owns the function."""
 
@@ -99,7 +101,7 @@ class Launcher:
             return int(active.get_current_stream(device)) if active.get_current_device() == device else None
 
         self._known[device, variant] = Known(
-            stream, compiled.run, compiled.function, compiled.packed_metadata, compiled
+            stream, compiled.run, compiled.function, compiled.packed_metadata, _threads(compiled.metadata), compiled
         )
 
 
@@ -114,6 +116,17 @@ def _watched(kernel: Any) -> bool:
         or runtime.add_stages_inspection_hook
         or knobs.compilation.instrumentation_mode
         or kernel.pre_run_hooks
+    )
+
+
+def _threads(metadata: Any) -> int:
+    """See `Known.threads`: what the launchers of the releases in KNOWN do beside cuLaunchKernel, this kernel lacks."""
+    more = (
+        *("shared", "global_scratch_size", "profile_scratch_size"),
+        *("launch_cooperative_grid", "launch_pdl", "tensordesc_meta"),
+    )
+    return (
+        0 if any(getattr(metadata, name, None) for name in more) or metadata.num_ctas != 1 else 32 * metadata.num_warps
     )
 
 

@@ -29,6 +29,16 @@ _SHAPES: dict[str, Callable[[dict[str, Any]], tuple[int, ...]]] = {
 }
 
 
+_LAUNCH_KERNEL = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_void_p,
+    *[ctypes.c_uint] * 7,
+    ctypes.c_void_p,
+    ctypes.POINTER(ctypes.c_void_p),
+    ctypes.c_void_p,
+)
+
+
 def _at(address: int, kind: str, shape: tuple[int, ...]) -> Tensor:
     """A tensor over memory that a launch got the address of."""
     dtype = _DTYPES[kind]
@@ -42,59 +52,95 @@ class ExecutingDriver(RecordingDriver):
     Args:
         kernel: The JIT function whose launches come here.
         arch: The compute capability that it is compiled for: 90 for sm_90.
+        direct: There is a cuLaunchKernel too, for launches past Triton's launcher.
 
     Attributes:
         launches: All launches, as of `RecordingDriver`.
+        by_driver: How many came by cuLaunchKernel.
+        errors: What was raised in these.
     """
 
-    def __init__(self, kernel: Any, arch: int) -> None:
+    def __init__(self, kernel: Any, arch: int, direct: bool = False) -> None:
         super().__init__(arch)
-        self._jit = kernel
+        self._jit, self._direct = kernel, direct
+        self.by_driver = 0
+        self.errors: list[BaseException] = []
+        self._by_driver = _LAUNCH_KERNEL(self._launched_by_driver)
         self._kernels: dict[int, Kernel] = {}
         # A number of its own for each compiled kernel, by which a launch names it.
         self.utils.load_binary = lambda name, binary, shared, device: (1, next(_functions), 0, 0, 1024)
 
-    def _kernel(self, function: int) -> Kernel:
-        if function not in self._kernels:
-            (ptx,) = {
-                compiled.asm["ptx"]
-                for cache in self._jit.device_caches.values()
-                for compiled in cache[0].values()
-                if compiled.function == function
-            }
-            self._kernels[function] = Kernel(ptx)
-        return self._kernels[function]
+    def _compiled(self, function: int) -> Any:
+        (found,) = {
+            compiled
+            for cache in self._jit.device_caches.values()
+            for compiled in cache[0].values()
+            if compiled.function == function
+        }
+        return found
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         names = source.fn.arg_names
-        runtime = [name for name in names if source.signature[name] != "constexpr"]
 
         def launch(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
             arguments = dict(zip(names, rest[-len(names) :], strict=True))
-            options = {"enable_fp_fusion": metadata.enable_fp_fusion, "num_warps": metadata.num_warps}
-            self.launches.append(Launch(self.device, stream, (x, y, z), arguments, options, function))
-            kernel = self._kernel(function)
-            assert metadata.shared == 0
-            assert kernel.threads == 32 * metadata.num_warps
-            pointers = {name: value for name in runtime if (value := arguments[name]) is not None and name in _SHAPES}
-            tensors = {
-                name: value
-                if isinstance(value, Tensor)
-                else _at(value, source.signature[name], _SHAPES[name](arguments))
-                for name, value in pointers.items()
-            }
-            memory = operand_memory.of(tensors)
-            values = [arguments[name] for name in runtime]
-            values = [value.data_ptr() if isinstance(value, Tensor) else value for value in values]
-            kernel.launch((x, y, z), memory, values)
-            operand_memory.check(memory, tensors)
+            self._execute((x, y, z), stream, function, arguments)
 
         return launch
 
+    def launch_kernel(self) -> int:
+        """The address of a function that takes what cuLaunchKernel takes, and executes the PTX."""
+        return ctypes.cast(self._by_driver, ctypes.c_void_p).value or 0 if self._direct else 0
+
+    def _launched_by_driver(self, function: int, *rest: Any) -> int:
+        *sizes, shared, stream, parameters, extra = rest
+        try:
+            compiled = self._compiled(function)
+            source = compiled.src
+            names = source.fn.arg_names
+            constants = {names[at[0]]: value for at, value in source.constants.items()}
+            arguments = {name: constants.get(name) for name in names}
+            runtime = [name for name in names if source.signature[name] != "constexpr"]
+            for k, name in enumerate(runtime):
+                arguments[name] = ctypes.cast(parameters[k], ctypes.POINTER(ctypes.c_int64)).contents.value
+            own = [ctypes.cast(parameters[len(runtime) + k], ctypes.POINTER(ctypes.c_int64)) for k in range(2)]
+            assert [pointer.contents.value for pointer in own] == [0, 0]
+            assert (shared, bool(extra), sizes[3:]) == (0, False, [32 * compiled.metadata.num_warps, 1, 1])
+            self._execute(tuple(sizes[:3]), stream, function, arguments)
+        except BaseException as error:  # which ctypes would print and forget
+            self.errors.append(error)
+            return 719  # CUDA_ERROR_LAUNCH_FAILED
+        self.by_driver += 1
+        return 0
+
+    def _execute(self, grid: tuple[int, ...], stream: int, function: int, arguments: dict[str, Any]) -> None:
+        compiled = self._compiled(function)
+        source, metadata = compiled.src, compiled.metadata
+        options = {"enable_fp_fusion": metadata.enable_fp_fusion, "num_warps": metadata.num_warps}
+        self.launches.append(Launch(self.device, stream, grid, arguments, options, function))
+        if function not in self._kernels:
+            self._kernels[function] = Kernel(compiled.asm["ptx"])
+        kernel = self._kernels[function]
+        assert metadata.shared == 0
+        assert kernel.threads == 32 * metadata.num_warps
+        runtime = [name for name in source.fn.arg_names if source.signature[name] != "constexpr"]
+        pointers = {name: value for name in runtime if (value := arguments[name]) is not None and name in _SHAPES}
+        tensors = {
+            name: value if isinstance(value, Tensor) else _at(value, source.signature[name], _SHAPES[name](arguments))
+            for name, value in pointers.items()
+        }
+        memory = operand_memory.of(tensors)
+        values = [arguments[name] for name in runtime]
+        values = [value.data_ptr() if isinstance(value, Tensor) else value for value in values]
+        kernel.launch(grid, memory, values)
+        operand_memory.check(memory, tensors)
+
 
 @contextmanager
-def executing(kernel: Any, arch: int) -> Iterator[ExecutingDriver]:
+def executing(kernel: Any, arch: int, direct: bool = False) -> Iterator[ExecutingDriver]:
     """Within this context Triton launches execute PTX; `kernel`'s compilations start from none."""
-    driver = ExecutingDriver(kernel, arch)
+    driver = ExecutingDriver(kernel, arch, direct)
     with installed(kernel, driver):
         yield driver
+    if driver.errors:
+        raise driver.errors[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,14 +42,15 @@ class ExecutingDriver(RecordingDriver):
     Args:
         kernel: The JIT function whose launches come here.
         arch: The compute capability that it is compiled for: 90 for sm_90.
+        first: Which operands leave the cache first, as of `operand_memory.check`.
 
     Attributes:
         launches: All launches, as of `RecordingDriver`.
     """
 
-    def __init__(self, kernel: Any, arch: int) -> None:
+    def __init__(self, kernel: Any, arch: int, first: Mapping[str, Container[str]]) -> None:
         super().__init__(arch)
-        self._jit = kernel
+        self._jit, self._first = kernel, first
         self._kernels: dict[int, Kernel] = {}
         # A number of its own for each compiled kernel, by which a launch names it.
         self.utils.load_binary = lambda name, binary, shared, device: (1, next(_functions), 0, 0, 1024)
@@ -74,9 +75,12 @@ class ExecutingDriver(RecordingDriver):
             options = {"enable_fp_fusion": metadata.enable_fp_fusion, "num_warps": metadata.num_warps}
             self.launches.append(Launch(self.device, stream, (x, y, z), arguments, options, function))
             kernel = self._kernel(function)
-            assert metadata.shared == 0
             assert kernel.threads == 32 * metadata.num_warps
-            pointers = {name: value for name in runtime if (value := arguments[name]) is not None and name in _SHAPES}
+            pointers = {
+                name: value
+                for name in runtime
+                if isinstance(value := arguments[name], Tensor) or (value is not None and name in _SHAPES)
+            }
             tensors = {
                 name: value
                 if isinstance(value, Tensor)
@@ -86,15 +90,17 @@ class ExecutingDriver(RecordingDriver):
             memory = operand_memory.of(tensors)
             values = [arguments[name] for name in runtime]
             values = [value.data_ptr() if isinstance(value, Tensor) else value for value in values]
-            kernel.launch((x, y, z), memory, values)
-            operand_memory.check(memory, tensors)
+            kernel.launch((x, y, z), memory, values, metadata.shared)
+            operand_memory.check(memory, tensors, self._first)
 
         return launch
 
 
 @contextmanager
-def executing(kernel: Any, arch: int) -> Iterator[ExecutingDriver]:
+def executing(
+    kernel: Any, arch: int, first: Mapping[str, Container[str]] = operand_memory.EVICTED_FIRST
+) -> Iterator[ExecutingDriver]:
     """Within this context Triton launches execute PTX; `kernel`'s compilations start from none."""
-    driver = ExecutingDriver(kernel, arch)
+    driver = ExecutingDriver(kernel, arch, first)
     with installed(kernel, driver):
         yield driver

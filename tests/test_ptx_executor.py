@@ -272,7 +272,7 @@ def test_shared_memory() -> None:
         ("setp.lt.u32 %p1, %r0, 9; @%p1 bar.sync 0;", "threads of one block do not all come here"),
         (
             "setp.lt.u32 %p1, %r0, 9; @%p1 shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1;",
-            "threads of one warp do not all come",
+            "threads of one warp do not all",
         ),
     ],
 )

@@ -280,7 +280,8 @@ class CudaHalf:
         self._operands, self._memory, self._error = tensors, None, None
         before = len(self.launches)
         try:
-            with _Copies(given, tensors, self.device), mock.patch.object(native, "_cuda_half", lambda: self._module):
+            loaded = mock.patch.object(native, "_cuda_half", return_value=self._module)
+            with _Copies(given, tensors, self.device), loaded:
                 call(given)
         finally:
             if self._error is not None:

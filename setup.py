@@ -45,7 +45,12 @@ CXX_FLAGS = [
     "-g0",
 ]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false", "-Xcompiler=-fvisibility=hidden"]
-CUDA_SOURCES = ["csrc/launch_cuda.cpp", "csrc/fused_step_cuda.cu"]
+CUDA_SOURCES = [
+    "csrc/launch_cuda.cpp",
+    "csrc/fused_step_cuda.cu",
+    "csrc/keyed_noise_cuda.cu",
+    "csrc/step_log_prob_cuda.cu",
+]
 ROOT = Path(__file__).resolve().parent
 # Within one major architecture, what is built for the first runs on all. The PTX of 8.0 is for the embedded
 # ones (Orin, Thor), which do not run the others' binaries.

@@ -10,22 +10,14 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <limits>
 #include <stdexcept>
-#include <string>
 
+#include "cuda_launch.h"
+#include "cuda_memory.h"
 #include "fused_step_cuda.h"
-
-#ifndef FLOWMATCH_LOAD
-#define FLOWMATCH_LOAD(address) (*(address))
-#define FLOWMATCH_STORE(address, word) (*(address) = (word))
-#endif
 
 namespace flowmatch_kernels {
 namespace {
-
-constexpr int kAccess = 16;  // bytes, the widest load and store of every architecture
-constexpr int kThreads = 256;
 
 // Blocks that a multiprocessor holds at once: 6 leave each thread 40 registers. The 64-bit operands of float64 states
 // would spill (4 bytes, sm_90): 5 leave them 48. On sm_75 the 1024 threads that fit are 4 blocks with 64 registers.
@@ -37,117 +29,6 @@ constexpr int blocks_at_once() {
   return sizeof(S) == 8 ? 5 : 6;
 #endif
 }
-
-// ---- memory ----
-
-template <int kBytes>
-struct Word;
-template <>
-struct Word<2> {
-  using type = unsigned short;
-};
-template <>
-struct Word<4> {
-  using type = unsigned int;
-};
-template <>
-struct Word<8> {
-  using type = uint2;
-};
-template <>
-struct Word<16> {
-  using type = uint4;
-};
-
-// kSize elements that one thread holds, moved in as few accesses as there can be.
-template <class T, int kSize>
-struct Vector {
-  static constexpr int kBytes = kSize * sizeof(T);
-  static constexpr int kWord = kBytes < kAccess ? kBytes : kAccess;
-  static constexpr int kWords = kBytes / kWord;
-  using W = typename Word<kWord>::type;
-
-  T element[kSize];
-
-  __device__ __forceinline__ T& operator[](int j) { return element[j]; }
-  __device__ __forceinline__ const T& operator[](int j) const { return element[j]; }
-
-  // f(address) is the load of one word.
-  template <class Load>
-  static __device__ __forceinline__ Vector from(const void* address, std::int64_t i, Load load) {
-    const W* source = reinterpret_cast<const W*>(static_cast<const T*>(address) + i);
-    W words[kWords];
-#pragma unroll
-    for (int k = 0; k < kWords; ++k) words[k] = load(source + k);
-    Vector vector;
-    std::memcpy(vector.element, words, kBytes);
-    return vector;
-  }
-  template <class Store>
-  __device__ __forceinline__ void to(void* address, std::int64_t i, Store store) const {
-    W words[kWords];
-    std::memcpy(words, element, kBytes);
-    W* target = reinterpret_cast<W*>(static_cast<T*>(address) + i);
-#pragma unroll
-    for (int k = 0; k < kWords; ++k) store(target + k, words[k]);
-  }
-};
-
-// Constant while the kernel runs, and wanted by every thread.
-struct LoadConstant {
-  template <class W>
-  __device__ __forceinline__ W operator()(const W* address) const {
-    return __ldg(address);
-  }
-};
-// May be written by this kernel.
-struct Load {
-  template <class W>
-  __device__ __forceinline__ W operator()(const W* address) const {
-    return FLOWMATCH_LOAD(address);
-  }
-};
-// Dead after this read: the first to leave the cache. A term of the history is not: k1 of rk4 is read again by its last
-// row, and Adams-Bashforth's velocities by the next steps.
-struct LoadLast {
-  template <class W>
-  __device__ __forceinline__ W operator()(const W* address) const {
-    return __ldcs(address);
-  }
-};
-// Read soon: out by the model, history by the next steps.
-struct Store {
-  template <class W>
-  __device__ __forceinline__ void operator()(W* address, W word) const {
-    FLOWMATCH_STORE(address, word);
-  }
-};
-// Not read before sampling ends.
-struct StoreLast {
-  template <class W>
-  __device__ __forceinline__ void operator()(W* address, W word) const {
-    __stcs(address, word);
-  }
-};
-
-// ---- the trajectory's index ----
-
-// Division by the elements of one sample, as a multiplication: a 64-bit division is a call of some 80 instructions, and
-// made the float64 kernel spill (8 bytes, sm_80). Exact for 0 <= i < 2^63 (Granlund and Montgomery, PLDI 1994, with 63
-// bits: the multiplier then has 64).
-struct Divisor {
-  std::uint64_t multiplier;  // 2^(63 + shift) / divisor, rounded up
-  int shift;                 // the least with 2^shift >= divisor
-
-  explicit Divisor(std::uint64_t divisor) : shift(0) {
-    while ((std::uint64_t{1} << shift) < divisor) ++shift;
-    multiplier = static_cast<std::uint64_t>((static_cast<unsigned __int128>(1) << (63 + shift)) / divisor + 1);
-  }
-  // i / divisor
-  __device__ __forceinline__ std::int64_t quotient(std::int64_t i) const {
-    return static_cast<std::int64_t>(__umul64hi(static_cast<std::uint64_t>(i) << 1, multiplier) >> shift);
-  }
-};
 
 // ---- the kernel ----
 
@@ -286,32 +167,6 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<typename E::B>())
 
 // ---- the launch ----
 
-void check(cudaError_t error, const char* call) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // CUDA keeps it for whoever asks next, who is not to blame
-  throw std::runtime_error(std::string("fused_step: ") + call + ": " + cudaGetErrorString(error));
-}
-
-// Makes `device` current, and the former one when it goes.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&former_), "cudaGetDevice");
-    if (former_ == device) return;
-    check(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = true;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(former_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int former_ = 0;
-  bool changed_ = false;
-};
-
 // Whether every operand can be moved kSize elements at a time.
 template <class E, int kSize>
 bool fits(const Operands& o) {
@@ -330,15 +185,9 @@ bool fits(const Operands& o) {
 template <class E, class Present, int kSize>
 void launch(const Operands& o, cudaStream_t stream) {
   const std::int64_t threads = o.numel / kSize + o.numel % kSize;
-  const std::int64_t blocks = (threads - 1) / kThreads + 1;
-  if (blocks > std::numeric_limits<std::int32_t>::max()) {
-    throw std::invalid_argument("fused_step: a state of " + std::to_string(o.numel) + " elements is too large");
-  }
   Divisor by_sample(static_cast<std::uint64_t>(o.trajectory ? o.sample : 1));
   void* arguments[] = {const_cast<Operands*>(&o), &by_sample};
-  check(cudaLaunchKernel(&fused_step_kernel<E, Present, kSize>, dim3(static_cast<unsigned int>(blocks)), dim3(kThreads),
-                         arguments, 0, stream),
-        "cudaLaunchKernel");
+  launch_blocks(&fused_step_kernel<E, Present, kSize>, blocks_for(threads), arguments, stream, "fused_step", o.numel);
 }
 
 // One thread takes 16 bytes of the widest operand read: 4 elements where that is float32, 2 for float64, 8 for 16 bits.
@@ -368,7 +217,7 @@ void launch_terms(const Operands& o, cudaStream_t stream) {
 
 void fused_step_cuda(const Operands& o, Dtypes dtypes, int device, void* stream) {
   if (o.numel == 0) return;  // an empty grid is an error
-  const DeviceGuard guard(device);
+  const DeviceGuard guard(device, "fused_step");
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   const auto chosen = [&]<class E>(E) { o.u ? launch_terms<E, true>(o, on) : launch_terms<E, false>(o, on); };
   if (!dispatch(dtypes, o.rounding, o.sum_first, chosen)) {

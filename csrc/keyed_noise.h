@@ -25,6 +25,9 @@ struct NoiseOperands {
   std::int64_t evaluation;
 };
 
+// Counters of one sample: four elements each, the last one fewer.
+constexpr std::int64_t blocks_of(std::int64_t elements) { return (elements + 3) / 4; }
+
 // ---- Philox4x32-10 (Salmon et al., SC 2011) ----
 
 struct Words {
@@ -67,12 +70,12 @@ FLOWMATCH_INLINE Counter counter(const std::int64_t* key, std::int64_t evaluatio
 
 struct Single {
   float x;
+  FLOWMATCH_INLINE constexpr Single(float value) : x(value) {}  // of a literal too
 };
 FLOWMATCH_INLINE Single operator*(Single x, Single y) { return {multiply(x.x, y.x)}; }
 FLOWMATCH_INLINE Single operator+(Single x, Single y) { return {add(x.x, y.x)}; }
 FLOWMATCH_INLINE Single operator-(Single x, Single y) { return {add(x.x, -y.x)}; }
 FLOWMATCH_INLINE Single operator-(Single x) { return {-x.x}; }
-FLOWMATCH_INLINE Single operator""_f(long double x) { return {static_cast<float>(x)}; }
 FLOWMATCH_INLINE Single choose(bool condition, Single x, Single y) { return {condition ? x.x : y.x}; }
 FLOWMATCH_INLINE Single square_root(Single x) {
 #if defined(__CUDA_ARCH__)
@@ -110,25 +113,25 @@ FLOWMATCH_INLINE Twofold radius(std::uint32_t word) {
   const Single mantissa = {float_of((bits & 0x007fffffu) + 0x3f3504f3u)};
   const auto exponent = static_cast<std::int32_t>(bits >> 23) - 127;
   // Upper half: u = 1 - d, which is 1 + f near 1, else (1 + f) / 2.
-  const Single d = Single{distance} * 0x1p-33_f;
+  const Single d = Single{distance} * 0x1p-33f;
   const bool near = distance < 2515933696.0f;  // (1 - sqrt(1/2)) * 2^33
-  const Single f = choose(upper, choose(near, -d, 1.0_f - (d + d)), mantissa - 1.0_f);
+  const Single f = choose(upper, choose(near, -d, 1.0f - (d + d)), mantissa - 1.0f);
   const std::int32_t n = upper ? (near ? 0 : 1) : 33 - exponent;
   const Single times = {static_cast<float>(n)};
 
   const Single square = f * f;
-  Single p = 0.06918781250715256_f;
-  p = p * f + -0.11794884502887726_f;
-  p = p * f + 0.1187414899468422_f;
-  p = p * f + -0.12383755296468735_f;
-  p = p * f + 0.14218482375144958_f;
-  p = p * f + -0.16669267416000366_f;
-  p = p * f + 0.20002231001853943_f;
-  p = p * f + -0.24999986588954926_f;
-  p = p * f + 0.3333331048488617_f;
+  Single p = 0.06918781250715256f;
+  p = p * f + -0.11794884502887726f;
+  p = p * f + 0.1187414899468422f;
+  p = p * f + -0.12383755296468735f;
+  p = p * f + 0.14218482375144958f;
+  p = p * f + -0.16669267416000366f;
+  p = p * f + 0.20002231001853943f;
+  p = p * f + -0.24999986588954926f;
+  p = p * f + 0.3333331048488617f;
   // ln 2 in two parts, the first of 10 bits, so that n times it is exact.
-  const Single rest = (0.5_f * square - (f * square) * p) + times * -2.12194442e-4_f;
-  const Twofold leading = sum(times * 0.693359375_f, -f);
+  const Single rest = (0.5f * square - (f * square) * p) + times * -2.12194442e-4f;
+  const Twofold leading = sum(times * 0.693359375f, -f);
   const Twofold minus_ln = sum(leading.high, leading.low + rest);
 
   // The square root, and what it leaves, by one step of Newton's from half a percent of 1/sqrt.
@@ -138,8 +141,8 @@ FLOWMATCH_INLINE Twofold radius(std::uint32_t word) {
   const Single left =
       (((high - part.high * part.high) - (part.high + part.high) * part.low) - part.low * part.low) + low;
   Single inverse = {float_of(0x5f3759dfu - (float_bits(high.x) >> 1))};
-  inverse = inverse * (1.5_f - ((0.5_f * high) * inverse) * inverse);
-  return {root, (0.5_f * left) * inverse};
+  inverse = inverse * (1.5f - ((0.5f * high) * inverse) * inverse);
+  return {root, (0.5f * left) * inverse};
 }
 
 // high * high + ..., rounded once but for a thousandth of an ulp.
@@ -155,23 +158,23 @@ FLOWMATCH_INLINE Single product(Twofold x, Twofold y) {
 FLOWMATCH_INLINE void normals(std::uint32_t word, std::uint32_t angle, float& z0, float& z1) {
   const Twofold r = radius(word);
   const std::uint32_t quarter = (angle + 0x20000000u) >> 30;
-  const auto offset = static_cast<std::int32_t>(angle - (quarter << 30));   // in [-2^29, 2^29)
-  const Single y = Single{static_cast<float>(2 * offset + 1)} * 0x1p-31_f;  // of a quarter turn: [-1/2, 1/2]
+  const auto offset = static_cast<std::int32_t>(angle - (quarter << 30));  // in [-2^29, 2^29)
+  const Single y = Single{static_cast<float>(2 * offset + 1)} * 0x1p-31f;  // of a quarter turn: [-1/2, 1/2]
   const Single q = y * y;
 
-  Single p = 0.0001247044710908085_f;
-  p = p * q + -0.004664550069719553_f;
-  p = p * q + 0.07968997955322266_f;
-  p = p * q + -0.6459639668464661_f;
-  p = p * q + 0.07079632580280304_f;  // pi/2 - 3/2
-  const Twofold three_halves = sum(y, 0.5_f * y);
+  Single p = 0.0001247044710908085f;
+  p = p * q + -0.004664550069719553f;
+  p = p * q + 0.07968997955322266f;
+  p = p * q + -0.6459639668464661f;
+  p = p * q + 0.07079632580280304f;  // pi/2 - 3/2
+  const Twofold three_halves = sum(y, 0.5f * y);
   const Twofold sine = sum(three_halves.high, three_halves.low + y * p);
 
-  p = -0.000904374523088336_f;
-  p = p * q + 0.020860442891716957_f;
-  p = p * q + -0.25366926193237305_f;
-  p = p * q + 0.23370054364204407_f;  // pi^2/8 - 1
-  const Twofold one_less = sum(1.0_f, -q);
+  p = -0.000904374523088336f;
+  p = p * q + 0.020860442891716957f;
+  p = p * q + -0.25366926193237305f;
+  p = p * q + 0.23370054364204407f;  // pi^2/8 - 1
+  const Twofold one_less = sum(1.0f, -q);
   const Twofold cosine = sum(one_less.high, one_less.low - q * p);
 
   // Turned by the quarters: (c, s), (-s, c), (-c, -s), (s, -c).

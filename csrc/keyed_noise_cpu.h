@@ -6,9 +6,6 @@
 
 namespace flowmatch_kernels {
 
-// Counters of one sample: four elements each, the last one fewer.
-constexpr std::int64_t blocks_of(std::int64_t elements) { return (elements + 3) / 4; }
-
 // Counters [begin, end) of samples * blocks_of(elements), on the calling thread, by the widest instruction set of this
 // machine that is not beyond `level`.
 void keyed_noise_cpu(const NoiseOperands& o, Dtype dtype, std::int64_t begin, std::int64_t end, int level = kWidest);

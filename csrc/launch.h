@@ -24,4 +24,12 @@ void launch_cpu(const Operands& o, Dtypes dtypes);
 using LaunchCuda = void(const Operands& o, Dtypes dtypes, int device);
 constexpr const char* kLaunchCudaCapsule = "flowmatch_kernels.launch_cuda";
 
+// The same of keyed noise and of step_log_prob.
+struct NoiseOperands;
+using LaunchNoiseCuda = void(const NoiseOperands& o, Dtype dtype, int device);
+constexpr const char* kLaunchNoiseCudaCapsule = "flowmatch_kernels.launch_noise_cuda";
+struct LogProbOperands;
+using LaunchLogProbCuda = void(const LogProbOperands& o, Dtype base, Dtype velocity, int device);
+constexpr const char* kLaunchLogProbCudaCapsule = "flowmatch_kernels.launch_log_prob_cuda";
+
 }  // namespace flowmatch_kernels

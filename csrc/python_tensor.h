@@ -54,6 +54,15 @@ PyObject* guard(F&& f) {
 }
 
 [[noreturn]] void raise(PyObject* type, const std::string& message);
+
+// What a capsule of this name holds: a function. Throws Python's ValueError where it is another.
+template <class Function>
+Function* function_in(const pybind11::object& capsule, const char* name) {
+  void* const address = PyCapsule_GetPointer(capsule.ptr(), name);
+  if (!address) throw pybind11::error_already_set();
+  return reinterpret_cast<Function*>(address);
+}
+
 PyObject* interned(const char* name);
 std::int64_t integer(PyObject* object);
 bool truth(PyObject* object);

@@ -1,18 +1,20 @@
-"""The CUDA kernel's compiled PTX, executed through the extension's CUDA half, against `reference`, to the last bit.
+"""The CUDA kernels' compiled PTX, executed through the extension's CUDA half, against the reference, to the last bit.
 
-nvcc compiles csrc/fused_step_cuda.cu with its host code, which is linked with csrc/launch_cuda.cpp and a double of the
-CUDA runtime library; `flowmatch_kernels._C` calls it as on a GPU, and each launch executes the PTX.
+nvcc compiles csrc's *_cuda.cu with their host code, which is linked with csrc/launch_cuda.cpp and a double of the CUDA
+runtime library; `flowmatch_kernels._C` calls it as on a GPU, and each launch executes the PTX.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import log_prob_operands
 import pytest
+import torch
 from ptx import cases, cuda_runtime
 from triton_cases import special
 
-from flowmatch_kernels.ops import dispatch
+from flowmatch_kernels.ops import dispatch, native, reference_log_prob
 
 reason = cuda_runtime.unavailable()
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
@@ -33,7 +35,7 @@ def cuda(half: cuda_runtime.CudaHalf, request: pytest.FixtureRequest) -> Iterato
 
 def test_every_kernel_is_registered(cuda: cuda_runtime.CudaHalf) -> None:
     """The host's code knows as many kernels as there are in the PTX."""
-    assert cuda.double.double_kernel_count() == len(cuda.names()) == 244
+    assert cuda.double.double_kernel_count() == len(cuda.names()) == 244 + 8 + 18  # of fused_step, noise, log_prob
 
 
 def test_steps(cuda: cuda_runtime.CudaHalf) -> None:
@@ -94,3 +96,31 @@ def test_rows(cuda: cuda_runtime.CudaHalf) -> None:
             failed.append(f"not one launch an evaluation [{loop}]")
     assert not failed, "\n".join(failed)
     assert len(loops) == 30
+
+
+def test_keyed_noise(cuda: cuda_runtime.CudaHalf) -> None:
+    """Every dtype: samples of whole fours and of others; one launch a draw, none for an empty one."""
+    assert cases.noise(cuda.keyed_noise_, native.DTYPES) == []
+    assert len(cuda.launches) == 20
+    assert len({launch.name for launch in cuda.launches}) == 8
+    cuda.keyed_noise_(torch.empty(3, 0), torch.zeros(3, 3, dtype=torch.int64), 0)
+
+
+def test_step_log_prob(cuda: cuda_runtime.CudaHalf) -> None:
+    """Every pair of dtypes, lanes that are filled or not; one launch, none for an empty batch."""
+    assert cases.log_probs(cuda.step_log_prob_, log_prob_operands.PAIRS, [31, 1023, 1032, 2048]) == []
+    assert len(cuda.launches) == 72
+    assert len({launch.name for launch in cuda.launches}) == 18
+    x = torch.empty(0, 4)
+    cuda.step_log_prob_(torch.empty(0), x, x, x, *log_prob_operands.tables(torch.float32), 0)
+
+
+def test_step_log_prob_of_strided_operands_and_of_one_sample(cuda: cuda_runtime.CudaHalf) -> None:
+    """A transposed operand costs one copy; a sample has the same bits alone."""
+    base, v, next, *tables = log_prob_operands.drawn([3, 32, 40], torch.float32, torch.bfloat16)
+    got = torch.full([3], torch.nan)
+    cuda.step_log_prob_(got, base, v.transpose(1, 2).contiguous().transpose(1, 2), next, *tables, 0)
+    assert torch.equal(got, reference_log_prob.step_log_prob(base, v, next, *tables, 0))
+    alone = torch.full([1], torch.nan)
+    cuda.step_log_prob_(alone, base[1:2], v[1:2], next[1:2], *tables, 0)
+    assert torch.equal(alone, got[1:2])

@@ -72,6 +72,25 @@ def test_float_operations(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(out.signbit() & ~out.isnan(), wanted.signbit() & ~wanted.isnan())
 
 
+def test_quotients_roots_and_integers_as_floats() -> None:
+    """Correctly rounded: by exact fractions, for a root its square between those of the neighbours' midpoints."""
+    x, y = 1 + torch.rand(THREADS), 1 + torch.rand(THREADS)
+    both = torch.stack([x, y], dim=1)
+    load, store = "ld.global.v2.f32 {%f1, %f2}, [%rd2];", "st.global.f32 [%rd3], %f3;"
+    quotient, root = (
+        run(f"{load} {body}; {store}", both, torch.empty_like(both), 8)[:, 0].tolist()
+        for body in ("div.rn.f32 %f3, %f1, %f2", "sqrt.rn.f32 %f3, %f1")
+    )
+    halves = [Fraction(float(np.spacing(np.float32(z)))) / 2 for z in (*quotient, *root)]
+    for a, b, q, r, h, k in zip(x.tolist(), y.tolist(), quotient, root, halves, halves[THREADS:], strict=False):
+        assert abs(Fraction(q) - Fraction(a) / Fraction(b)) <= h
+        assert (Fraction(r) - k) ** 2 <= Fraction(a) <= (Fraction(r) + k) ** 2
+    given = torch.randint(-(2**31), 2**31, (THREADS,), dtype=torch.int64).to(torch.int32)
+    for kind, wanted in (("s32", given.double()), ("u32", given.double() % 2**32)):
+        body = f"ld.global.b32 %r1, [%rd2]; cvt.rn.f32.{kind} %f1, %r1; st.global.f32 [%rd3], %f1;"
+        assert torch.equal(run(body, given, torch.empty(THREADS)), wanted.float())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_pairs_of_16_bits(name: str, dtype: torch.dtype) -> None:
@@ -170,6 +189,10 @@ INTEGERS = {
     "shr.s32 %r3, %r1, 7": lambda x, y: x >> 7,
     "shr.u32 %r3, %r1, 7": lambda x, y: x % 2**32 >> 7,
     "neg.f32 %r3, %r1": lambda x, y: x ^ SIGNED,
+    "neg.s32 %r3, %r1": lambda x, y: -x,
+    "not.b32 %r3, %r1": lambda x, y: ~x,
+    "mul.hi.u32 %r3, %r1, %r2": lambda x, y: (x % 2**32) * (y % 2**32) >> 32,
+    "mov.pred %p1, -1; not.pred %p2, %p1; selp.b32 %r3, %r1, %r2, %p2": lambda x, y: y,
     "cvt.u64.u32 %rd4, %r1; shr.u64 %rd4, %rd4, 1; cvt.u32.u64 %r3, %rd4": lambda x, y: x % 2**32 >> 1,
     "cvt.u16.u32 %h1, %r1; cvt.u32.u16 %r3, %h1": lambda x, y: x % 2**16,
     "mul.wide.u32 %rd4, %r1, %r2; shr.u64 %rd4, %rd4, 32; cvt.u32.u64 %r3, %rd4": lambda x, y: (
@@ -221,6 +244,53 @@ def test_threads_that_left_do_nothing() -> None:
     out = torch.full_like(x, -1)
     body = "ld.global.u32 %r1, [%rd2]; setp.ge.u32 %p1, %r1, 40; @%p1 bra L1; st.global.u32 [%rd3], %r1; L1:"
     assert run(body, x, out).tolist() == [*range(40), *[-1] * 24]
+
+
+# ---- shared memory, barriers, warps ----
+
+SHARED = ".shared .align 16 .b8 held[256]; mov.u32 %r2, held; shl.b32 %r3, %r0, 2; add.s32 %r4, %r2, %r3;"
+HAND_OVER = SHARED + "ld.global.b32 %r1, [%rd2]; st.shared.b32 [%r4], %r1; {} xor.b32 %r5, %r4, 252; {}"
+TAKE = "ld.shared.b32 %r6, [%r5]; st.global.b32 [%rd3], %r6;"
+
+
+def test_shared_memory() -> None:
+    """The array backwards: by another thread's word, behind a barrier."""
+    x = torch.arange(THREADS, dtype=torch.int32)
+    assert torch.equal(run(HAND_OVER.format("bar.sync 0;", TAKE), x, torch.empty_like(x)), x.flip(0))
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (HAND_OVER.format("", TAKE), "thread 0 reads what another has written without a barrier"),
+        (HAND_OVER.format("bar.sync 0;", TAKE + "st.shared.b32 [%r4], %r1;"), "writes what another has read without"),
+        (HAND_OVER.format("", "st.shared.b32 [%r5], %r1;"), "writes what another has written without"),
+        (SHARED + "st.shared.b32 [%r2], %r0;", "writes what another writes"),
+        (SHARED + "ld.shared.b32 %r6, [%r4];", "reads shared memory before it is written"),
+        (SHARED + "st.shared.b32 [%r4+4], %r0;", "out-of-bounds 4-byte access at 256 of 256 shared bytes"),
+        (SHARED + "st.shared.b32 [%r4+2], %r0;", "misaligned 4-byte access of shared memory"),
+        ("setp.lt.u32 %p1, %r0, 9; @%p1 bar.sync 0;", "threads of one block do not all come here"),
+        (
+            "setp.lt.u32 %p1, %r0, 9; @%p1 shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1;",
+            "threads of one warp do not all",
+        ),
+    ],
+)
+def test_threads_that_do_not_wait_for_each_other(body: str, told: str) -> None:
+    with pytest.raises(RuntimeError, match=told):
+        run(body, torch.zeros(THREADS), torch.zeros(THREADS))
+
+
+def test_a_barrier_takes_no_note_of_threads_that_left() -> None:
+    x = torch.zeros(THREADS, dtype=torch.int32)
+    run("setp.lt.u32 %p1, %r0, 9; @%p1 ret; bar.sync 0; st.global.b32 [%rd3], %r0;", x, x)
+    assert x.tolist() == [*[0] * 9, *range(9, THREADS)]
+
+
+def test_lanes_exchange_within_their_warp() -> None:
+    x = torch.arange(THREADS, dtype=torch.int32)
+    body = "ld.global.b32 %r1, [%rd2]; shfl.sync.bfly.b32 %r2, %r1, 17, 31, -1; st.global.b32 [%rd3], %r2;"
+    assert run(body, x, torch.empty_like(x)).tolist() == [lane ^ 17 for lane in range(THREADS)]
 
 
 # ---- what is refused ----
@@ -298,10 +368,15 @@ def test_contraction() -> None:
         "add.ftz.f32 %f1, %f2, %f3",
         "mul.rz.f32 %f1, %f2, %f3",
         "rcp.approx.f32 %f1, %f2",
-        "ld.shared.f32 %f1, [%rd2]",
+        "ld.local.f32 %f1, [%rd2]",
+        "sqrt.approx.f32 %f1, %f2",
+        "div.full.f32 %f1, %f2, %f3",
+        "shfl.sync.down.b32 %r1, %r2, 1, 31, -1",
+        "shfl.sync.bfly.b32 %r1, %r2, 1, 15, -1",
         "ld.volatile.global.f32 %f1, [%rd2]",
-        "bar.sync 0",
-        "cvt.rn.f32.s32 %f1, %r1",
+        "bar.sync 1",
+        "bar.arrive 0, 64",
+        "cvt.rz.f32.s32 %f1, %r1",
         "fma.rn.f64 %d1, %d2, %d3, %d4",
         "frobnicate.b32 %r1, %r2",
     ],

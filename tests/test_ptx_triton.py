@@ -1,4 +1,4 @@
-"""The Triton kernel's compiled PTX, executed through its real launch path, against `reference`, to the last bit.
+"""The Triton kernels' compiled PTX, executed through its real launch path, against the reference, to the last bit.
 
 Triton's JIT makes key, grid, arguments and PTX; in the place of its CUDA driver stands one that executes the PTX.
 """
@@ -11,11 +11,13 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: its kernel is not tested")
 
+import torch
 from ptx import cases
+from ptx.operand_memory import NOTHING_FIRST
 from ptx.triton_driver import ExecutingDriver, executing
 from triton_cases import special
 
-from flowmatch_kernels.ops import dispatch
+from flowmatch_kernels.ops import dispatch, triton_log_prob, triton_noise
 from flowmatch_kernels.ops import triton as backend
 
 
@@ -72,3 +74,22 @@ def test_sample(driver: ExecutingDriver, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not failed, "\n".join(failed)
     assert driver.by_driver == (94 if driver.arch == 90 else 0)  # the first of a kind is Triton's
     assert len(cases.LOOPS) == 17
+
+
+@pytest.mark.parametrize("arch", [90, 100], ids=["sm_90", "sm_100"])
+def test_keyed_noise(arch: int) -> None:
+    """Samples of whole fours and of others; one launch a draw, none for an empty one."""
+    with executing(triton_noise.keyed_noise_kernel, arch, NOTHING_FIRST) as driver:
+        assert cases.noise(triton_noise.keyed_noise_, [torch.float32, torch.float16]) == []
+        assert [launch.arguments["FOURS"] for launch in driver.launches] == 2 * [False, False, True, False, False]
+        triton_noise.keyed_noise_(torch.empty(3, 0), torch.zeros(3, 3, dtype=torch.int64), 0)
+        assert len(driver.launches) == 10
+
+
+@pytest.mark.parametrize("arch", [90, 100], ids=["sm_90", "sm_100"])
+def test_step_log_prob(arch: int) -> None:
+    """Lanes that are filled or not, over the warps of a block and its shared memory; one launch."""
+    pairs = [(torch.float32, torch.bfloat16), (torch.float64, torch.float64)]
+    with executing(triton_log_prob.step_log_prob_kernel, arch, NOTHING_FIRST) as driver:
+        assert cases.log_probs(triton_log_prob.step_log_prob_, pairs, [31, 1023, 2048]) == []
+        assert accesses(driver) == [*[1] * 4, 4, 1, *[1] * 4, 2, 1]

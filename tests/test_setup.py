@@ -133,7 +133,8 @@ def project(tmp_path):
     shutil.copy(ROOT / "setup.py", folder)
     (folder / "csrc" / "bindings.cpp").write_text(MODULE.format(name="_C"))
     (folder / "csrc" / "launch_cuda.cpp").write_text(MODULE.format(name="_C_cuda"))
-    (folder / "csrc" / "fused_step_cuda.cu").write_text("")
+    for source in (ROOT / "csrc").glob("*.cu"):
+        (folder / "csrc" / source.name).write_text("")
     (folder / "flowmatch_kernels" / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}").write_text("of another build")
     return folder
 
@@ -324,11 +325,14 @@ def test_the_cuda_half_is_taken_when_it_loads(stream):
     """csrc/launch_cuda.cpp itself, with a double for the kernel; torch's own CUDA library is there, or not."""
     torch_double = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 0; }' if stream else ""
     kernel = (
-        '#include "fused_step_cuda.h"\n'
-        "void flowmatch_kernels::fused_step_cuda(const Operands&, Dtypes, int, void*) {}\n"
+        "namespace flowmatch_kernels {\n"
+        "void fused_step_cuda(const Operands&, Dtypes, int, void*) {}\n"
+        "void keyed_noise_cuda(const NoiseOperands&, Dtype, int, void*) {}\n"
+        "void step_log_prob_cuda(const LogProbOperands&, Dtype, Dtype, int, void*) {}\n"
+        "}\n"
     )
     headers = [Path(torch.__file__).parent / "include", Path(sysconfig.get_paths()["include"]), ROOT / "csrc"]
-    sources = [ROOT / "csrc" / name for name in ("launch_cuda.cpp", "launch.h", "fused_step_cuda.h", "fused_step.h")]
+    sources = [ROOT / "csrc" / "launch_cuda.cpp", *sorted((ROOT / "csrc").glob("*.h"))]
 
     def make(path):
         double = path.with_suffix(".cpp")

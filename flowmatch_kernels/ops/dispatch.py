@@ -43,11 +43,9 @@ class Backend(NamedTuple):
     load_launch: Callable[[], Any] = lambda: None
     """How `native.TensorRows` launches without Python, given to it as it is; None: by fused_step_."""
     load_noise: Callable[[], Callable[[Tensor, Tensor, int], None]] = lambda: reference_noise.keyed_noise_
-    """Its keyed_noise_, of out, keys and the evaluation; unchecked. `cuda` has none of its own: the same bits in plain
-    PyTorch, some 250 launches."""
+    """Its keyed_noise_, of out, keys and the evaluation; unchecked."""
     load_log_prob: Callable[[], Callable[..., None]] = lambda: reference_log_prob.step_log_prob_
-    """Its step_log_prob_, of out and the op's operands; unchecked. `cuda` has none of its own: the same bits in plain
-    PyTorch."""
+    """Its step_log_prob_, of out and the op's operands; unchecked."""
 
 
 _TRITON = f"{__package__}.triton"
@@ -141,6 +139,8 @@ BACKENDS = {
             lambda device_type: _cuda_unavailable(),
             lambda: native.fused_step_,
             native.launch_cuda,
+            lambda: native.keyed_noise_,
+            lambda: native.step_log_prob_,
         ),
         Backend(
             "cpu",

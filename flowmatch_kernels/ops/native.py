@@ -94,7 +94,12 @@ def _load_cuda() -> str | None:
 
 def launch_cuda() -> Any:
     """The capsule of csrc/launch_cuda.cpp, which `TensorRows` launches by; None where it is not loaded."""
-    return getattr(sys.modules.get("flowmatch_kernels._C_cuda"), "launch", None)
+    return getattr(_cuda_half(), "launch", None)
+
+
+def _cuda_half() -> Any:
+    """The module flowmatch_kernels._C_cuda; None where it is not loaded."""
+    return sys.modules.get("flowmatch_kernels._C_cuda")
 
 
 def cuda_architectures() -> str | None:
@@ -149,29 +154,39 @@ def fused_step_(operands: Operands) -> None:
 
 
 def keyed_noise_(out: Tensor, keys: Tensor, evaluation: int) -> None:
-    """`ops.keyed_noise` in C++ for the CPU; out and keys contiguous."""
+    """`ops.keyed_noise` in C++, for the CPU and CUDA; out and keys contiguous."""
     if _C is None:
         raise RuntimeError(_import_error)
+    if not out.numel():
+        return
     samples = out.shape[0]
-    if out.numel():
-        _C.keyed_noise(out.data_ptr(), DTYPES[out.dtype], keys.data_ptr(), samples, out.numel() // samples, evaluation)
+    given = out.data_ptr(), DTYPES[out.dtype], keys.data_ptr(), samples, out.numel() // samples, evaluation
+    if out.is_cuda:
+        _C.keyed_noise_cuda(_cuda_half().launch_noise, out.get_device(), *given)
+    else:
+        _C.keyed_noise(*given)
 
 
 def step_log_prob_(
     out: Tensor, base: Tensor, v: Tensor, next: Tensor, coefficients: Tensor, densities: Tensor, row: int
 ) -> None:
-    """`ops.step_log_prob` in C++ for the CPU. base, v and next may be non-contiguous: each costs one copy."""
+    """`ops.step_log_prob` in C++, for the CPU and CUDA. base, v and next may be non-contiguous: each costs one copy."""
     if _C is None:
         raise RuntimeError(_import_error)
     samples = out.shape[0]
-    if samples:
-        read = [dense(x) for x in (base, v, next)]
-        _C.step_log_prob(
-            out.data_ptr(),
-            *[x.data_ptr() for x in read],
-            *[table.data_ptr() + row * table.shape[1] * table.element_size() for table in (coefficients, densities)],
-            *(DTYPES[base.dtype], DTYPES[v.dtype], samples, base.numel() // samples),
-        )
+    if not samples:
+        return
+    read = [dense(x) for x in (base, v, next)]
+    given = (
+        out.data_ptr(),
+        *[x.data_ptr() for x in read],
+        *[table.data_ptr() + row * table.shape[1] * table.element_size() for table in (coefficients, densities)],
+        *(DTYPES[base.dtype], DTYPES[v.dtype], samples, base.numel() // samples),
+    )
+    if out.is_cuda:
+        _C.step_log_prob_cuda(_cuda_half().launch_log_prob, out.get_device(), *given)
+    else:
+        _C.step_log_prob(*given)
 
 
 #: The states of one sample() on the CPU, in counted memory: csrc/row.cpp. None where this torch cannot make a tensor

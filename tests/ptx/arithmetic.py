@@ -62,12 +62,12 @@ def _fma_float32(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
     return add_to_odd(product, z.astype(np.float64)).astype(np.float32)
 
 
-_NATIVE = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+_NATIVE = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}
 _IN_FLOAT64 = {"add": add_to_odd, "sub": lambda x, y: add_to_odd(x, -y), "mul": np.multiply}
 
 
 def operation(name: str, kind: str) -> Callable[..., np.ndarray]:
-    """add, sub, mul or fma of one type: on values, to values, or to bits where the type has 16.
+    """add, sub, mul, div or fma of one type: on values, to values, or to bits where the type has 16.
 
     Raises:
         KeyError: there is no such operation here.

@@ -6,13 +6,15 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import log_prob_operands
 import published
 import torch
 from torch import Tensor
 from triton_cases import FORMS, PAIRS, PRIME, Case, Guarded, combinations, copied, differing, failures, values
 
-from flowmatch_kernels import FlowMatching, solvers
-from flowmatch_kernels.ops import reference
+from flowmatch_kernels import FlowMatching, KeyedNoise, solvers
+from flowmatch_kernels.noise import keys as noise_keys
+from flowmatch_kernels.ops import reference, reference_log_prob, reference_noise
 from flowmatch_kernels.ops.fused_step import COLUMNS, WEIGHTED, Operands
 from flowmatch_kernels.sampling import integrate
 
@@ -130,6 +132,65 @@ def not_contiguous(fused_step_: FusedStep) -> list[str]:
                 continue
             if differing(o.out, expected.out):
                 found.append(f"{which} {layout}: out differs")
+    return found
+
+
+# ---- the other ops ----
+
+
+def noise(keyed_noise_: Callable[[Tensor, Tensor, int], None], dtypes: Iterable[torch.dtype]) -> list[str]:
+    """What draws of keyed noise do other than `reference_noise`: samples that end within a block, at all alignments.
+
+    The keys have every word of the counter set, and one sample's index passes 2^32.
+    """
+    keys = noise_keys(
+        [KeyedNoise(0x9234567887654321, (1 << 32) - 2 + i, 40000) for i in range(5)], 5, torch.device("cpu")
+    )
+    found = []
+    for dtype in dtypes:
+        for elements, aligned in [(1, True), (7, True), (128, True), (128, False), (1030, True)]:
+            buffer = Guarded((5, elements), dtype, aligned)
+            buffer.tensor.fill_(torch.nan)
+            wanted = reference_noise.keyed_noise(keys, [elements], dtype, 65535)
+            try:
+                keyed_noise_(buffer.tensor, keys, 65535)
+            except (RuntimeError, AssertionError) as error:
+                found.append(f"{type(error).__name__}: {error} [{elements} {dtype} {aligned}]")
+                continue
+            if count := differing(buffer.tensor, wanted):
+                found.append(f"{count} of {wanted.numel()} elements differ [{elements} {dtype} {aligned}]")
+            if buffer.touched():
+                found.append(f"written outside [{elements} {dtype} {aligned}]")
+    return found
+
+
+def log_probs(
+    step_log_prob_: Callable[..., None], pairs: Iterable[tuple[torch.dtype, torch.dtype]], sizes: Iterable[int]
+) -> list[str]:
+    """Where log-probabilities differ from `reference_log_prob`'s: each size on 16 bytes, and with one operand not."""
+    found, odd = [], itertools.cycle(("base", "v", "next", "all"))
+    for state, velocity in pairs:
+        for elements in sizes:
+            for special in (False, True):
+                off = next(odd) if special and elements % 8 == 0 else ""
+                *read, coefficients, densities = log_prob_operands.drawn([3, elements], state, velocity, special)
+                given = {}
+                for name, x in zip(("base", "v", "next"), read, strict=True):
+                    given[name] = Guarded(tuple(x.shape), x.dtype, aligned=off not in (name, "all")).tensor
+                    given[name].copy_(x)
+                out = Guarded((3,), coefficients.dtype, aligned=True)
+                out.tensor.fill_(torch.nan)
+                case = f"[{elements} {state} {velocity} off={off!r} special={special}]"
+                wanted = reference_log_prob.step_log_prob(*read, coefficients, densities, 1)
+                try:
+                    step_log_prob_(out.tensor, *given.values(), coefficients, densities, 1)
+                except (RuntimeError, AssertionError) as error:
+                    found.append(f"{type(error).__name__}: {error} {case}")
+                    continue
+                if count := differing(out.tensor, wanted):
+                    found.append(f"{count} of 3 samples differ {case}")
+                if out.touched():
+                    found.append(f"written outside {case}")
     return found
 
 

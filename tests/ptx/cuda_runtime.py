@@ -1,7 +1,7 @@
 """The extension's CUDA half, built by nvcc against cudart.c, and its launches executed.
 
 The host's code is all real: `flowmatch_kernels._C` takes the operands, csrc/launch_cuda.cpp the current stream, and
-csrc/fused_step_cuda.cu picks the kernel and calls cudaLaunchKernel. The operands say that they are on `cuda`, and lie
+csrc's *_cuda.cu pick the kernel and call cudaLaunchKernel. The operands say that they are on `cuda`, and lie
 in the memory of the host.
 """
 
@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -64,14 +64,18 @@ def _described(*sources: Path) -> list[str | Path]:
     return [build_cache.version(*_compiler()), *sources, *sorted(CSRC.glob("*.h"))]
 
 
-def _kernels() -> Path:
+#: The C++ that a launch comes by, and the kernels of each op.
+LAUNCHER, *KERNELS = (ROOT / name for name in static_cuda.of_setup("CUDA_SOURCES"))
+
+
+def _kernels(source: Path) -> Path:
     """A folder: kernel.o, the host's code with all kernels in it, and their PTX, compute_90.ptx and compute_100.ptx.
 
-    With setup.py's flags, for virtual architectures: the machine code would not be run. 40 s of a core.
+    With setup.py's flags, for virtual architectures: the machine code would not be run. Of fused_step 40 s of a core,
+    of each other op 3 s.
     """
     nvcc = static_cuda.tools()["nvcc"]
     assert nvcc is not None
-    _, source = (ROOT / name for name in static_cuda.of_setup("CUDA_SOURCES"))
     flags = [*static_cuda.FLAGS, "-Xcompiler=-fPIC", "-Xcompiler=-O0", "--threads=2"]
     flags += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHS]
 
@@ -82,24 +86,24 @@ def _kernels() -> Path:
             for arch in ARCHS:
                 Path(scratch, f"{source.stem}.compute_{arch}.ptx").rename(folder / f"compute_{arch}.ptx")
 
-    return build_cache.built("cuda_kernels", [*flags, build_cache.version(nvcc), *_described(source)], make)
+    return build_cache.built(f"{source.stem}_kernels", [*flags, build_cache.version(nvcc), *_described(source)], make)
 
 
-def _module(kernels: Path) -> Path:
+def _module(kernels: list[Path]) -> Path:
     """The CUDA half: the kernels' host code, csrc/launch_cuda.cpp, and the double in the place of CUDA's runtime."""
-    source, _ = (ROOT / name for name in static_cuda.of_setup("CUDA_SOURCES"))
     flags = [*static_cuda.of_setup("CXX_FLAGS"), "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     includes = [CSRC, Path(torch.__file__).parent / "include", sysconfig.get_paths()["include"]]
 
     def make(module: Path) -> None:
         with tempfile.TemporaryDirectory(dir=build_cache.FOLDER) as scratch:
             launcher, double = Path(scratch, "launcher.o"), Path(scratch, "cudart.o")
-            _run(*_compiler(), *flags, *(f"-I{path}" for path in includes), "-c", source, "-o", launcher)
+            _run(*_compiler(), *flags, *(f"-I{path}" for path in includes), "-c", LAUNCHER, "-o", launcher)
             _run(*_compiler(), "-x", "c", "-O1", "-fPIC", "-fvisibility=hidden", "-c", DOUBLE, "-o", double)
-            _run(*_compiler(), "-shared", kernels / "kernel.o", launcher, double, "-o", module)
+            objects = [folder / "kernel.o" for folder in kernels]
+            _run(*_compiler(), "-shared", *objects, launcher, double, "-o", module)
 
-    described = [kernels.name, *flags, torch.__version__, sysconfig.get_python_version()]
-    return build_cache.built("_C_cuda.so", [*described, *_described(source, DOUBLE)], make)
+    described = [*(folder.name for folder in kernels), *flags, torch.__version__, sysconfig.get_python_version()]
+    return build_cache.built("_C_cuda.so", [*described, *_described(LAUNCHER, DOUBLE)], make)
 
 
 # ---- tensors on cuda, over host memory ----
@@ -126,7 +130,7 @@ class _DLManagedTensor(ctypes.Structure):
     _fields_ = [("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
 
 
-_CUDA, _FLOAT, _BFLOAT = 2, 2, 4
+_CUDA, _INT, _FLOAT, _BFLOAT = 2, 0, 2, 4
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
@@ -145,7 +149,7 @@ class OnCuda:
 
     def __init__(self, x: Tensor, device: int) -> None:
         sizes = ctypes.c_int64 * x.dim()
-        code = _BFLOAT if x.dtype == torch.bfloat16 else _FLOAT
+        code = _BFLOAT if x.dtype == torch.bfloat16 else _FLOAT if x.is_floating_point() else _INT
         self.host = x
         self._kept = sizes(*x.shape), sizes(*x.stride())
         described = _DLTensor(
@@ -195,20 +199,23 @@ class CudaHalf:
     """
 
     def __init__(self, device: int = 1) -> None:
-        kernels = _kernels()
+        kernels = [_kernels(source) for source in KERNELS]
         path = str(_module(kernels))
         spec = importlib.util.spec_from_file_location("_C_cuda", path)
         assert spec is not None and spec.loader is not None
         module: Any = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         native._C.use_cuda(module.launch)
-        self.capsule = module.launch
+        self._module, self.capsule = module, module.launch
         self.double = ctypes.CDLL(path)
         self._callback = _Callback(self._launched)
         self.double.double_set_launch(self._callback)
         self.device, self.arch = device, ARCHS[0]
         self.launches: list[Launch] = []
-        self._entries = {arch: _entries((kernels / f"compute_{arch}.ptx").read_text()) for arch in ARCHS}
+        self._entries = {
+            arch: {name: entry for folder in kernels for name, entry in _entries(folder / f"compute_{arch}.ptx")}
+            for arch in ARCHS
+        }
         self._kernels: dict[tuple[int, str], Kernel] = {}
         self._operands: dict[str, Tensor] = {}
         self._memory: Memory | None = None
@@ -240,6 +247,32 @@ class CudaHalf:
     def fused_step_(self, o: Operands) -> None:
         """`native.fused_step_` on operands that are said to be on `device`."""
         tensors = {name: value for name, value in o._asdict().items() if isinstance(value, Tensor)}
+        self._executed(tensors, lambda given: native.fused_step_(o._replace(**given)), launches=o.base.numel() > 0)
+        if self._memory is not None:
+            operand_memory.check(self._memory, tensors)
+
+    def keyed_noise_(self, out: Tensor, keys: Tensor, evaluation: int) -> None:
+        """`native.keyed_noise_`, the same."""
+        tensors = {"out": out, "keys": keys}
+        self._executed(
+            tensors,
+            lambda given: native.keyed_noise_(given["out"], given["keys"], evaluation),
+            launches=out.numel() > 0,
+        )
+        if self._memory is not None:
+            operand_memory.check(self._memory, tensors, operand_memory.NOTHING_FIRST)
+
+    def step_log_prob_(
+        self, out: Tensor, base: Tensor, v: Tensor, next: Tensor, coefficients: Tensor, densities: Tensor, row: int
+    ) -> None:
+        """`native.step_log_prob_`, the same."""
+        tensors = {"out": out, "base": base, "v": v, "next": next, "coefficients": coefficients, "densities": densities}
+        self._executed(tensors, lambda given: native.step_log_prob_(**given, row=row), launches=len(out) > 0)
+        if self._memory is not None:
+            operand_memory.check(self._memory, tensors, operand_memory.NOTHING_FIRST)
+
+    def _executed(self, tensors: dict[str, Tensor], call: Callable[[dict[str, Tensor]], None], launches: bool) -> None:
+        """`call` of tensors that are said to be on `device`: one launch, or none, on that device's stream."""
         moved: dict[int, OnCuda] = {}
         for tensor in tensors.values():
             moved.setdefault(id(tensor), OnCuda(tensor, self.device))
@@ -247,19 +280,20 @@ class CudaHalf:
         self._operands, self._memory, self._error = tensors, None, None
         before = len(self.launches)
         try:
-            with _Copies(given, tensors, self.device):
-                native.fused_step_(o._replace(**given))
+            loaded = mock.patch.object(native, "_cuda_half", return_value=self._module)
+            with _Copies(given, tensors, self.device), loaded:
+                call(given)
         finally:
             if self._error is not None:
                 raise self._error
-        if o.base.numel():
+        assert len(self.launches) - before == launches
+        if launches:
             (made,) = self.launches[before:]
             on = made.device, made.stream
             wanted = self.device, 0x1000 * (self.device + 1)
             assert on == wanted, f"launched on device and stream {on}, wanted {wanted}"
             assert self.double.double_device() == 0, "the former device is current again"
             assert self._memory is not None
-            operand_memory.check(self._memory, tensors)
 
 
 class Rows:
@@ -352,7 +386,8 @@ class _Copies(TorchFunctionMode):
         return self._kept[-1].tensor
 
 
-def _entries(module: str) -> dict[str, str]:
-    """Each entry of a module by name, with what stands before the first."""
-    head, *entries = re.split(r"(?=\.entry )", module)
-    return {re.match(r"\.entry\s+([\w$]+)", entry)[1]: head + entry for entry in entries}
+def _entries(module: Path) -> Iterator[tuple[str, str]]:
+    """Each entry of a PTX file, by name, with what stands before the first."""
+    head, *entries = re.split(r"(?=\.entry )", module.read_text())
+    for entry in entries:
+        yield re.match(r"\.entry\s+([\w$]+)", entry)[1], head + entry

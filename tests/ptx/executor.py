@@ -13,16 +13,12 @@ import struct
 import numpy as np
 
 from .instructions import Instruction
-from .memory import UNSIGNED, Memory
+from .memory import UNSIGNED, ConflictError, Memory, SharedMemory
 from .parser import Entry, UnsupportedError
 
 #: Threads that run at once, about; and the statements they may execute, more of which is a loop without end.
 _TOGETHER = 32768
 _MOST = 100_000
-
-
-class ConflictError(RuntimeError):
-    """Two threads meet at one byte, and one of them writes it."""
 
 
 class ContractionError(RuntimeError):
@@ -32,10 +28,13 @@ class ContractionError(RuntimeError):
 class Threads:
     """What some blocks of a grid share while they run."""
 
-    def __init__(self, kernel: Kernel, first: int, blocks: int, memory: Memory, parameters: bytes) -> None:
+    def __init__(self, kernel: Kernel, first: int, blocks: int, memory: Memory, parameters: bytes, shared: int) -> None:
         self.memory, self.parameters = memory, parameters
-        self.count = blocks * kernel.threads
-        self.index = np.arange(self.count) + first * kernel.threads
+        self.shared = SharedMemory(blocks, kernel.entry.shared + shared, kernel.threads)
+        self.count, self._in_block = blocks * kernel.threads, kernel.threads
+        self.places = np.arange(self.count)
+        self.running = np.ones(self.count, bool)
+        self.index = self.places + first * kernel.threads
         self._special = {
             "%tid.x": self.index % kernel.threads,
             "%ctaid.x": self.index // kernel.threads,
@@ -51,6 +50,15 @@ class Threads:
 
     def lanes(self, active: np.ndarray | None) -> slice | np.ndarray:
         return slice(None) if active is None else active
+
+    def meet(self, active: np.ndarray | None, warp: bool = False) -> None:
+        """Raises unless of each block, or warp, all threads that still run are active, or none; a block's barrier."""
+        here = np.ones(self.count, bool) if active is None else active
+        here, running = (x.reshape(-1, 32 if warp else self._in_block) for x in (here, self.running))
+        if (here.any(axis=1) & (here != running).any(axis=1)).any():
+            raise ConflictError(f"threads of one {'warp' if warp else 'block'} do not all come here")
+        if not warp:
+            self.shared.barrier(here.any(axis=1))
 
 
 class Kernel:
@@ -82,19 +90,19 @@ class Kernel:
             memory[offset : offset + size] = argument
         return bytes(memory)
 
-    def launch(self, grid: tuple[int, int, int], memory: Memory, arguments: list[int | bytes]) -> None:
-        """Runs all blocks.
+    def launch(self, grid: tuple[int, int, int], memory: Memory, arguments: list[int | bytes], shared: int = 0) -> None:
+        """Runs all blocks, with `shared` bytes for an extern array of shared memory.
 
         Raises:
             AccessError: an access that a GPU would refuse, or a read of what nobody wrote.
-            ConflictError: threads meet at one byte.
+            ConflictError: threads meet at one byte, or do not meet where they should.
         """
         assert grid[1:] == (1, 1)
         parameters = self.packed(arguments)
         together = max(1, _TOGETHER // self.threads)
         with np.errstate(all="ignore"):
             for first in range(0, grid[0], together):
-                self._run(Threads(self, first, min(together, grid[0] - first), memory, parameters))
+                self._run(Threads(self, first, min(together, grid[0] - first), memory, parameters, shared))
         if conflicts := memory.conflicts():
             raise ConflictError("; ".join(conflicts[:3]))
 
@@ -129,6 +137,8 @@ class Kernel:
                 if instruction.leaves or instruction.target is not None:
                     if instruction.target is not None:
                         wait(instruction.target, active)
+                    else:
+                        threads.running &= ~active
                     if not every:
                         wait(at + 1, group & ~active)
                     break

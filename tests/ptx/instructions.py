@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import arithmetic
 from .arithmetic import HALVES
-from .memory import UNSIGNED, AccessError
-from .parser import Address, Constant, Entry, Operand, Parameter, Register, Special, Statement, UnsupportedError
+from .memory import UNSIGNED, AccessError, ConflictError
+from .parser import Address, Constant, Entry, Operand, Parameter, Register, Shared, Special, Statement, UnsupportedError
 
 if TYPE_CHECKING:
     from .executor import Threads
@@ -122,7 +122,7 @@ class Instruction:
         if isinstance(operand, Constant):
             value = np.array([operand.bits & ((1 << 8 * kind.itemsize) - 1)], unsigned).view(kind)
             return lambda threads: value
-        if isinstance(operand, Parameter):  # its address, which ld.param takes: where it stands in parameter memory
+        if isinstance(operand, Parameter | Shared):  # its address: where it stands in parameter or in shared memory
             place = np.array([operand.offset], unsigned).view(kind)
             return lambda threads: place
         if isinstance(operand, Special):
@@ -183,7 +183,7 @@ class Instruction:
             self._result(function, *(self._source(operand, TYPES[kind]) for operand in operands))
 
     def _float(self, name: str) -> None:
-        """add, sub, mul, fma; of two elements at once where the type is a pair."""
+        """add, sub, mul, div, fma; of two elements at once where the type is a pair."""
         self._only("rn")
         operands, kinds = self._operands[1:], self._types
         if len(operands) != (3 if name == "fma" else 2) or len(kinds) > 2:
@@ -224,9 +224,11 @@ class Instruction:
             wide = np.dtype(f"{kind.kind}{2 * kind.itemsize}")
             return lambda x, y: x.astype(wide) * y.astype(wide), kind.type, wide
         if "hi" in self._modifiers:
-            if kind != np.uint64:
+            if kind == np.uint64:
+                return _high, kind.type, kind
+            if kind != np.uint32:
                 raise self._unsupported()
-            return _high, kind.type, kind
+            return lambda x, y: (x.astype(np.uint64) * y >> np.uint64(32)).astype(np.uint32), kind.type, kind
         return np.multiply, kind.type, kind
 
     def _mul(self) -> None:
@@ -247,15 +249,34 @@ class Instruction:
         sign = {"f32": np.uint32(1 << 31), "f64": np.uint64(1 << 63), "f16": np.uint16(1 << 15)}
         sign["bf16"] = sign["f16"]
         kind = self._types[-1]
+        if kind in ("s32", "s64"):
+            self._result(np.negative, self._source(self._operands[1], TYPES[kind]))
+            return
         if kind not in sign:
             raise self._unsupported()
         self._result(lambda x: x ^ sign[kind], self._source(self._operands[1], type(sign[kind])))
+
+    def _not(self) -> None:
+        self._only()
+        source, kind = self._operands[1], self._types[-1]
+        self._result(np.invert, self._predicate(source) if kind == "pred" else self._source(source, TYPES[kind]))
+
+    def _sqrt(self) -> None:
+        """Correctly rounded, as numpy's is."""
+        self._only("rn")
+        if "rn" not in self._modifiers or self._types[-1] not in ("f32", "f64"):
+            raise self._unsupported()
+        self._result(np.sqrt, self._source(self._operands[1], TYPES[self._types[-1]]))
 
     # ---- moves and comparisons ----
 
     def _mov(self) -> None:
         self._only()
         target, source = self._operands
+        if self._types[-1] == "pred":
+            given = np.array([isinstance(source, Constant) and source.bits != 0])
+            self._result(lambda p: p, (lambda threads: given) if given[0] else self._predicate(source))
+            return
         word = UNSIGNED[np.dtype(TYPES[self._types[-1]]).itemsize]
         if isinstance(target, list):  # { %r1, %r2 } from one register, the lowest bits first
             size = np.dtype(word).itemsize // len(target)
@@ -274,7 +295,7 @@ class Instruction:
             self._result(lambda x: x, self._source(source, word))
 
     def _cvta(self) -> None:
-        """Generic addresses are global ones here: there is no other memory."""
+        """Generic addresses are global ones here: what kernels use of shared memory they name."""
         self._only("to", "global")
         self._result(lambda x: x, self._source(self._operands[1], np.uint64))
 
@@ -316,7 +337,7 @@ class Instruction:
         elif to in FLOATS and source in FLOATS:
             read = self._values(self._operands[1], source)
             self._result(lambda x: arithmetic.rounded(x.astype(np.float64), to), read)
-        elif to not in FLOATS and source not in FLOATS:
+        elif source not in FLOATS and (to not in FLOATS or (to in ("f32", "f64") and "rn" in self._modifiers)):
             self._result(lambda x: x.astype(TYPES[to]), self._source(self._operands[1], TYPES[source]))
         else:
             raise self._unsupported()
@@ -325,23 +346,23 @@ class Instruction:
 
     def _access(self) -> tuple[str, int, type]:
         """Space, words and type of an access."""
-        self._only("param", "global", "v2", "v4", "v8", *CACHING)
-        space = next((m for m in self._modifiers if m in ("param", "global")), "")
+        self._only("param", "global", "shared", "v2", "v4", "v8", *CACHING)
+        space = next((m for m in self._modifiers if m in ("param", "global", "shared")), "")
         count = next((int(m[1]) for m in self._modifiers if m in ("v2", "v4", "v8")), 1)
         if not space:
             raise self._unsupported()
         return space, count, UNSIGNED[np.dtype(TYPES[self._types[-1]]).itemsize]
 
     def _address(self, operand: Operand) -> Source:
-        if not isinstance(operand, Address) or not isinstance(operand.base, Register):
+        if not isinstance(operand, Address) or not isinstance(operand.base, Register | Shared):
             raise self._unsupported()
         base, offset = self._source(operand.base, np.int64), np.int64(operand.offset)
         return lambda threads: base(threads) + offset
 
-    def _checked(self, access: Callable[[], list[Values]]) -> list[Values]:
+    def _checked(self, access: Callable[[], Any]) -> Any:
         try:
             return access()
-        except AccessError as fault:
+        except (AccessError, ConflictError) as fault:
             where = f"PTX line {self.statement.line}: `{self.statement.text}`"
             raise type(fault)(f"{where}: {fault}") from None
 
@@ -375,7 +396,10 @@ class Instruction:
         def load(threads: Threads, active: Values | None) -> list[Values]:
             lanes = threads.lanes(active)
             at = np.broadcast_to(address(threads), threads.count)[lanes]
-            got = self._checked(lambda: threads.memory.load(opcode, at, size, count, threads.index[lanes]))
+            if space == "shared":
+                got = self._checked(lambda: threads.shared.load(at, size, count, threads.places[lanes]))
+            else:
+                got = self._checked(lambda: threads.memory.load(opcode, at, size, count, threads.index[lanes]))
             values = [np.zeros(threads.count, word) for _ in range(count)]
             for value, part in zip(values, got, strict=True):
                 value[lanes] = part
@@ -386,7 +410,7 @@ class Instruction:
     def _st(self) -> None:
         space, count, word = self._access()
         given = self._operands[1] if isinstance(self._operands[1], list) else [self._operands[1]]
-        if space != "global" or len(given) != count:
+        if space not in ("global", "shared") or len(given) != count:
             raise self._unsupported()
         address, opcode = self._address(self._operands[0]), self.statement.opcode
         reads = [self._source(operand, word) for operand in given]
@@ -395,13 +419,44 @@ class Instruction:
             lanes = threads.lanes(active)
             at = np.broadcast_to(address(threads), threads.count)[lanes]
             values = [np.broadcast_to(read(threads), threads.count)[lanes] for read in reads]
-            self._checked(lambda: threads.memory.store(opcode, at, values, threads.index[lanes]))
+            if space == "shared":
+                self._checked(lambda: threads.shared.store(at, values, threads.places[lanes]))
+            else:
+                self._checked(lambda: threads.memory.store(opcode, at, values, threads.index[lanes]))
             return []
 
         self.run = store
 
     def _createpolicy(self) -> None:
         """A hint for the cache."""
+
+    # ---- between threads ----
+
+    def _bar(self) -> None:
+        """bar.sync 0: all threads of a block."""
+        self._only("sync")
+        if self._modifiers != ["sync"] or self._operands != [Constant(0)]:
+            raise self._unsupported()
+
+        def meet(threads: Threads, active: Values | None) -> list[Values]:
+            self._checked(lambda: threads.meet(active))
+            return []
+
+        self.run = meet
+
+    def _shfl(self) -> None:
+        """shfl.sync.bfly of a whole warp: each lane gets the value of the lane whose number differs in these bits."""
+        self._only("sync", "bfly")
+        source, mask, clamp, members = self._operands[1:]
+        if "bfly" not in self._modifiers or clamp != Constant(31) or members != Constant(-1):
+            raise self._unsupported()
+        value, bits = self._source(source, np.uint32), self._source(mask, np.uint32)
+
+        def exchange(threads: Threads, active: Values | None) -> list[Values]:
+            self._checked(lambda: threads.meet(active, warp=True))
+            return [np.broadcast_to(value(threads), threads.count)[threads.places ^ bits(threads)]]
+
+        self._results(self._operands[:1], exchange)
 
     # ---- control ----
 

@@ -36,6 +36,10 @@ class ReadOnlyError(AccessError):
     pass
 
 
+class ConflictError(RuntimeError):
+    """Two threads meet at one byte, and one of them writes it; or not all come to where they should meet."""
+
+
 class _Access(NamedTuple):
     offsets: np.ndarray
     size: int
@@ -180,3 +184,67 @@ class Memory:
 
     def conflicts(self) -> list[str]:
         return [conflict for region in self._sorted for conflict in region.conflicts()]
+
+
+class SharedMemory:
+    """The shared memory of the blocks that run at once, from address 0 on in each.
+
+    What one thread writes another may read, and what one has touched another may write, only after a barrier of their
+    block: on a GPU threads run in any order, though here in lockstep.
+
+    Args:
+        blocks: How many run.
+        size: Bytes of each.
+        threads: Of a block.
+    """
+
+    def __init__(self, blocks: int, size: int, threads: int) -> None:
+        self._threads = threads
+        self._bytes = np.zeros((blocks, size), np.uint8)
+        self._written = np.zeros((blocks, size), bool)
+        # Since the last barrier: the thread, from 1 on; 0: none; -1: several.
+        self._writer = np.zeros((blocks, size), np.int64)
+        self._reader = np.zeros((blocks, size), np.int64)
+
+    def _at(self, addresses: np.ndarray, size: int, threads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the bytes of each access stand."""
+        if (addresses % size != 0).any():
+            raise MisalignedError(f"misaligned {size}-byte access of shared memory")
+        if (addresses < 0).any() or (addresses + size > self._bytes.shape[1]).any():
+            at = int(addresses.max())
+            raise OutOfBoundsError(f"out-of-bounds {size}-byte access at {at} of {self._bytes.shape[1]} shared bytes")
+        return (threads // self._threads)[:, None], addresses[:, None] + np.arange(size)
+
+    def _check(self, others: np.ndarray, threads: np.ndarray, does: str) -> None:
+        wrong = (others != 0) & (others != threads)
+        if wrong.any():
+            thread = int(np.broadcast_to(threads, others.shape)[wrong][0]) - 1
+            raise ConflictError(f"thread {thread % self._threads} {does} without a barrier between")
+
+    def load(self, addresses: np.ndarray, size: int, count: int, threads: np.ndarray) -> list[np.ndarray]:
+        at = self._at(addresses, size * count, threads)
+        if not self._written[at].all():
+            raise PoisonReadError("reads shared memory before it is written")
+        me = threads[:, None] + 1
+        self._check(self._writer[at], me, "reads what another has written")
+        before = self._reader[at]
+        mine = np.where((before == 0) | (before == me), me, -1)
+        self._reader[at] = mine
+        self._reader[at] = np.where(self._reader[at] == mine, mine, -1)
+        return list(np.ascontiguousarray(self._bytes[at]).view(UNSIGNED[size]).T)
+
+    def store(self, addresses: np.ndarray, values: list[np.ndarray], threads: np.ndarray) -> None:
+        size = values[0].itemsize
+        at = self._at(addresses, size * len(values), threads)
+        me = threads[:, None] + 1
+        self._check(self._reader[at], me, "writes what another has read")
+        self._check(self._writer[at], me, "writes what another has written")
+        self._writer[at] = np.broadcast_to(me, at[1].shape)
+        self._check(self._writer[at], me, "writes what another writes")
+        self._bytes[at] = np.ascontiguousarray(np.stack(values, axis=1)).view(np.uint8)
+        self._written[at] = True
+
+    def barrier(self, blocks: np.ndarray) -> None:
+        """All threads of these blocks have come to one."""
+        self._writer[blocks] = 0
+        self._reader[blocks] = 0

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 _BITS = re.compile(r"\.[busf](8|16|32|64)\b")
 _NAME = r"[%\w$]+"
+_SHARED = re.compile(rf"\.shared\s+\.align\s+(\d+)\s+\.b8\s+({_NAME})\[(\d*)\]")
 #: An add or sub that ptxas may fuse with a product, and a product that it may fuse: neither says how it rounds.
 _FUSIBLE = re.compile(r"(add|sub|mul)\.b?f\d+(x2)?")
 
@@ -35,12 +36,17 @@ class Parameter(NamedTuple):
     offset: int
 
 
+class Shared(NamedTuple):
+    offset: int
+    """Of a variable in a block's shared memory."""
+
+
 class Address(NamedTuple):
-    base: Register | Parameter
+    base: Register | Parameter | Shared
     offset: int
 
 
-Operand = Register | Constant | Special | Parameter | Address | list  # a list: { %r1, %r2 }
+Operand = Register | Constant | Special | Parameter | Shared | Address | list  # a list: { %r1, %r2 }
 
 
 class Statement(NamedTuple):
@@ -67,6 +73,7 @@ class Entry:
     Attributes:
         parameters: Offset and size in bytes of each parameter, in order.
         threads: Threads of a block: the number, or the most.
+        shared: Bytes of the block's shared memory that are declared; of an extern array, which begins after them, none.
         registers: Size in bytes of each register.
         labels: The index of the statement after each label.
         statements: Its instructions.
@@ -85,6 +92,10 @@ class Entry:
             self._declare_parameter(declaration.strip())
         threads = re.search(r"\.(?:req|max)ntid\s+(\d+)", match[3])
         self.threads = int(threads[1]) if threads else 1024
+        self.shared = 0
+        self._shared_offsets: dict[str, int] = {}
+        for declared in _SHARED.finditer(text, 0, match.start()):
+            self._declare_shared(declared)
         self.registers: list[int] = []
         self._scopes: list[dict[str, Register]] = [{}]
         self.labels: dict[str, int] = {}
@@ -107,6 +118,12 @@ class Entry:
         self.parameters.append((offset, size * int(count or 1)))
         self._parameter_offsets[name] = offset
 
+    def _declare_shared(self, declared: re.Match[str]) -> None:
+        alignment, name, size = declared.groups()
+        offset = -(-self.shared // int(alignment)) * int(alignment)
+        self._shared_offsets[name] = offset
+        self.shared = offset + int(size or 0)
+
     def _read(self, text: str, at: int) -> None:
         """All statements from the body's beginning to its closing brace."""
         token = re.compile(rf"\s*(?:([{{}}])|({_NAME}):(?!:)|\.(?:loc|file|pragma)\b[^\n]*|([^;{{}}]*(?:\{{[^;]*)?);)")
@@ -124,6 +141,8 @@ class Entry:
                 self.labels[match[2]] = len(self.statements)
             elif match[3] and match[3].startswith(".reg"):
                 self._declare_registers(match[3])
+            elif match[3] and (declared := _SHARED.match(match[3])):
+                self._declare_shared(declared)
             elif match[3]:
                 self._statement(line, " ".join(match[3].split()))
 
@@ -156,7 +175,7 @@ class Entry:
         if text.startswith("["):
             match = re.fullmatch(rf"\[\s*({_NAME})\s*(?:\+\s*(-?\d+))?\s*\]", text)
             base = self._operand(match[1], line) if match else None
-            if not isinstance(base, Register | Parameter):
+            if not isinstance(base, Register | Parameter | Shared):
                 raise UnsupportedError(f"PTX line {line}: address {text}")
             return Address(base, int(match[2] or 0))
         for scope in reversed(self._scopes):
@@ -164,6 +183,8 @@ class Entry:
                 return scope[text]
         if text in self._parameter_offsets:
             return Parameter(self._parameter_offsets[text])
+        if text in self._shared_offsets:
+            return Shared(self._shared_offsets[text])
         if re.fullmatch(r"0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}", text):
             return Constant(int(text[2:], 16))
         if re.fullmatch(r"\d+\.\d+", text):  # a float64, as PTX has it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,6 +52,7 @@ class ExecutingDriver(RecordingDriver):
     Args:
         kernel: The JIT function whose launches come here.
         arch: The compute capability that it is compiled for: 90 for sm_90.
+        first: Which operands leave the cache first, as of `operand_memory.check`.
         direct: There is a cuLaunchKernel too, for launches past Triton's launcher.
 
     Attributes:
@@ -60,9 +61,9 @@ class ExecutingDriver(RecordingDriver):
         errors: What was raised in these.
     """
 
-    def __init__(self, kernel: Any, arch: int, direct: bool = False) -> None:
+    def __init__(self, kernel: Any, arch: int, first: Mapping[str, Container[str]], direct: bool) -> None:
         super().__init__(arch)
-        self._jit, self._direct = kernel, direct
+        self._jit, self._first, self._direct = kernel, first, direct
         self.by_driver = 0
         self.errors: list[BaseException] = []
         self._by_driver = _LAUNCH_KERNEL(self._launched_by_driver)
@@ -121,10 +122,13 @@ class ExecutingDriver(RecordingDriver):
         if function not in self._kernels:
             self._kernels[function] = Kernel(compiled.asm["ptx"])
         kernel = self._kernels[function]
-        assert metadata.shared == 0
         assert kernel.threads == 32 * metadata.num_warps
         runtime = [name for name in source.fn.arg_names if source.signature[name] != "constexpr"]
-        pointers = {name: value for name in runtime if (value := arguments[name]) is not None and name in _SHAPES}
+        pointers = {
+            name: value
+            for name in runtime
+            if isinstance(value := arguments[name], Tensor) or (value is not None and name in _SHAPES)
+        }
         tensors = {
             name: value if isinstance(value, Tensor) else _at(value, source.signature[name], _SHAPES[name](arguments))
             for name, value in pointers.items()
@@ -132,14 +136,16 @@ class ExecutingDriver(RecordingDriver):
         memory = operand_memory.of(tensors)
         values = [arguments[name] for name in runtime]
         values = [value.data_ptr() if isinstance(value, Tensor) else value for value in values]
-        kernel.launch(grid, memory, values)
-        operand_memory.check(memory, tensors)
+        kernel.launch(grid, memory, values, metadata.shared)
+        operand_memory.check(memory, tensors, self._first)
 
 
 @contextmanager
-def executing(kernel: Any, arch: int, direct: bool = False) -> Iterator[ExecutingDriver]:
+def executing(
+    kernel: Any, arch: int, first: Mapping[str, Container[str]] = operand_memory.EVICTED_FIRST, direct: bool = False
+) -> Iterator[ExecutingDriver]:
     """Within this context Triton launches execute PTX; `kernel`'s compilations start from none."""
-    driver = ExecutingDriver(kernel, arch, direct)
+    driver = ExecutingDriver(kernel, arch, first, direct)
     with installed(kernel, driver):
         yield driver
     if driver.errors:

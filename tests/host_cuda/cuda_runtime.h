@@ -202,6 +202,10 @@ W __ldcs(const W* address) {
   return host_cuda::load(address, 'l');
 }
 template <class W>
+void __stwb(W* address, W word) {
+  host_cuda::store(address, word, 'w');
+}
+template <class W>
 void __stcs(W* address, W word) {
   host_cuda::store(address, word, 's');
 }

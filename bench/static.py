@@ -51,8 +51,10 @@ class Row(NamedTuple):
     """Operand loads of one thread by width: "2x16 1x8"."""
     stores: str
     coefficient_loads: int | None
-    """None where the instructions do not tell (AMD: scalar loads, as for the kernel's arguments)."""
-    bytes_per_element: float
+    """None where the instructions do not tell (AMD: scalar loads, as for the kernel's arguments). Of keys and densities
+    too."""
+    bytes_per_element: float | None
+    """None where a loop moves them, of which the code tells once; tests/ptx counts them."""
     least_bytes_per_element: int
     instructions_per_element: float
     """All that stand in the code, with the branch for 64-bit division that states below 2^32 elements skip."""
@@ -236,6 +238,34 @@ def rows(kernels: Iterable[str], archs: Iterable[str] | None = None, jobs: int |
         yield from pool.map(measure, *zip(*work, strict=True), chunksize=8)
 
 
+def other_ops(archs: Iterable[str]) -> Iterator[Row]:
+    """Rows for keyed noise and step_log_prob in CUDA C++."""
+    for op, arch in product(static_cuda.OTHERS, archs):
+        for types, whole, code in static_cuda.others(op, arch):
+            operands = [access for access in code.accesses if not access.coefficient]
+            sizes = [dtype.itemsize for dtype in types]
+            draws = op == "keyed_noise"
+            yield Row(
+                kernel=f"cuda {op}",
+                arch=arch,
+                state=_name(types[0]),
+                velocity="-" if draws else _name(types[1]),
+                guidance="-",
+                operands="-",
+                aligned=whole,
+                registers=code.registers,
+                local_bytes=code.local_bytes,
+                shared_bytes=code.shared_bytes,
+                barriers=len(re.findall(r"\bbar\.", code.assembly)),
+                loads=_by_width(access.width for access in operands if not access.store),
+                stores=_by_width(access.width for access in operands if access.store),
+                coefficient_loads=len(code.accesses) - len(operands),
+                bytes_per_element=sum(access.width for access in operands) / code.elements if draws else None,
+                least_bytes_per_element=sizes[0] if draws else 2 * sizes[0] + sizes[1],
+                instructions_per_element=len(instructions(code.machine)) / code.elements,
+            )
+
+
 def markdown(table: list[Row]) -> str:
     """The table, in Markdown."""
     lines = [" | ".join(name.replace("_", " ") for name in Row._fields), "|".join(["---"] * len(Row._fields))]
@@ -268,6 +298,8 @@ def main() -> None:
         else:
             print(f"{kernel} is left out, since it cannot be compiled here: {reason}")
     table = list(rows(kernels, arguments.arch, arguments.jobs))
+    if "cuda" in kernels:
+        table += other_ops(arguments.arch or CUDA_ARCHS)
     arguments.directory.mkdir(parents=True, exist_ok=True)
     (arguments.directory / "static.md").write_text(markdown(table))
     (arguments.directory / "static.json").write_text(json.dumps([row._asdict() for row in table], indent=1) + "\n")

@@ -26,6 +26,8 @@ from .machine_code import Access, Code, Specialisation, sass_accesses
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "csrc" / "fused_step_cuda.cu"
+#: The other ops, a file each.
+OTHERS = {name: ROOT / "csrc" / f"{name}_cuda.cu" for name in ("keyed_noise", "step_log_prob")}
 
 
 def of_setup(name: str) -> tuple[str, ...]:
@@ -92,35 +94,35 @@ def _run(*command: str | None, text: str | None = None) -> str:
     return done.stdout
 
 
-def _built(arch: str, kind: str) -> Path:
-    """The compiled file, from build/cubin where nothing has changed since."""
+def _built(arch: str, kind: str, source: Path) -> Path:
+    """A compiled file, from build/cubin where nothing has changed since."""
     nvcc = tools()["nvcc"]
     digest = hashlib.sha256("\0".join([*FLAGS, _run(nvcc, "--version")]).encode())
-    for source in [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]:
-        digest.update(source.read_bytes())
-    path = ROOT / "build" / "cubin" / f"{arch}-{digest.hexdigest()[:16]}.{kind}"
+    for file in [source, *sorted(source.parent.glob("*.h"))]:
+        digest.update(file.read_bytes())
+    path = ROOT / "build" / "cubin" / f"{source.stem}-{arch}-{digest.hexdigest()[:16]}.{kind}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_suffix(f".{os.getpid()}")
-        _run(nvcc, *FLAGS, "-Werror=all-warnings", f"-arch={arch}", f"-{kind}", "-o", str(new), str(SOURCE))
+        _run(nvcc, *FLAGS, "-Werror=all-warnings", f"-arch={arch}", f"-{kind}", "-o", str(new), str(source))
         new.replace(path)
     return path
 
 
 @functools.cache
-def instantiations(arch: str) -> dict[str, Instantiation]:
-    """Every kernel for one architecture, by title."""
-    cubin = str(_built(arch, "cubin"))
+def instantiations(arch: str, source: Path = SOURCE) -> dict[str, Instantiation]:
+    """Every kernel of one op for one architecture, by title."""
+    cubin = str(_built(arch, "cubin", source))
     dump = _run(tools()["cuobjdump"], "-sass", cubin).split("Function : ")[1:]
     usage = dict(re.findall(r"Function (\S+):\s+(REG:.*)", _run(tools()["cuobjdump"], "-res-usage", cubin)))
-    entries = re.split(r"\.entry (?=\w+\()", _built(arch, "ptx").read_text())[1:]
+    entries = re.split(r"\.entry (?=\w+\()", _built(arch, "ptx", source).read_text())[1:]
     ptx = {entry.partition("(")[0]: entry for entry in entries}
     names = [sass.split()[0] for sass in dump]
     plain = _run(tools()["c++filt"], text="\n".join(names))
     read = {}
     for name, line, sass in zip(names, plain.splitlines(), dump, strict=True):
         line = re.sub(r"flowmatch_kernels::|\(anonymous namespace\)::", "", line)
-        match = re.search(r"fused_step_kernel<(.*)>\(", line)
+        match = re.search(rf"{source.stem.removesuffix('_cuda')}_kernel<(.*)>\(", line)
         assert match, line
         numbers = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage[name])}
         read[match[1]] = Instantiation(match[1], sass, ptx[name], numbers)
@@ -194,3 +196,32 @@ def _come_by(accesses: list[Access], specialisation: Specialisation, vector: int
         *taken(False, loads, specialisation.reads),
         *taken(True, stores, specialisation.writes),
     ]
+
+
+class Other(NamedTuple):
+    """One kernel of another op than fused_step."""
+
+    types: list[torch.dtype]
+    """Of keyed noise the result's; of step_log_prob the state's and the velocity's."""
+    whole: bool
+    """Whether each thread takes four elements at once."""
+    code: Code
+
+
+def others(op: str, arch: str) -> list[Other]:
+    """Every kernel of an op of `OTHERS`."""
+    dtypes = {name: dtype for dtype, name in _TYPES.items()}
+    found = []
+    for kernel in instantiations(arch, OTHERS[op]).values():
+        *types, size = kernel.title.split(", ")
+        code = Code(
+            assembly=kernel.ptx,
+            machine=kernel.sass,
+            registers=kernel.usage["REG"],
+            local_bytes=kernel.usage["STACK"] + kernel.usage["LOCAL"],
+            shared_bytes=kernel.usage["SHARED"],
+            accesses=sass_accesses(kernel.sass, lambda i: ".CONSTANT" in i.name),
+            elements=4,
+        )
+        found.append(Other([dtypes[name] for name in types], size in ("true", "4"), code))
+    return found

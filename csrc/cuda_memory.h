@@ -105,6 +105,13 @@ struct Store {
     FLOWMATCH_STORE(address, word);
   }
 };
+// Read soon, and one access for sure: of `Store` nvcc made four where the elements come from integers (keyed noise).
+struct StoreWhole {
+  template <class W>
+  __device__ __forceinline__ void operator()(W* address, W word) const {
+    __stwb(address, word);
+  }
+};
 // Not read before sampling ends.
 struct StoreLast {
   template <class W>

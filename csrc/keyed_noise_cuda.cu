@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads)
     Vector<T, 4> out;
 #pragma unroll
     for (int j = 0; j < 4; ++j) out[j] = To<T>::narrow(z[j]);
-    out.to(o.out, place, Store{});
+    out.to(o.out, place, StoreWhole{});
   } else {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {

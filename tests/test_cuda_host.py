@@ -1,4 +1,4 @@
-"""Runs tests/host_cuda/kernel_cases.py: the CUDA kernel's own source on the host, under the sanitizers.
+"""Runs tests/host_cuda's cases: the CUDA kernels' own source on the host, under the sanitizers.
 
 AddressSanitizer must be in a process from its start, and a mistake that it finds ends the process.
 """
@@ -35,6 +35,10 @@ def parts() -> Iterator[dict[str, subprocess.Popen[str]]]:
 @pytest.mark.parametrize("part", PARTS)
 def test_cuda_kernel_on_the_host(part: str, parts: dict[str, subprocess.Popen[str]]) -> None:
     host_cuda.finish(parts[part], PARTS[part][1])
+
+
+def test_noise_and_log_prob_on_the_host() -> None:
+    host_cuda.finish(host_cuda.start("noise_and_log_prob_cases.py", "not full", source=host_cuda.OTHERS), 19)
 
 
 @pytest.mark.full

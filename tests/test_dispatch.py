@@ -434,3 +434,10 @@ def test_schemas_are_the_operands():
     ]
     mutated = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     assert mutated == ["out", "trajectory", "history"]
+
+
+@pytest.mark.parametrize("name", ["cuda", "cpu"])
+def test_noise_and_log_prob_are_the_backend_s_own(name):
+    """The reference gives the same bits, in hundreds of launches: only who is asked shows."""
+    assert dispatch.BACKENDS[name].load_noise() is native.keyed_noise_
+    assert dispatch.BACKENDS[name].load_log_prob() is native.step_log_prob_

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 
+import log_prob_operands
 import published
 import pytest
 import torch
@@ -30,7 +31,8 @@ from operands import FORMS, FORMULAS, LAYOUTS, assert_same_bits, bits, combinati
 
 from flowmatch_kernels import FittedSolver, FlowMatching, KeyedNoise, available_backends, use_backend
 from flowmatch_kernels.graphs import GraphCaptureError
-from flowmatch_kernels.ops import dispatch, reference
+from flowmatch_kernels.noise import keys as noise_keys
+from flowmatch_kernels.ops import dispatch, reference, reference_log_prob
 from flowmatch_kernels.ops.fused_step import (
     COLUMNS,
     FROM_UNGUIDED,
@@ -175,6 +177,20 @@ def test_keyed_noise(place, dtype):
         fm = FlowMatching(x_dims, num_inference_steps=0, backend=place.backend)
         keys = [KeyedNoise(noise.seed, noise.first + i, noise.stream) for i in (3, 0)]
         assert_same_bits(fm.sample(2, torch.add, place.device, noise=keys, dtype=dtype).cpu(), wanted[[3, 0]])
+
+
+@placed(PLACES)
+def test_step_log_prob(place):
+    """The bits of the reference on the CPU: every pair of dtypes, sizes around the lanes, hostile values."""
+    sizes = log_prob_operands.SIZES if place.gpu else (31, 1025)  # the CPU's: tests/test_step_log_prob.py
+    for state, velocity in log_prob_operands.PAIRS:
+        for n, special in itertools.product(sizes, (False, True)):
+            operands = log_prob_operands.drawn([3, n], state, velocity, special)
+            there = [x.to(place.device) for x in operands]
+            there[1] = torch.cat([there[1].flatten()[:1], there[1].flatten()])[1:].view(there[1].shape)  # off 16 bytes
+            for given in ([x.to(place.device) for x in operands], there):
+                got = dispatch.step_log_prob(*given, 1, place.backend)
+                assert_same_bits(got.cpu(), reference_log_prob.step_log_prob(*operands, 1), f"{n} {state} {velocity}")
 
 
 @placed(PLACES)
@@ -550,6 +566,43 @@ def test_another_stream_builds_the_table(place):
     assert_same_bits(got.cpu(), wanted.cpu())
 
 
+def draw_and_log_prob(place, keys, operands):
+    z = dispatch.keyed_noise(keys, (64, 2), torch.float32, 3, place.backend)
+    return z, dispatch.step_log_prob(*operands, 1, place.backend)
+
+
+def keys_and_operands(device):
+    operands = log_prob_operands.drawn([6, 64, 2], torch.float32, torch.bfloat16)
+    return noise_keys(KeyedNoise(7), 6, device), [x.to(device) for x in operands]
+
+
+@placed(PLACES)
+def test_noise_and_log_prob_on_another_stream(place):
+    """On the current one, which is kept busy before it writes what both read."""
+    given, operands = keys_and_operands(place.device)
+    wanted = draw_and_log_prob(place, given, operands)  # compiles
+    late, later = torch.zeros_like(given), [torch.zeros_like(x) for x in operands]
+    place.module.synchronize()
+    with place.module.stream(place.module.Stream()):
+        busy(place.device, 50)
+        for target, source in zip([late, *later[:3]], [given, *operands[:3]], strict=True):
+            target.copy_(source)
+        got = draw_and_log_prob(place, late, [*later[:3], *operands[3:]])
+    place.module.synchronize()
+    for x, y in zip(got, wanted, strict=True):
+        assert_same_bits(x.cpu(), y.cpu())
+
+
+@placed(PLACES)
+def test_noise_and_log_prob_on_a_second_device(place):
+    second, current = on_second_device(place), place.module.current_device()
+    got = draw_and_log_prob(second, *keys_and_operands(second.device))
+    assert place.module.current_device() == current
+    cpu = torch.device("cpu")
+    for x, y in zip(got, draw_and_log_prob(Place(cpu, "reference"), *keys_and_operands(cpu)), strict=True):
+        assert_same_bits(x.cpu(), y)
+
+
 @placed(PLACES)
 def test_second_device(place):
     """On a device that is not the current one, which stays the current one."""
@@ -674,6 +727,17 @@ def test_one_launch_an_evaluation(place, guided, return_all_steps):
     assert len(own) == (30 if place.gpu else 0), names
     # C++ names its kernel with its namespace, Triton does not.
     assert all(("flowmatch_kernels" in kernel) == (place.backend == "cuda") for kernel in own), own
+
+
+@placed(FUSED)
+def test_one_launch_of_a_draw_and_of_a_log_prob(place):
+    given, operands = keys_and_operands(place.device)
+    draw_and_log_prob(place, given, operands)  # compiles
+    kernels(lambda: None, place.device)  # a profiler's first run is not like the others
+    names = kernels(lambda: draw_and_log_prob(place, given, operands), place.device)
+    wanted = ["keyed_noise", "step_log_prob"] if place.gpu else []
+    assert [[op in n for op in wanted] for n in names] == [[True, False], [False, True]][: len(wanted)], names
+    assert all(("flowmatch_kernels" in n) == (place.backend == "cuda") for n in names), names
 
 
 @placed(FUSED)

@@ -103,7 +103,11 @@ def test_keyed_noise(cuda: cuda_runtime.CudaHalf) -> None:
     assert cases.noise(cuda.keyed_noise_, native.DTYPES) == []
     assert len(cuda.launches) == 20
     assert len({launch.name for launch in cuda.launches}) == 8
-    cuda.keyed_noise_(torch.empty(3, 0), torch.zeros(3, 3, dtype=torch.int64), 0)
+    keys = torch.zeros(3, 3, dtype=torch.int64)
+    cuda.keyed_noise_(torch.empty(3, 0), keys, 0)
+    out, keys = (cuda_runtime.OnCuda(x, 0) for x in (torch.empty(3, 4), keys))
+    with pytest.raises(RuntimeError, match="launch_noise: the extension's CUDA half is not loaded"):
+        native.keyed_noise_(out.tensor, keys.tensor, 0)
 
 
 def test_step_log_prob(cuda: cuda_runtime.CudaHalf) -> None:

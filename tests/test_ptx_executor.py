@@ -254,9 +254,10 @@ TAKE = "ld.shared.b32 %r6, [%r5]; st.global.b32 [%rd3], %r6;"
 
 
 def test_shared_memory() -> None:
-    """The array backwards: by another thread's word, behind a barrier."""
+    """The array backwards: by another thread's word, behind a barrier; addresses of 32 bits wrap."""
     x = torch.arange(THREADS, dtype=torch.int32)
-    assert torch.equal(run(HAND_OVER.format("bar.sync 0;", TAKE), x, torch.empty_like(x)), x.flip(0))
+    for take in (TAKE, "sub.s32 %r5, %r5, 256;" + TAKE.replace("[%r5]", "[%r5+256]")):
+        assert torch.equal(run(HAND_OVER.format("bar.sync 0;", take), x, torch.empty_like(x)), x.flip(0))
 
 
 @pytest.mark.parametrize(

@@ -370,3 +370,7 @@ def test_only_its_own_capsule_is_taken():
     for wrong in (None, 3, torch.zeros(1).__dlpack__()):
         with pytest.raises((TypeError, ValueError), match="PyCapsule"):
             extension.use_cuda(wrong)
+        with pytest.raises((TypeError, ValueError), match="PyCapsule"):
+            extension.keyed_noise_cuda(wrong, *[0] * 7)
+        with pytest.raises((TypeError, ValueError), match="PyCapsule"):
+            extension.step_log_prob_cuda(wrong, *[0] * 11)

@@ -1,7 +1,8 @@
-"""Bounds on the CUDA kernel's rows of bench.static, for every set of operands that there can be."""
+"""Bounds on the CUDA kernels' rows of bench.static, for every set of operands that there can be."""
 
 from __future__ import annotations
 
+import re
 from itertools import product
 
 import build_cache
@@ -64,3 +65,52 @@ def test_no_contraction_in_ptx(arch: str) -> None:
         assert not static.contractions(kernel.ptx), kernel.title
         assert ".ftz" not in kernel.ptx, kernel.title
         assert ".approx" not in kernel.ptx, kernel.title
+
+
+@pytest.fixture
+def other_rows(request: pytest.FixtureRequest) -> list[static.Row]:
+    """Of keyed noise and step_log_prob on an architecture."""
+    with build_cache.lock(f"nvcc-others-{request.param}"):
+        return list(static.other_ops([request.param]))
+
+
+@pytest.mark.parametrize("other_rows", ARCHS, indirect=True)
+def test_rows_of_noise_and_log_prob(other_rows: list[static.Row]) -> None:
+    """Nothing local; registers for 6 and for 4 blocks; the least bytes, four elements at once where they are whole."""
+    noise = [row for row in other_rows if row.kernel == "cuda keyed_noise"]
+    assert len(noise) == 8
+    for row in noise:
+        assert (row.local_bytes, row.shared_bytes, row.barriers, row.loads) == (0, 0, 0, ""), row
+        assert row.registers <= 40, row
+        assert row.bytes_per_element == row.least_bytes_per_element, row
+        assert row.coefficient_loads == 3, row
+        size = row.least_bytes_per_element
+        assert row.stores == (f"{1 + (size == 8)}x{min(16, 4 * size)}" if row.aligned else f"4x{size}"), row
+    log_prob = [row for row in other_rows if row.kernel == "cuda step_log_prob"]
+    assert len(log_prob) == 2 * sum(map(len, VELOCITY_DTYPES.values()))
+    for row in log_prob:
+        lanes = 1024 * (8 if row.state == "float64" else 4)
+        # A barrier a level, unrolled; from sm_80 on CUDA keeps 1024 bytes for itself.
+        assert (row.local_bytes, row.barriers) == (0, 8), row
+        assert row.shared_bytes - lanes in (0, 1024), row
+        assert row.registers <= 64, row
+        assert row.stores == ("1x8" if row.state == "float64" else "1x4"), row
+        if row.aligned and row.state in ("float32", "float64"):
+            assert "x16" in row.loads, row
+        if row.aligned:
+            assert not {"1", "2"} & {part.partition("x")[2] for part in row.loads.split()}, row
+
+
+@pytest.mark.parametrize("arch", ["sm_90"])
+def test_noise_and_log_prob_round_each_operation(arch: str) -> None:
+    """The PTX holds no multiply-add, and square roots and quotients to nearest."""
+    with build_cache.lock(f"nvcc-others-{arch}"):
+        kernels = {op: static_cuda.instantiations(arch, source) for op, source in static_cuda.OTHERS.items()}
+    for op, there in kernels.items():
+        for kernel in there.values():
+            assert not static.contractions(kernel.ptx), kernel.title
+            assert not re.search(r"\.ftz|\.approx|\b(add|sub|mul|div|sqrt)\.(full\.)?f(32|64)", kernel.ptx), (
+                kernel.title
+            )
+            assert kernel.ptx.count("sqrt.rn.f32") == 2 * (op == "keyed_noise"), kernel.title
+            assert len(re.findall(r"div\.rn\.f(32|64)", kernel.ptx)) == (op == "step_log_prob"), kernel.title

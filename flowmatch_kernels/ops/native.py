@@ -102,6 +102,14 @@ def _cuda_half() -> Any:
     return sys.modules.get("flowmatch_kernels._C_cuda")
 
 
+def _launch(name: str) -> Any:
+    """A capsule of flowmatch_kernels._C_cuda, which must be loaded."""
+    half = _cuda_half()
+    if half is None:
+        raise RuntimeError(f"{name}: the extension's CUDA half is not loaded")
+    return getattr(half, name)
+
+
 def cuda_architectures() -> str | None:
     """The GPU architectures that the `cuda` backend is built for, as in TORCH_CUDA_ARCH_LIST; None: not built."""
     return None if _C is None or cuda_unavailable() is not None else str(_C.cuda_archs)
@@ -162,7 +170,7 @@ def keyed_noise_(out: Tensor, keys: Tensor, evaluation: int) -> None:
     samples = out.shape[0]
     given = out.data_ptr(), DTYPES[out.dtype], keys.data_ptr(), samples, out.numel() // samples, evaluation
     if out.is_cuda:
-        _C.keyed_noise_cuda(_cuda_half().launch_noise, out.get_device(), *given)
+        _C.keyed_noise_cuda(_launch("launch_noise"), out.get_device(), *given)
     else:
         _C.keyed_noise(*given)
 
@@ -184,7 +192,7 @@ def step_log_prob_(
         *(DTYPES[base.dtype], DTYPES[v.dtype], samples, base.numel() // samples),
     )
     if out.is_cuda:
-        _C.step_log_prob_cuda(_cuda_half().launch_log_prob, out.get_device(), *given)
+        _C.step_log_prob_cuda(_launch("launch_log_prob"), out.get_device(), *given)
     else:
         _C.step_log_prob(*given)
 

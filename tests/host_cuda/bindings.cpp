@@ -1,14 +1,8 @@
 // flowmatch_kernels' CUDA kernel and launcher, compiled for the host, with the doubles of cuda_runtime.h.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+#include "double_bindings.h"
 #include "fused_step_cuda.cu"
 
 namespace py = pybind11;
-using host_cuda::Access;
-using host_cuda::Double;
-using host_cuda::Launch;
-using host_cuda::state;
 
 namespace {
 
@@ -55,40 +49,5 @@ PYBIND11_MODULE(_host_cuda, m) {
   // One load of 16 bytes, as the kernel's.
   m.def("load_word", [](std::uintptr_t address) { __ldcs(reinterpret_cast<const uint4*>(address)); });
 
-  py::class_<Double> double_(m, "Double");
-  py::enum_<Double::Run>(double_, "Run")
-      .value("FORWARD", Double::Run::kForward)
-      .value("BACKWARD", Double::Run::kBackward)
-      .value("NONE", Double::Run::kNone)
-      .value("ONE", Double::Run::kOne);
-  double_.def_readwrite("run", &Double::run)
-      .def_readwrite("one", &Double::one)
-      .def_readwrite("touch", &Double::touch)
-      .def_readwrite("record", &Double::record)
-      .def_readwrite("device", &Double::device)
-      .def_readwrite("failing", &Double::failing)
-      .def_readwrite("error", &Double::error)
-      .def_readonly("last_error", &Double::last_error)
-      .def_readonly("calls", &Double::calls)
-      .def_readonly("launches", &Double::launches)
-      .def_property_readonly("accesses", [](const Double& d) {
-        py::list accesses;
-        for (const Access& a : d.accesses) accesses.append(py::make_tuple(std::string(1, a.kind), a.address, a.bytes));
-        return accesses;
-      });
-  py::class_<Launch>(m, "Launch")
-      .def_readonly("kernel", &Launch::kernel)
-      .def_property_readonly("grid", [](const Launch& l) { return py::make_tuple(l.grid.x, l.grid.y, l.grid.z); })
-      .def_property_readonly("block", [](const Launch& l) { return py::make_tuple(l.block.x, l.block.y, l.block.z); })
-      .def_readonly("shared", &Launch::shared)
-      .def_readonly("stream", &Launch::stream)
-      .def_readonly("device", &Launch::device);
-  // The double, as new.
-  m.def(
-      "fresh",
-      [] {
-        state = Double{};
-        return &state;
-      },
-      py::return_value_policy::reference);
+  host_cuda::add_double(m);
 }

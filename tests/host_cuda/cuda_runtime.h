@@ -1,9 +1,13 @@
-// Stands in for CUDA's header: what csrc/fused_step_cuda.cu uses of CUDA, on the host. A launch runs every thread of
-// the grid, one after the other; every call, launch and access to memory can be recorded.
+// Stands in for CUDA's header: what csrc's *_cuda.cu use of CUDA, on the host. A launch runs every thread of the grid, one
+// after the other, or from barrier to barrier; every call, launch and access to memory can be recorded.
 #pragma once
+
+#include <sanitizer/common_interface_defs.h>
+#include <ucontext.h>
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -14,6 +18,7 @@
 #define __global__
 #define __device__
 #define __host__
+#define __shared__ static  // one block runs at a time
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define FLOWMATCH_LOAD(address) host_cuda::load(address, 'b')
@@ -60,6 +65,7 @@ struct Double {
     kOne
   } run = Run::kForward;  // the order of threads, or what to leave out
   std::int64_t one = 0;   // the thread that kOne runs
+  bool together = false;  // the threads of a block wait for each other: each has a stack of its own
   bool touch = true;      // access memory; if not, loads give zero
   bool record = false;    // fill `accesses`
   int device = 0;         // current
@@ -91,6 +97,70 @@ void store(W* address, W word, char kind) {
   if (state.touch) *address = word;
 }
 
+// One block whose threads stop at each barrier until all have come there: each runs to its next one in its turn. So what
+// a thread reads before a barrier that another writes after it, or the other way round, depends on their order.
+class Block {
+ public:
+  Block(std::int64_t first, int threads, const std::function<void(std::int64_t)>& thread)
+      : first_(first), thread_(thread), fibers_(threads), ended_(threads) {
+    current_ = this;
+    stacks_.resize(threads * kStack);
+    for (int t = 0; t < threads; ++t) {
+      getcontext(&fibers_[t]);
+      fibers_[t].uc_stack = {.ss_sp = stacks_.data() + t * kStack, .ss_flags = 0, .ss_size = kStack};
+      fibers_[t].uc_link = nullptr;
+      makecontext(&fibers_[t], &Block::enter, 0);
+    }
+    for (bool left = true; left;) {
+      left = false;
+      for (int k = 0; k < threads; ++k) {
+        running_ = state.run == Double::Run::kBackward ? threads - 1 - k : k;
+        if (ended_[running_]) continue;
+        switch_to(&scheduler_, &fibers_[running_], stacks_.data() + running_ * kStack, kStack);
+        left = left || !ended_[running_];
+      }
+    }
+    current_ = nullptr;
+  }
+  // Called by a thread: lets the others come to the barrier.
+  static void wait() {
+    if (state.run == Double::Run::kOne) return;  // alone: what it reads of others counts for nothing
+    if (!current_) throw std::logic_error("a kernel with a barrier needs Double::together");
+    Block& block = *current_;
+    const int thread = block.running_;
+    block.switch_to(&block.fibers_[thread], &block.scheduler_, block.bottom_, block.size_);
+    threadIdx.x = static_cast<unsigned int>(thread);
+  }
+
+ private:
+  static constexpr std::size_t kStack = 1 << 15;
+
+  static void enter() {
+    Block& block = *current_;
+    __sanitizer_finish_switch_fiber(nullptr, &block.bottom_, &block.size_);
+    block.thread_(block.first_ + block.running_);
+    block.ended_[block.running_] = true;
+    block.switch_to(&block.fibers_[block.running_], &block.scheduler_, block.bottom_, block.size_);
+  }
+  void switch_to(ucontext_t* from, ucontext_t* to, const void* bottom, std::size_t size) {
+    void* fake_stack = nullptr;
+    __sanitizer_start_switch_fiber(&fake_stack, bottom, size);
+    swapcontext(from, to);
+    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+  }
+
+  static inline Block* current_ = nullptr;
+  std::int64_t first_;
+  const std::function<void(std::int64_t)>& thread_;
+  ucontext_t scheduler_;
+  std::vector<ucontext_t> fibers_;
+  static inline std::vector<char> stacks_;  // kept: to make them anew takes ten times as long as to run a block
+  std::vector<char> ended_;
+  int running_ = 0;
+  const void* bottom_ = nullptr;  // of the stack that called
+  std::size_t size_ = 0;
+};
+
 // Runs threads of the grid. Arguments are copied out of `arguments` at the launch, as CUDA does.
 template <class... P>
 void run(void (*kernel)(P...), dim3 grid, dim3 block, void** arguments) {
@@ -103,6 +173,10 @@ void run(void (*kernel)(P...), dim3 grid, dim3 block, void** arguments) {
     std::apply(kernel, copies);
   };
   const std::int64_t threads = static_cast<std::int64_t>(grid.x) * block.x;
+  if (state.together && (state.run == Double::Run::kForward || state.run == Double::Run::kBackward)) {
+    for (std::int64_t first = 0; first < threads; first += block.x) Block(first, block.x, thread);
+    return;
+  }
   if (state.run == Double::Run::kForward) {
     for (std::int64_t t = 0; t < threads; ++t) thread(t);
   } else if (state.run == Double::Run::kBackward) {
@@ -115,6 +189,7 @@ void run(void (*kernel)(P...), dim3 grid, dim3 block, void** arguments) {
 
 }  // namespace host_cuda
 
+inline void __syncthreads() { host_cuda::Block::wait(); }
 inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y) {
   return static_cast<unsigned long long>((static_cast<unsigned __int128>(x) * y) >> 64);
 }
@@ -125,6 +200,10 @@ W __ldg(const W* address) {
 template <class W>
 W __ldcs(const W* address) {
   return host_cuda::load(address, 'l');
+}
+template <class W>
+void __stwb(W* address, W word) {
+  host_cuda::store(address, word, 'w');
 }
 template <class W>
 void __stcs(W* address, W word) {

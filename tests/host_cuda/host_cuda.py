@@ -1,4 +1,4 @@
-"""Builds csrc/fused_step_cuda.cu for the host, with sanitizers, and runs tests on it in a process of their own."""
+"""Builds csrc's *_cuda.cu for the host, with sanitizers, and runs tests on them in processes of their own."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ import build_cache
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-#: bindings.cpp, and all that it could include.
-SOURCES = [HERE / "bindings.cpp", *sorted(HERE.glob("*.h"))]
-SOURCES += [source for kind in ("h", "cu") for source in sorted((ROOT / "csrc").glob(f"*.{kind}"))]
-#: -O0 compiles in 40 s and runs all of the default matrix in 20 s; -O1 compiles in 60 s.
+#: All that a module could include.
+INCLUDED = [*HERE.glob("*.h"), *(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc").glob("*.cu")]
+#: The modules: the fused step, and the other two ops, which are small.
+FUSED_STEP, OTHERS = "bindings.cpp", "noise_and_log_prob.cpp"
+#: -O0 compiles the fused step in 40 s and runs all of the default matrix in 20 s; -O1 compiles in 60 s.
 FLAGS = ["-std=c++20", "-O0", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
 #: A word of 16 bytes is read where floats were written, as in CUDA.
 FLAGS += [
@@ -44,21 +45,22 @@ def _compiler(*arguments: str) -> str:
 
 
 @functools.cache
-def build() -> Path:
-    """The module's path; compiles it where its sources, its flags or the compiler have changed."""
+def build(source: str = FUSED_STEP) -> Path:
+    """A module's path; compiles it where its sources, its flags or the compiler have changed."""
     import pybind11
 
     includes = [HERE, ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
     described = [*FLAGS, _compiler("--version"), sys.version, pybind11.__version__]
-    command = [*FLAGS, *[f"-I{path}" for path in includes], str(SOURCES[0]), "-o"]
-    return build_cache.built("host_cuda.so", [*described, *SOURCES], lambda path: _compiler(*command, str(path)))
+    command = [*FLAGS, *[f"-I{path}" for path in includes], str(HERE / source), "-o"]
+    sources = [HERE / source, *sorted(INCLUDED)]
+    return build_cache.built("host_cuda.so", [*described, *sources], lambda path: _compiler(*command, str(path)))
 
 
-def load() -> ModuleType:
-    """The module, in a process that `environment` has prepared."""
+def load(source: str = FUSED_STEP) -> ModuleType:
+    """A module, in a process that `environment` has prepared: one for each process."""
     if "libasan" not in os.environ.get("LD_PRELOAD", ""):
         raise RuntimeError("run tests/test_cuda_host.py: AddressSanitizer must be there from the start")
-    spec = importlib.util.spec_from_file_location("_host_cuda", build())
+    spec = importlib.util.spec_from_file_location("_host_cuda", build(source))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -79,9 +81,9 @@ def environment() -> dict[str, str]:
     }
 
 
-def start(cases: str, marked: str, expression: str = "") -> subprocess.Popen[str]:
-    """Runs the tests of one file in this folder, under the sanitizers."""
-    build()
+def start(cases: str, marked: str, expression: str = "", source: str = FUSED_STEP) -> subprocess.Popen[str]:
+    """Runs the tests of one file in this folder, which loads the module of `source`, under the sanitizers."""
+    build(source)
     command = [
         sys.executable,
         "-m",

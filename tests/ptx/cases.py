@@ -167,7 +167,7 @@ def noise(keyed_noise_: Callable[[Tensor, Tensor, int], None], dtypes: Iterable[
 def log_probs(
     step_log_prob_: Callable[..., None], pairs: Iterable[tuple[torch.dtype, torch.dtype]], sizes: Iterable[int]
 ) -> list[str]:
-    """Where log-probabilities differ from `reference_log_prob`'s: each size on 16 bytes, and with one operand not."""
+    """Where log-probabilities differ from `reference_log_prob`'s: on 16 bytes, and with one or all operands off."""
     found, odd = [], itertools.cycle(("base", "v", "next", "all"))
     for state, velocity in pairs:
         for elements in sizes:

@@ -31,7 +31,7 @@ FLOATS = ("f32", "f64", *HALVES)
 PAIRS = ("f32x2", "f16x2", "bf16x2")
 
 #: Caching, which changes no value; "L2::cache_hint" brings an operand more.
-CACHING = {"nc", "cs", "L1::evict_first", "L2::cache_hint"}
+CACHING = {"nc", "cs", "wb", "L1::evict_first", "L2::cache_hint"}
 COMPARISONS = {
     "eq": np.equal,
     "ne": np.not_equal,

@@ -208,6 +208,7 @@ class SharedMemory:
 
     def _at(self, addresses: np.ndarray, size: int, threads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the bytes of each access stand."""
+        addresses = addresses & 0xFFFFFFFF  # they have 32 bits
         if (addresses % size != 0).any():
             raise MisalignedError(f"misaligned {size}-byte access of shared memory")
         if (addresses < 0).any() or (addresses + size > self._bytes.shape[1]).any():

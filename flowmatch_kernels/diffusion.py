@@ -24,6 +24,7 @@ from .ops import dispatch
 from .ops.fused_step import COLUMNS, PROMOTE, arithmetic_dtype
 from .sampling import solve
 from .solvers import Evaluation, Table
+from .training import check_data, mean_squared_error
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "cosine")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -141,6 +142,54 @@ class _Diffusion(BaseDiffusion):
         if callback is not None:
             return Sample(x, rows.time_steps(taken), stopped=taken < steps)
         return (x, rows.time_steps(taken)) if return_all_steps else x
+
+    def construct_training_data(self, x: Tensor) -> dict[str, Any]:
+        """The training pair of diffusion: noisy_x = sqrt(abar)*x + sqrt(1 - abar)*noise.
+
+        Draws the timesteps evenly, from the CPU's default generator, then the noise, from that of x's device.
+
+        Args:
+            x: Data, [B, *x_dims], floating point.
+
+        Returns:
+            "x"; "noisy_x" [B, *x_dims]; "timesteps" [B, 1, ..., 1], whole numbers in torch's default dtype, as
+            sample() passes them; "noise" [B, *x_dims]; "target" [B, *x_dims], what prediction_type says: the noise, x,
+            or v = sqrt(abar)*noise - sqrt(1 - abar)*x.
+
+        Raises:
+            TypeError: x is no floating-point tensor, or is sparse or nested.
+            ValueError: x has no dimension.
+
+        Source: arXiv 2006.11239, algorithm 1; v: arXiv 2202.00512, sec. 4.
+        """
+        check_data(x)
+        t = torch.randint(self.num_train_timesteps, (x.shape[0],), device="cpu")
+        column = (-1, *[1] * (x.dim() - 1))
+        bar = self.alphas_cumprod[t].view(column)
+        root, rest = (part.to(x.device, x.dtype) for part in (bar.sqrt(), (1 - bar).sqrt()))
+        noise = torch.randn_like(x)
+        target = noise if self.prediction_type == "noise" else x
+        if self.prediction_type == "v":
+            target = root * noise - rest * x
+        return {
+            "x": x,
+            "noisy_x": root * x + rest * noise,
+            "timesteps": t.to(x.device, torch.get_default_dtype()).view(column),
+            "noise": noise,
+            "target": target,
+        }
+
+    def compute_loss_from_pred(self, training_data: dict[str, Any], pred: Tensor) -> Tensor:
+        """The mean squared error of a prediction against its target, in pred's dtype.
+
+        Args:
+            training_data: What `construct_training_data` returned.
+            pred: The prediction, [B, *x_dims].
+
+        Raises:
+            ValueError: pred has another shape than x.
+        """
+        return mean_squared_error(pred, training_data["target"])
 
     def timesteps(self, steps: int) -> list[int]:
         """The training timesteps that so many steps evaluate at, the noisiest first."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ EVALUATIONS = {
 """At which each method is measured. DDPM and DDIM sample from the same network."""
 TITLES = {"DDPM": "DDPM", "DDIM": "DDIM", "flow matching, ab3": "ab3"}
 """Of the methods whose flights are drawn."""
+SETTINGS: Mapping[str, Any] = {"timestep_spacing": "trailing", "prediction_type": "v"}
+"""Of DDPM and DDIM; the rest is as published: 1000 timesteps, linear betas. Trailing, so that any number of steps starts
+where nothing but noise is left. There a prediction of the noise says nothing of the data: of the network here, trained for
+3,000 steps, the data's RMS error at the last timestep is 3.7, of data with an RMS of 0.5, and DDIM, which adds no noise
+that would hide it, ends at 16 km. Clipped to the largest entry of the data: 5 to 6 km."""
 SHOWN = 10
 """Their evaluations."""
 NEAR = 1.1
@@ -82,17 +87,11 @@ def compare(comparison: Comparison, diffusion: DDPM, prediction: StepFn) -> Meas
 
     Args:
         comparison: Flow matching with its network, and what samples are measured by.
-        diffusion: As its network was trained; DDIM samples from it with the same schedule and timesteps.
-        prediction: What that network predicts.
+        diffusion: Of `diffusion_of`.
+        prediction: Its network, of which DDIM samples too.
     """
     flow_matching, velocity = comparison.flow_matching, comparison.network
-    implicit = DDIM(
-        flow_matching.x_dims,
-        num_train_timesteps=diffusion.num_train_timesteps,
-        timestep_spacing=diffusion.timestep_spacing,
-        prediction_type=diffusion.prediction_type,
-        backend=diffusion.backend,
-    )
+    implicit = DDIM(flow_matching.x_dims, backend=flow_matching.backend, **SETTINGS)
 
     def diffused(method: DDPM | DDIM) -> Callable[[int], Tensor]:
         return lambda n: method.sample(comparison.count, prediction, comparison.device, inference_step=n)
@@ -127,8 +126,5 @@ def compare(comparison: Comparison, diffusion: DDPM, prediction: StepFn) -> Meas
 
 
 def diffusion_of(flow_matching: FlowMatching) -> DDPM:
-    """DDPM for the same states: as published, 1000 timesteps, linear betas, the network predicts the noise.
-
-    Trailing timesteps: every number of steps starts at the last timestep, where nothing but noise is left.
-    """
-    return DDPM(flow_matching.x_dims, timestep_spacing="trailing", backend=flow_matching.backend)
+    """DDPM for the same states, which trains the network too."""
+    return DDPM(flow_matching.x_dims, backend=flow_matching.backend, **SETTINGS)

@@ -96,7 +96,7 @@ def draw_methods(out: Path, held_out: Tensor, measured: Measured, trained: int, 
         {"training flights": (measured.floor, ":")},
         "DDPM, DDIM and flow matching",
         f"The same flights, and {trained:,} training steps of the same network for both. DDPM and DDIM sample\n"
-        "from the one that predicts the noise, flow matching from the one that predicts the velocity.",
+        "from the one that predicts v, flow matching from the one that predicts the velocity.",
         note,
         beside=False,
     )

@@ -399,7 +399,8 @@ def test_the_plan_is_the_most_that_fits_into_the_time():
     assert plan.plan(0.1, 134.0, 0, plan.course()) == (0, 134.0 - 70.0, least)  # after training
     both = plan.course(compare_methods=True)  # two networks, and more time
     assert both.networks == 2 and both.seconds > 2 * plan.course().seconds
-    assert plan.plan(0.125, 625.0, 3000, both) == (800, 100.0, most)  # 425 s for what follows, 100 s for each network
+    after = 0.125 * most.cost_of_methods
+    assert plan.plan(0.125, after + 200.0, 3000, both) == (800, 100.0, most)  # 100 s for each network
 
 
 def test_the_step_is_measured_on_another_network_for_so_long():

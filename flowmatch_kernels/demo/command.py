@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compared.add_argument(
         "--compare-methods",
         action="store_true",
-        help="train DDPM and DDIM's network too, measure them beside flow matching, and draw the curves; within ten "
-        "minutes",
+        help="train DDPM and DDIM's network too, measure them beside flow matching, and draw the curves; within "
+        "twelve minutes",
     )
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument("--backend", default="auto", help="auto, triton, cuda, cpu or reference (default: %(default)s)")

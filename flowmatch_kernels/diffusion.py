@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from .ops import dispatch
 from .ops.fused_step import COLUMNS, PROMOTE, arithmetic_dtype
 from .sampling import solve
 from .solvers import Evaluation, Table
+from .training import check_data, mean_squared_error
+from .velocities import Velocities
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "cosine")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -31,6 +33,58 @@ PREDICTIONS = ("noise", "data", "v")
 VARIANCES = ("fixed_small", "fixed_large")
 
 Pair = tuple[Tensor, Tensor]  # the coefficients of x and of the prediction, [N]
+
+
+class _Ends(NamedTuple):
+    """The line that each of N steps begins on, and where the step ends."""
+
+    now: Tensor
+    """abar where it begins, [N]."""
+    after: Tensor
+    """abar where it ends, [N]."""
+    data: Pair
+    """The data in x and the prediction."""
+    noise: Pair
+    """The noise in x and the prediction."""
+
+
+class _Step(NamedTuple):
+    """x' = data*(predicted data) + noise*(predicted noise) + x*x + std*z, each [N]."""
+
+    data: Tensor
+    noise: Tensor
+    x: Tensor
+    std: Tensor
+
+
+class _Clipped:
+    """The network of one sample(), which returns clip(data) - kept*data, with data = a*x + b*prediction.
+
+    A step clips the predicted data, and takes the predicted noise as it was, (x - sqrt(abar)*data)/sqrt(1 - abar). So
+    the second term is the data's part in that noise, and the step is linear in x and in what this returns.
+
+    Args:
+        step_fn: Predicts what prediction_type says.
+        velocities: Checks it.
+        factors: a, b and kept, of each step.
+        most: Clips to [-most, most].
+    """
+
+    def __init__(
+        self, step_fn: StepFn, velocities: Velocities, factors: Sequence[tuple[float, float, float]], most: float
+    ) -> None:
+        self.step_fn = step_fn
+        self.velocities = velocities
+        self.factors = iter(factors)
+        self.most = most
+
+    def __call__(self, *, x: Tensor, t: Tensor) -> Tensor:
+        prediction = self.step_fn(x=x, t=t)
+        self.velocities.check(prediction, "step_fn")
+        a, b, kept = next(self.factors)
+        wide = arithmetic_dtype(x.dtype)
+        data = a * x.to(wide) + b * prediction.to(wide)
+        return (data.clamp(-self.most, self.most) - kept * data).to(x.dtype)
 
 
 class _Diffusion(BaseDiffusion):
@@ -47,6 +101,7 @@ class _Diffusion(BaseDiffusion):
         timestep_spacing: str,
         steps_offset: int,
         prediction_type: str,
+        clip_sample_range: float | None,
         backend: str,
     ) -> None:
         super().__init__(x_dims)
@@ -62,6 +117,11 @@ class _Diffusion(BaseDiffusion):
         self.timestep_spacing = timestep_spacing
         self.steps_offset = count(steps_offset, "steps_offset")
         self.prediction_type = prediction_type
+        self.clip_sample_range = None
+        if clip_sample_range is not None:
+            self.clip_sample_range = finite(clip_sample_range, "clip_sample_range")
+            if self.clip_sample_range <= 0:
+                raise ValueError(f"clip_sample_range must be above 0, got {clip_sample_range}")
         self.backend = dispatch.check_name(backend)
         self.alphas_cumprod = torch.cumprod(1 - _betas(beta_schedule, self.num_train_timesteps, start, end), 0)
         """abar at each training timestep, [num_train_timesteps], float64."""
@@ -93,8 +153,8 @@ class _Diffusion(BaseDiffusion):
             device: Where to sample.
             return_all_steps: Return the trajectory too.
             inference_step: Steps; None or 0: num_inference_steps.
-            noise, generator, step_noise, dtype, constraint, callback: As for `FlowMatching.sample`. To clip each state:
-                constraint=lambda x, t: x.clamp(-1, 1). (diffusers' clip_sample clips the predicted data instead.)
+            noise, generator, step_noise, dtype, constraint, callback: As for `FlowMatching.sample`. A constraint
+                changes the states; clip_sample_range clips the predicted data within each step.
             differentiable: Keep the derivative of the loop.
 
         Returns:
@@ -131,6 +191,9 @@ class _Diffusion(BaseDiffusion):
             raise ValueError("step_noise is for steps that add noise: DDPM, or DDIM with eta > 0")
         if start is None:
             start = noises.drawn(source, shape, dtype, device, backend, None)
+        if self.clip_sample_range is not None:
+            velocities = Velocities(shape, dtype, device, differentiable=differentiable)
+            step_fn = self._clipped(step_fn, steps, velocities)
         rows, state, taken = solve(
             *(table, step_fn, start.to(dtype), PROMOTE, differentiable, return_all_steps),
             hooks=hooks,
@@ -141,6 +204,54 @@ class _Diffusion(BaseDiffusion):
         if callback is not None:
             return Sample(x, rows.time_steps(taken), stopped=taken < steps)
         return (x, rows.time_steps(taken)) if return_all_steps else x
+
+    def construct_training_data(self, x: Tensor) -> dict[str, Any]:
+        """The training pair of diffusion: noisy_x = sqrt(abar)*x + sqrt(1 - abar)*noise.
+
+        Draws the timesteps evenly, from the CPU's default generator, then the noise, from that of x's device.
+
+        Args:
+            x: Data, [B, *x_dims], floating point.
+
+        Returns:
+            "x"; "noisy_x" [B, *x_dims]; "timesteps" [B, 1, ..., 1], whole numbers in torch's default dtype, as
+            sample() passes them; "noise" [B, *x_dims]; "target" [B, *x_dims], what prediction_type says: the noise, x,
+            or v = sqrt(abar)*noise - sqrt(1 - abar)*x.
+
+        Raises:
+            TypeError: x is no floating-point tensor, or is sparse or nested.
+            ValueError: x has no dimension.
+
+        Source: arXiv 2006.11239, algorithm 1; v: arXiv 2202.00512, sec. 4.
+        """
+        check_data(x)
+        t = torch.randint(self.num_train_timesteps, (x.shape[0],), device="cpu")
+        column = (-1, *[1] * (x.dim() - 1))
+        bar = self.alphas_cumprod[t].view(column)
+        root, rest = (part.to(x.device, x.dtype) for part in (bar.sqrt(), (1 - bar).sqrt()))
+        noise = torch.randn_like(x)
+        target = noise if self.prediction_type == "noise" else x
+        if self.prediction_type == "v":
+            target = root * noise - rest * x
+        return {
+            "x": x,
+            "noisy_x": root * x + rest * noise,
+            "timesteps": t.to(x.device, torch.get_default_dtype()).view(column),
+            "noise": noise,
+            "target": target,
+        }
+
+    def compute_loss_from_pred(self, training_data: dict[str, Any], pred: Tensor) -> Tensor:
+        """The mean squared error of a prediction against its target, in pred's dtype.
+
+        Args:
+            training_data: What `construct_training_data` returned.
+            pred: The prediction, [B, *x_dims].
+
+        Raises:
+            ValueError: pred has another shape than x.
+        """
+        return mean_squared_error(pred, training_data["target"])
 
     def timesteps(self, steps: int) -> list[int]:
         """The training timesteps that so many steps evaluate at, the noisiest first."""
@@ -159,20 +270,16 @@ class _Diffusion(BaseDiffusion):
     def table(self, steps: int, dtype: torch.dtype, device: torch.device) -> Table:
         """The table of so many steps, for a state of this dtype."""
         at = self.timesteps(steps)
-        now = self.alphas_cumprod[at]
-        before = torch.tensor(self._before(at), device="cpu")
-        after = torch.where(before >= 0, self.alphas_cumprod[before.clamp(min=0)], self._last())
-        root, rest = now.sqrt(), (1 - now).sqrt()
-        zero, one = torch.zeros_like(now), torch.ones_like(now)
-        data, noise = {
-            "noise": ((1 / root, -rest / root), (zero, one)),
-            "data": ((zero, one), (1 / rest, -root / rest)),
-            "v": ((root, -rest), (rest, root)),
-        }[self.prediction_type]
-        (a, b0), std = self._step(at, now, after, data, noise)
+        ends = self._ends(at)
+        step = self._step(at, ends.now, ends.after)
+        if self.clip_sample_range is None:
+            a, b0 = (step.data * x0 + step.noise * e for x0, e in zip(ends.data, ends.noise, strict=True))
+        else:  # of x and of what `_Clipped` returns
+            a, b0 = step.noise / (1 - ends.now).sqrt(), step.data
+        a = a + step.x
         rows = torch.zeros(steps, len(COLUMNS), dtype=torch.float64, device="cpu")
-        rows[:, 0], rows[:, 1], rows[:, 2] = a, b0, std
-        adds = [s > 0 for s in std.tolist()]
+        rows[:, 0], rows[:, 1], rows[:, 2] = a, b0, step.std
+        adds = [s > 0 for s in step.std.tolist()]
         table = Table(
             evaluations=tuple(Evaluation(k, True, (0,) if adds[k] else ()) for k in range(steps)),
             times=torch.tensor([*at, -1], dtype=torch.get_default_dtype(), device="cpu"),
@@ -183,6 +290,30 @@ class _Diffusion(BaseDiffusion):
         ).readable()  # on the host, without waiting for a device
         return table._replace(times=table.times.to(device), coefficients=table.coefficients.to(device))
 
+    def _ends(self, at: Sequence[int]) -> _Ends:
+        """The steps that begin at these timesteps."""
+        now = self.alphas_cumprod[at]
+        before = torch.tensor(self._before(at), device="cpu")
+        after = torch.where(before >= 0, self.alphas_cumprod[before.clamp(min=0)], self._last())
+        root, rest = now.sqrt(), (1 - now).sqrt()
+        zero, one = torch.zeros_like(now), torch.ones_like(now)
+        data, noise = {
+            "noise": ((1 / root, -rest / root), (zero, one)),
+            "data": ((zero, one), (1 / rest, -root / rest)),
+            "v": ((root, -rest), (rest, root)),
+        }[self.prediction_type]
+        return _Ends(now, after, data, noise)
+
+    def _clipped(self, step_fn: StepFn, steps: int, velocities: Velocities) -> _Clipped:
+        """The network, for a table with clip_sample_range."""
+        at = self.timesteps(steps)
+        ends = self._ends(at)
+        step = self._step(at, ends.now, ends.after)
+        kept = step.noise / step.data * (ends.now / (1 - ends.now)).sqrt()
+        factors = zip(*(column.tolist() for column in (*ends.data, kept)), strict=True)
+        assert self.clip_sample_range is not None
+        return _Clipped(step_fn, velocities, list(factors), self.clip_sample_range)
+
     def _before(self, at: Sequence[int]) -> list[int]:
         """The timestep that each step ends at; below 0: the data."""
         raise NotImplementedError
@@ -191,15 +322,13 @@ class _Diffusion(BaseDiffusion):
         """abar where a step ends at the data."""
         return torch.ones((), dtype=torch.float64, device="cpu")
 
-    def _step(self, at: Sequence[int], now: Tensor, after: Tensor, data: Pair, noise: Pair) -> tuple[Pair, Tensor]:
-        """The coefficients of x and of the prediction, and the standard deviation of the noise, each [N].
+    def _step(self, at: Sequence[int], now: Tensor, after: Tensor) -> _Step:
+        """What each step is made of.
 
         Args:
             at: The timestep at which each step begins.
             now: abar where each step begins, [N].
             after: abar where it ends, [N].
-            data: The data in x and the prediction.
-            noise: The noise in x and the prediction.
         """
         raise NotImplementedError
 
@@ -227,6 +356,8 @@ class DDIM(_Diffusion):
         timestep_spacing: "leading", "trailing" or "linspace": arXiv 2305.08891, table 2.
         steps_offset: Added to the timesteps with "leading" (Stable Diffusion: 1).
         prediction_type: What step_fn predicts: the "noise", the "data", or "v" (arXiv 2202.00512).
+        clip_sample_range: Each step clips the predicted data to [-clip_sample_range, clip_sample_range], and takes the
+            predicted noise as it is: diffusers' clip_sample. None: no clipping.
         eta: 0: no noise is added; 1: as much as DDPM.
         set_alpha_to_one: The last step ends at abar = 1; False: at that of timestep 0 (Stable Diffusion).
         backend: "auto", "triton", "cuda", "cpu" or "reference".
@@ -259,13 +390,14 @@ class DDIM(_Diffusion):
         timestep_spacing: str = "leading",
         steps_offset: int = 0,
         prediction_type: str = "noise",
+        clip_sample_range: float | None = None,
         eta: float = 0.0,
         set_alpha_to_one: bool = True,
         backend: str = "auto",
     ) -> None:
         super().__init__(
             *(x_dims, num_inference_steps, num_train_timesteps, beta_start, beta_end, beta_schedule),
-            *(timestep_spacing, steps_offset, prediction_type, backend),
+            *(timestep_spacing, steps_offset, prediction_type, clip_sample_range, backend),
         )
         self.eta = finite(eta, "eta")
         if not 0 <= self.eta <= 1:
@@ -278,11 +410,9 @@ class DDIM(_Diffusion):
     def _last(self) -> Tensor:
         return super()._last() if self.set_alpha_to_one else self.alphas_cumprod[0]
 
-    def _step(self, at: Sequence[int], now: Tensor, after: Tensor, data: Pair, noise: Pair) -> tuple[Pair, Tensor]:
+    def _step(self, at: Sequence[int], now: Tensor, after: Tensor) -> _Step:
         variance = self.eta**2 * (1 - after) / (1 - now) * (1 - now / after)
-        to_data, to_noise = after.sqrt(), (1 - after - variance).clamp(min=0).sqrt()
-        a, b0 = (to_data * x0 + to_noise * e for x0, e in zip(data, noise, strict=True))
-        return (a, b0), variance.sqrt()
+        return _Step(after.sqrt(), (1 - after - variance).clamp(min=0).sqrt(), torch.zeros_like(now), variance.sqrt())
 
 
 class DDPM(_Diffusion):
@@ -292,7 +422,7 @@ class DDPM(_Diffusion):
 
     Args:
         x_dims: As for `DDIM`, and so are num_inference_steps, num_train_timesteps, beta_start, beta_end, beta_schedule,
-            timestep_spacing, steps_offset, prediction_type and backend.
+            timestep_spacing, steps_offset, prediction_type, clip_sample_range and backend.
         variance_type: std^2 is "fixed_small", (1 - abar')/(1 - abar)*beta, or "fixed_large", beta = 1 - alpha.
             No noise is added at timestep 0.
 
@@ -321,12 +451,13 @@ class DDPM(_Diffusion):
         timestep_spacing: str = "leading",
         steps_offset: int = 0,
         prediction_type: str = "noise",
+        clip_sample_range: float | None = None,
         variance_type: str = "fixed_small",
         backend: str = "auto",
     ) -> None:
         super().__init__(
             *(x_dims, num_inference_steps, num_train_timesteps, beta_start, beta_end, beta_schedule),
-            *(timestep_spacing, steps_offset, prediction_type, backend),
+            *(timestep_spacing, steps_offset, prediction_type, clip_sample_range, backend),
         )
         _known(variance_type, "variance_type", VARIANCES)
         self.variance_type = variance_type
@@ -334,13 +465,13 @@ class DDPM(_Diffusion):
     def _before(self, at: Sequence[int]) -> list[int]:
         return [*at[1:], -1]
 
-    def _step(self, at: Sequence[int], now: Tensor, after: Tensor, data: Pair, noise: Pair) -> tuple[Pair, Tensor]:
+    def _step(self, at: Sequence[int], now: Tensor, after: Tensor) -> _Step:
         alpha = now / after
         beta = 1 - alpha
-        to_data, to_x = after.sqrt() * beta / (1 - now), alpha.sqrt() * (1 - after) / (1 - now)
         variance = beta if self.variance_type == "fixed_large" else (1 - after) / (1 - now) * beta
         variance = variance * torch.tensor([float(t > 0) for t in at], dtype=torch.float64, device="cpu")
-        return (to_data * data[0] + to_x, to_data * data[1]), variance.sqrt()
+        to_data, to_x = after.sqrt() * beta / (1 - now), alpha.sqrt() * (1 - after) / (1 - now)
+        return _Step(to_data, torch.zeros_like(now), to_x, variance.sqrt())
 
 
 def _known(value: Any, name: str, known: Sequence[str]) -> None:

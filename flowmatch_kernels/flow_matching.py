@@ -16,7 +16,6 @@ from . import noise as noises
 from .arguments import (
     LARGEST,
     available_device,
-    check_dense,
     count,
     end_of_time,
     finite,
@@ -40,7 +39,7 @@ from .sampling import integrate, noisy
 from .solver_comparison import SolverComparison
 from .solvers import FittedSolver, IntMethod, StochasticSolver, Table
 from .step_functions import Bound, StepFunction, bound, timed
-from .training import TIME_SAMPLERS, check_time_sampler
+from .training import TIME_SAMPLERS, check_data, check_time_sampler, mean_squared_error
 from .velocities import Guidance, Velocities, model
 
 if TYPE_CHECKING:
@@ -825,12 +824,7 @@ class FlowMatching(BaseDiffusion):
 
         Source: arXiv 2210.02747, eq. 22, with sigma_min = 0.
         """
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = x.dtype if isinstance(x, Tensor) else shown(x)
-            raise TypeError(f"x must be a floating-point tensor [B, *x_dims], got {got}")
-        check_dense(x, "x")
-        if x.dim() == 0:
-            raise ValueError("x must be [B, *x_dims], got a tensor of no dimension")
+        check_data(x)
         draws = flag(self.train_drop_guidance, "train_drop_guidance")
         rate = share(self.train_ignore_guidance_rate, "train_ignore_guidance_rate")
         if check_time_sampler(self.train_timestep_sampler) != "beta":
@@ -865,10 +859,7 @@ class FlowMatching(BaseDiffusion):
 
         Source: arXiv 2210.02747, eq. 23.
         """
-        x, noise = training_data["x"], training_data["noise"]
-        if pred.shape != x.shape:
-            raise ValueError(f"pred must have x's shape {list(x.shape)}, got {list(pred.shape)}")
-        return torch.nn.functional.mse_loss((x - noise).to(pred.dtype), pred)
+        return mean_squared_error(pred, training_data["x"] - training_data["noise"])
 
     def _check_times(self, solver: FittedSolver, time_steps: Any, step_sizes: Any, device: torch.device) -> None:
         """Raises where arguments of sample() contradict the times of a fitted solver."""

@@ -112,38 +112,53 @@ class SolverComparison:
             axes: Where.
             what: "error" or "quality".
         """
-        from matplotlib.ticker import FuncFormatter, LogLocator
-
-        markers = "osD^vpXPh"
-        for k, (name, points) in enumerate(self.curves().items()):
-            fitted = name.startswith("fitted")
-            axes.plot(
-                [point.evaluations for point in points],
-                [getattr(point, what) for point in points],
-                label=name,
-                marker="*" if fitted else markers[k % len(markers)],
-                markersize=13 if fitted else 6,
-                linewidth=2.5 if fitted else 1.5,
-                zorder=3 if fitted else 2,
-            )
+        curves = {
+            name: [(point.evaluations, getattr(point, what)) for point in points]
+            for name, points in self.curves().items()
+        }
         if what == "quality" and self.converged_quality is not None:
             axes.axhline(self.converged_quality, color="gray", linestyle="--", linewidth=1, label="converged")
-        ticks = sorted({point.evaluations for point in self.points})
-        heights = [y for point in self.points if 0 < (y := getattr(point, what)) < math.inf]
-        positive = bool(heights)
-        axes.set(
-            xscale="log",
-            yscale="log" if positive else "linear",
-            xlabel="evaluations of the network for one sample",
-            ylabel=what,
+        draw_curves(axes, curves, what)
+
+
+def draw_curves(axes: Any, curves: Mapping[str, Sequence[tuple[int, float]]], label: str) -> None:
+    """Draws values against evaluations into a matplotlib Axes, both logarithmic.
+
+    Args:
+        axes: Where.
+        curves: By its name, (evaluations, value) of each point.
+        label: Of the values.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    markers = "osD^vpXPh"
+    for k, (name, points) in enumerate(curves.items()):
+        fitted = name.startswith("fitted")
+        axes.plot(
+            [evaluations for evaluations, _ in points],
+            [value for _, value in points],
+            label=name,
+            marker="*" if fitted else markers[k % len(markers)],
+            markersize=13 if fitted else 6,
+            linewidth=2.5 if fitted else 1.5,
+            zorder=3 if fitted else 2,
         )
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        if positive:
-            within_a_decade = max(heights) < 10 * min(heights)
-            axes.yaxis.set_major_locator(LogLocator(subs=range(1, 10) if within_a_decade else (1, 2, 5)))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
+    ticks = sorted({evaluations for points in curves.values() for evaluations, _ in points})
+    heights = [y for points in curves.values() for _, y in points if 0 < y < math.inf]
+    positive = bool(heights)
+    axes.set(
+        xscale="log",
+        yscale="log" if positive else "linear",
+        xlabel="evaluations of the network for one sample",
+        ylabel=label,
+    )
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    if positive:
+        within_a_decade = max(heights) < 10 * min(heights)
+        axes.yaxis.set_major_locator(LogLocator(subs=range(1, 10) if within_a_decade else (1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
 
 
 def compare(

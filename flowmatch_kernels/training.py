@@ -1,4 +1,4 @@
-"""The times of training pairs: where on the path from noise to data a network is trained most.
+"""Training pairs: what is checked, the loss, and where on the path from noise to data a network is trained most.
 
 Time runs from the noise at t = 0 to the data at t = 1. Each sampler takes the batch size and a device, draws once from
 the device's default generator, and returns [B] in torch's default dtype. To add one, write such a function and enter it
@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from .arguments import check_dense, shown
 
 
 def uniform(batch_size: int, device: torch.device) -> Tensor:
@@ -68,6 +70,32 @@ TIME_SAMPLERS: dict[str, Callable[[int, torch.device], Tensor]] = {
     "logit_normal": logit_normal,
     "cosine": cosine,
 }
+
+
+def check_data(x: Tensor) -> None:
+    """Raises where no training pair can be made of x.
+
+    Raises:
+        TypeError: x is no floating-point tensor, or is sparse or nested.
+        ValueError: x has no dimension.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else shown(x)
+        raise TypeError(f"x must be a floating-point tensor [B, *x_dims], got {got}")
+    check_dense(x, "x")
+    if x.dim() == 0:
+        raise ValueError("x must be [B, *x_dims], got a tensor of no dimension")
+
+
+def mean_squared_error(pred: Tensor, wanted: Tensor) -> Tensor:
+    """The mean squared error of a prediction, in its dtype.
+
+    Raises:
+        ValueError: the two differ in shape.
+    """
+    if pred.shape != wanted.shape:
+        raise ValueError(f"pred must have x's shape {list(wanted.shape)}, got {list(pred.shape)}")
+    return torch.nn.functional.mse_loss(wanted.to(pred.dtype), pred)
 
 
 def check_time_sampler(name: str) -> str:

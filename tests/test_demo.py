@@ -18,7 +18,7 @@ pytest.importorskip("tqdm", reason="the demo needs pip install .[demo]")
 import torch  # noqa: E402
 
 from flowmatch_kernels import FlowMatching, SolverComparison  # noqa: E402
-from flowmatch_kernels.demo import command, comparison, picture, plan, published_loop, timing  # noqa: E402
+from flowmatch_kernels.demo import command, comparison, methods, network, picture, plan, published_loop, timing  # noqa: E402
 from flowmatch_kernels.demo.comparison import Comparison, Line, gains, same_bits  # noqa: E402
 from flowmatch_kernels.demo.distance import sliced_wasserstein  # noqa: E402
 from flowmatch_kernels.demo.flights import Flights, IncrementScaling, total_turn  # noqa: E402
@@ -229,14 +229,19 @@ def test_gains_are_computed_from_the_lines():
 # ---- the command ----
 
 
+def sizes_of(fit_samples):
+    return plan.Sizes(1, 64, fit_samples, 64, rounds=1, cost=1, cost_of_solvers=1, method_draws=2, cost_of_methods=1)
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """The whole course, with little of everything."""
     monkeypatch.setattr(timing, "MOST_SECONDS", 0.0)
     monkeypatch.setattr(command, "CALIBRATION_SECONDS", 0.02)
-    monkeypatch.setattr(plan, "SIZES", (plan.Sizes(1, 64, 32, 64, rounds=1, cost=1, cost_of_solvers=1),))
+    monkeypatch.setattr(plan, "SIZES", (sizes_of(fit_samples=32),))
     monkeypatch.setattr(comparison, "PUBLISHED", (3, 5))
     monkeypatch.setattr(comparison, "EVALUATIONS", (3, 4, 5, 10))
+    monkeypatch.setattr(methods, "EVALUATIONS", dict.fromkeys(methods.EVALUATIONS, (5, 10)))
     few = Flights.load()
     few = Flights(few.train, few.test[:50], few.dt_seconds)
     monkeypatch.setattr(Flights, "load", lambda: few)
@@ -285,6 +290,70 @@ def test_demo_compares_the_solvers_and_writes_their_picture(tmp_path, capsys, mo
     assert width > 1500 and height > 600 and 20_000 < (tmp_path / "demo-solvers.png").stat().st_size < 250_000
 
 
+def test_demo_compares_the_methods_and_writes_their_picture(tmp_path, capsys, monkeypatch, quick):
+    monkeypatch.chdir(tmp_path)
+    trained = []
+    honest = network.train
+
+    def train(method, *arguments, **more):
+        average, taken = honest(method, *arguments, **more)
+        trained.append((type(method).__name__, taken))
+        return average, taken
+
+    monkeypatch.setattr(network, "train", train)
+    assert command.run(arguments("--train-steps", 3, "--compare-methods", "--device", "cpu")) == 0
+    output = capsys.readouterr().out
+    assert trained[-2:] == [("FlowMatching", 3), ("DDPM", 3)]
+    rows = [line.split() for line in output.splitlines() if line.startswith(("  DDPM", "  DDIM", "  flow matching"))]
+    names = [row[: next(k for k, cell in enumerate(row) if "." in cell)] for row in rows]
+    assert [" ".join(name) for name in names] == list(methods.EVALUATIONS)
+    assert "floor: training flights" in output and "2 draws of the noise, each of 50 flights" in output
+    assert re.search(r"One draw's standard deviation: \d+\.\d\d km", output)
+    assert [path.name for path in tmp_path.iterdir()] == ["demo-methods.png"]
+    width, height = png_size(tmp_path / "demo-methods.png")
+    assert width > 1200 and height > 900 and (tmp_path / "demo-methods.png").stat().st_size > 50_000
+    with pytest.raises(SystemExit):
+        arguments("--compare-methods", "--compare-solvers")
+
+
+def test_methods_with_exact_networks_end_at_the_data(comparison_of, monkeypatch):
+    """Data of a single flight: DDPM, DDIM and flow matching reach it with any number of evaluations."""
+    monkeypatch.setattr(methods, "EVALUATIONS", dict.fromkeys(methods.EVALUATIONS, (5, 10)))
+    data = torch.linspace(-1, 1, 128).view(64, 2)
+    compared = comparison_of(lambda x, t: (data - x) / (1 - t))
+    compared.sizes = sizes_of(fit_samples=1)
+    diffusion = methods.diffusion_of(compared.flow_matching)
+
+    def prediction(x, t):
+        bar = diffusion.alphas_cumprod[t.long()].float()
+        noise = (x - bar.sqrt() * data) / (1 - bar).sqrt()
+        return bar.sqrt() * noise - (1 - bar).sqrt() * data
+
+    measured = methods.compare(compared, diffusion, prediction)
+    wanted = sliced_wasserstein(compared.scaling.positions(data[None]), compared.flights.test)
+    for name, found in measured.points.items():
+        assert [point.evaluations for point in found] == [5, 10], name
+        for point in found:
+            assert point.distances == pytest.approx([wanted] * 2, rel=1e-4), name
+    assert [*measured.shown] == ["DDPM, 10 evaluations", "DDIM, 10 evaluations", "ab3, 10 evaluations"]
+    assert measured.floor == compared.floor
+
+
+def test_methods_are_summed_up_from_their_points():
+    points = {
+        "DDPM": [methods.Point(20, (5.0, 7.0)), methods.Point(100, (2.0, 2.2))],
+        "DDIM": [methods.Point(20, (3.0, 3.0)), methods.Point(50, (2.2, 2.2))],
+        "flow matching, euler": [methods.Point(5, (9.0, 9.0))],
+    }
+    measured = methods.Measured(points, 1.5, {})
+    assert measured.best == pytest.approx(2.1)
+    assert [measured.reached(name) for name in points] == [100, 50, None]
+    assert measured.deviation == pytest.approx(math.sqrt((2.0 + 0.02) / 5))
+    lines = str(measured).splitlines()
+    assert lines[1].split() == ["DDPM", "-", "6.00", "-", "2.10", "from", "100"]
+    assert lines[3].split() == ["flow", "matching,", "euler", "9.00", "-", "-", "-", "not", "reached"]
+
+
 def test_demo_says_when_training_was_cut_short_and_less_is_measured(tmp_path, capsys, monkeypatch, quick):
     notes = []
     monkeypatch.setattr(picture, "draw", lambda *arguments: notes.append(arguments[-1]))
@@ -295,7 +364,7 @@ def test_demo_says_when_training_was_cut_short_and_less_is_measured(tmp_path, ca
     )
     assert notes.pop() == "" and "cut short" not in output
     # All of the time is over: a step is trained, and the least is measured.
-    least = plan.Sizes(1, 64, 16, 64, rounds=1, cost=1, cost_of_solvers=1)
+    least = sizes_of(fit_samples=16)
     monkeypatch.setattr(plan, "SIZES", (*plan.SIZES, least))
     monkeypatch.setattr(plan, "MOST_SECONDS", 0.0)
     assert command.run(arguments("--train-steps", 50, "--out", tmp_path / "p.png", "--device", "cpu")) == 0
@@ -320,14 +389,18 @@ def test_the_plan_is_the_most_that_fits_into_the_time():
         (160 / (1600 + 790), True, 1690, least),
         (1.0, False, 1, least),  # nothing fits: one step, and the least
     ):
-        chosen = plan.plan(seconds, 160.0, 3000, compare_solvers=solvers)
+        chosen = plan.plan(seconds, 160.0, 3000, plan.course(compare_solvers=solvers))
         assert (chosen.sizes, abs(chosen.steps - steps) <= 1) == (sizes, True), (seconds, chosen)
         if seconds < 1:
             cost = sizes.cost_of_solvers if solvers else sizes.cost
             assert chosen.training_seconds == 160 - seconds * cost
             assert seconds * (chosen.steps + cost) <= 160
-    assert plan.plan(0.1, 136.0, 2, compare_solvers=False) == (2, 136.0 - 135.0, most)  # as many as asked for will do
-    assert plan.plan(0.1, 134.0, 0, compare_solvers=False) == (0, 134.0 - 70.0, least)  # after training
+    assert plan.plan(0.1, 136.0, 2, plan.course()) == (2, 136.0 - 135.0, most)  # as many as asked for will do
+    assert plan.plan(0.1, 134.0, 0, plan.course()) == (0, 134.0 - 70.0, least)  # after training
+    both = plan.course(compare_methods=True)  # two networks, and more time
+    assert both.networks == 2 and both.seconds > 2 * plan.course().seconds
+    after = 0.125 * most.cost_of_methods
+    assert plan.plan(0.125, after + 200.0, 3000, both) == (800, 100.0, most)  # 100 s for each network
 
 
 def test_the_step_is_measured_on_another_network_for_so_long():

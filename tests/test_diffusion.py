@@ -56,6 +56,14 @@ GRID = [
 ]
 
 
+CLIPPED = [setting for setting in GRID if setting[-1] < 50]
+
+
+def clipping(most):
+    """Ours, and theirs."""
+    return {"clip_sample_range": most}, {"clip_sample": most is not None, "clip_sample_range": most or 1.0}
+
+
 def close(found, wanted):
     """A whole run within 5e-5 of the largest state: theirs computes its factors in float32."""
     assert (found - wanted).abs().max() <= 5e-5 * wanted.abs().max()
@@ -63,8 +71,13 @@ def close(found, wanted):
 
 def test_ddim_is_diffusers():
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
-    for (*setting, steps), eta, one in itertools.product(GRID, (0.0, 0.6), (True, False)):
-        ours, other = settings(*setting)
+    cases = [
+        *itertools.product(GRID, (0.0, 0.6), (True, False), (None,)),
+        *itertools.product(CLIPPED, (0.6,), (True,), (0.5,)),
+        *itertools.product(CLIPPED, (0.0,), (False,), (0.5,)),  # "leading": the last step does not move
+    ]
+    for (*setting, steps), eta, one, most in cases:
+        ours, other = (a | b for a, b in zip(settings(*setting), clipping(most), strict=True))
         noise, z = draws(steps)
         scheduler = diffusers.DDIMScheduler(set_alpha_to_one=one, **other)
         wanted = theirs(scheduler, steps, noise, z, eta=eta, **({"variance_noise": None} if eta else {}))
@@ -73,13 +86,20 @@ def test_ddim_is_diffusers():
         found, times = ddim.sample(BATCH, step_fn, noise=noise, return_all_steps=True, **given)
         assert times.tolist() == [*scheduler.timesteps.tolist(), -1], setting
         close(found, wanted)
+        if most is not None and one:
+            ddim.clip_sample_range = None
+            assert (ddim.sample(BATCH, step_fn, noise=noise, **given) - found[:, -1]).abs().max() > 0.01, setting
 
 
 def test_ddpm_is_diffusers(monkeypatch):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     module = importlib.import_module("diffusers.schedulers.scheduling_ddpm")
-    for (*setting, steps), variance in itertools.product(GRID, ("fixed_small", "fixed_large")):
-        ours, other = settings(*setting)
+    cases = [
+        *itertools.product(GRID, ("fixed_small", "fixed_large"), (None,)),
+        *itertools.product(CLIPPED, ("fixed_small",), (0.5,)),
+    ]
+    for (*setting, steps), variance, most in cases:
+        ours, other = (a | b for a, b in zip(settings(*setting), clipping(most), strict=True))
         noise, z = draws(steps)
         drawn = iter(z.unbind(1))
         monkeypatch.setattr(module, "randn_tensor", lambda *args, drawn=drawn, **kwargs: next(drawn))
@@ -90,7 +110,8 @@ def test_ddpm_is_diffusers(monkeypatch):
 
 def test_ways_to_sample():
     """Backends, keys, 16 bits, one sample alone, gradients, hooks."""
-    for made in (DDIM(DIMS, 6), DDIM(DIMS, 6, eta=1.0), DDPM(DIMS, 6)):
+    clipped = DDPM(DIMS, 6, clip_sample_range=2.0)
+    for made in (DDIM(DIMS, 6), DDIM(DIMS, 6, eta=1.0), DDPM(DIMS, 6), clipped):
         states, times = made.sample(BATCH, step_fn, noise=KeyedNoise(5), return_all_steps=True)
         assert states.shape == (BATCH, 7, *DIMS) and times.shape == (7,)
         made.backend = "reference"
@@ -108,20 +129,43 @@ def test_ways_to_sample():
         error = (half - states[:, -1]).abs().max() / states[:, -1].abs().max()
         assert error < 6 * 2**-8, error  # six steps, each of which rounds to 8 bits
         seen = []
-        clipped = made.sample(
+        limited = made.sample(
             *(BATCH, step_fn),
             noise=KeyedNoise(5),
             constraint=lambda x, t: x.clamp(-0.5, 0.5),
             callback=lambda step, t, x, seen=seen: seen.append(x) or step == 2,
         )
-        assert clipped.stopped and len(seen) == 3 and clipped.x.abs().max() <= 0.5
-        assert clipped.time_steps.tolist() == times[:4].tolist()
+        assert limited.stopped and len(seen) == 3 and limited.x.abs().max() <= 0.5
+        assert limited.time_steps.tolist() == times[:4].tolist()
     torch.manual_seed(4)
     drawn = DDPM(DIMS, 6).sample(BATCH, step_fn)
     torch.manual_seed(4)
     noise = torch.randn(BATCH, *DIMS)
     z = torch.stack([*(torch.randn(BATCH, *DIMS) for _ in range(5)), torch.zeros(BATCH, *DIMS)], 1)
     torch.testing.assert_close(drawn, DDPM(DIMS, 6).sample(BATCH, step_fn, noise=noise, step_noise=z), **EXACT)
+
+
+def test_training_pairs():
+    """On the line between data and noise, as diffusers makes them; the exact prediction has no loss."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    x = torch.randn(200, *DIMS, generator=torch.Generator().manual_seed(2))
+    for schedule, (predicted, theirs_) in itertools.product(("linear", "cosine"), PREDICTED.items()):
+        ours, other = settings(schedule, "leading", predicted, 0)
+        scheduler = diffusers.DDPMScheduler(**other)
+        made = DDPM(DIMS, **ours)
+        torch.manual_seed(6)
+        pair = made.construct_training_data(x)
+        torch.manual_seed(6)
+        t = torch.randint(1000, (200,))
+        noise = torch.randn_like(x)
+        assert torch.equal(pair["timesteps"], t.float().view(-1, 1, 1)) and torch.equal(pair["noise"], noise)
+        # Theirs takes abar and 1 - abar, which loses its digits, in float32.
+        torch.testing.assert_close(pair["noisy_x"], scheduler.add_noise(x, noise, t), rtol=0, atol=2e-5)
+        wanted = {"epsilon": noise, "sample": x, "v_prediction": scheduler.get_velocity(x, noise, t)}[theirs_]
+        torch.testing.assert_close(pair["target"], wanted, rtol=0, atol=2e-5)
+        assert made.compute_loss_from_pred(pair, pair["target"]) == 0
+        off = made.compute_loss_from_pred(pair, pair["target"] + 0.5)
+        assert off.item() == pytest.approx(0.25, rel=1e-5)
 
 
 ERRORS = [
@@ -140,6 +184,12 @@ ERRORS = [
     (lambda: DDIM(3).sample(2, step_fn, step_noise=KeyedNoise(1)), ValueError, "eta > 0"),
     (lambda: DDIM(3).sample(2, step_fn, noise=torch.zeros(3, 3)), ValueError, "noise must be"),
     (lambda: DDIM(3).sample(2, lambda x, t: x.double()), TypeError, "would widen"),
+    (lambda: DDIM(3, clip_sample_range=0), ValueError, "clip_sample_range must be above 0, got 0"),
+    (lambda: DDPM(3, clip_sample_range="x"), TypeError, "clip_sample_range"),
+    (lambda: DDIM(3, clip_sample_range=1).sample(2, lambda x, t: x.double()), TypeError, "would widen"),
+    (lambda: DDIM(3, clip_sample_range=1).sample(2, lambda x, t: None), TypeError, "step_fn returned None"),
+    (lambda: DDIM(3).construct_training_data([1.0]), TypeError, "x must be a floating-point tensor"),
+    (lambda: DDIM(3).compute_loss_from_pred({"target": torch.ones(2, 3)}, torch.ones(3)), ValueError, "pred must have"),
     (lambda: DDPM(3).sample(2, step_fn, constraint=1), TypeError, "constraint must be callable"),
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 CALIBRATION_SECONDS = 2.0
 
 #: Written where `--out` names no other file.
-PICTURE, SOLVERS_PICTURE = Path("demo.png"), Path("demo-solvers.png")
+PICTURE, SOLVERS_PICTURE, METHODS_PICTURE = Path("demo.png"), Path("demo-solvers.png"), Path("demo-methods.png")
 
 #: Installed by `flowmatch_kernels[demo]`, and by nothing else here.
 PACKAGES = ("matplotlib", "numpy", "tqdm")
@@ -29,13 +30,22 @@ PACKAGES = ("matplotlib", "numpy", "tqdm")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the demo's options."""
     parser.add_argument(
-        "--out", type=Path, help=f"the picture to write (default: {PICTURE}, or {SOLVERS_PICTURE} of the solvers)"
+        "--out",
+        type=Path,
+        help=f"the picture to write (default: {PICTURE}, {SOLVERS_PICTURE} or {METHODS_PICTURE})",
     )
     parser.add_argument("--seed", type=int, default=0, help="of training and of sampling (default: %(default)s)")
-    parser.add_argument(
+    compared = parser.add_mutually_exclusive_group()
+    compared.add_argument(
         "--compare-solvers",
         action="store_true",
         help="measure every solver at equal evaluations of the network, and draw the curves",
+    )
+    compared.add_argument(
+        "--compare-methods",
+        action="store_true",
+        help="train DDPM and DDIM's network too, measure them beside flow matching, and draw the curves; within "
+        "twelve minutes",
     )
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument("--backend", default="auto", help="auto, triton, cuda, cpu or reference (default: %(default)s)")
@@ -65,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
         if error.name not in PACKAGES:
             raise
         return _refuse(f"{error.name} is not installed. The demo needs: pip install flowmatch_kernels[demo]")
-    out = args.out or (SOLVERS_PICTURE if args.compare_solvers else PICTURE)
+    default = SOLVERS_PICTURE if args.compare_solvers else METHODS_PICTURE if args.compare_methods else PICTURE
+    out = args.out or default
     if not out.resolve().parent.is_dir() or out.is_dir():
         return _refuse(f"--out {out}: wanted a file in a folder that exists")
 
@@ -90,11 +101,11 @@ def _course(
     import torch
 
     from ..solvers import SOLVERS
-    from . import plan
+    from . import methods, plan
     from .comparison import FITTED, NAMED, NAMED_EVALUATIONS, Comparison, gains, table
     from .flights import AXES, WAYPOINTS, Flights, IncrementScaling
     from .network import VelocityNetwork, step_seconds, train
-    from .picture import draw, draw_solvers
+    from .picture import draw, draw_methods, draw_solvers
 
     begin = time.perf_counter()
     flights = Flights.load()
@@ -107,24 +118,32 @@ def _course(
     scaling = IncrementScaling(flights.train)
     states = scaling.states(flights.train).to(device)
 
+    course = plan.course(compare_solvers=args.compare_solvers, compare_methods=args.compare_methods)
+    diffusion = methods.diffusion_of(flow_matching)
+
     def chosen(step_seconds: float, steps: int) -> plan.Plan:
-        left = plan.MOST_SECONDS - (time.perf_counter() - begin)
-        return plan.plan(step_seconds, left, steps, compare_solvers=args.compare_solvers)
+        return plan.plan(step_seconds, course.seconds - (time.perf_counter() - begin), steps, course)
 
     step = step_seconds(flow_matching, states, CALIBRATION_SECONDS)
     first = chosen(step, args.train_steps)
+    several = f" for each of {course.networks} networks" if course.networks > 1 else ""
     print(
-        f"Measured: {1 / step:.0f} training steps a second. To end within three minutes: {first.steps:,} of "
-        f"{args.train_steps:,} steps,\nabout {first.steps * step:.0f} s; {first.sizes}.",
+        f"Measured: {1 / step:.0f} training steps a second. To end within {course.minutes} minutes: "
+        f"{first.steps:,} of {args.train_steps:,} steps{several},\n"
+        f"about {course.networks * first.steps * step:.0f} s; {first.sizes}.",
         flush=True,
     )
+    training = time.perf_counter()
     torch.manual_seed(args.seed)
     network = VelocityNetwork((WAYPOINTS, AXES)).to(device)
-    training = time.perf_counter()
     network, taken = train(flow_matching, network, states, first.steps, first.training_seconds)
+    if args.compare_methods:  # the same first weights, and as many steps, however long they take
+        torch.manual_seed(args.seed)
+        predicting = VelocityNetwork((WAYPOINTS, AXES), last_time=diffusion.num_train_timesteps).to(device)
+        predicting, _ = train(diffusion, predicting, states, taken, math.inf)
     training = time.perf_counter() - training
     # Again, now that the speed is known over all of training: another process may have come or gone.
-    sizes = chosen(training / taken if taken else step, 0).sizes
+    sizes = chosen(training / (course.networks * taken) if taken else step, 0).sizes
     notes = []
     if taken < args.train_steps:
         notes.append(f"Training was cut short: {taken:,} of {args.train_steps:,} steps, {training:.0f} s.")
@@ -135,6 +154,15 @@ def _course(
     note = " ".join(notes)
 
     comparison = Comparison(flow_matching, network, scaling, flights, device, args.seed, sizes)
+    if args.compare_methods:
+        compared = methods.compare(comparison, diffusion, predicting)
+        print(
+            f"\n{compared}\nSliced 2-Wasserstein distances of positions to the held-out flights, km: means of "
+            f"{sizes.method_draws} draws of the noise, each of {comparison.count} flights.\n"
+            f"One draw's standard deviation: {compared.deviation:.2f} km."
+        )
+        draw_methods(out, flights.test, compared, taken, note)
+        return _done(out, begin)
     fitting = time.perf_counter()
     fitted = comparison.fit()
     print(f"\nFitted solvers with {', '.join(map(str, FITTED))} evaluations: {time.perf_counter() - fitting:.0f} s.\n")
@@ -163,10 +191,15 @@ def _course(
             "Fitted, 4 evaluations": comparison.positions(four),
         }
         draw(out, flights.test, sampled, measured, comparison.floor, note)
-    print(f"Picture: {out}\nDone in {time.perf_counter() - begin:.0f} s.")
+    _done(out, begin)
     if not same:
         print("error: the two loops did not give the same bits", file=sys.stderr)
     return 0 if same else 1
+
+
+def _done(out: Path, begin: float) -> int:
+    print(f"Picture: {out}\nDone in {time.perf_counter() - begin:.0f} s.")
+    return 0
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A small velocity network, and its training."""
+"""A small network, and its training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from .. import FlowMatching
+from .. import DDIM, DDPM, FlowMatching
 from .timing import now
 
 BATCH_SIZE = 256
@@ -22,20 +22,23 @@ AVERAGE_DECAY = 0.999
 class VelocityNetwork(nn.Module):
     """A residual MLP v(x, t) over flattened states, with the time in every block.
 
+    It predicts a velocity, or what else it is trained to predict.
+
     Args:
         x_dims: The shape of one state.
         width: Of the residual stream.
         blocks: How many residual blocks.
+        last_time: Where the times end: 1 for flow matching, the number of training timesteps for diffusion.
     """
 
     FREQUENCIES = 16
     TIME_WIDTH = 64
 
-    def __init__(self, x_dims: tuple[int, ...], width: int = 256, blocks: int = 4) -> None:
+    def __init__(self, x_dims: tuple[int, ...], width: int = 256, blocks: int = 4, last_time: float = 1.0) -> None:
         super().__init__()
         entries = math.prod(x_dims)
         self.frequencies: Tensor
-        self.register_buffer("frequencies", torch.arange(1, self.FREQUENCIES + 1) * (math.pi / 2))
+        self.register_buffer("frequencies", torch.arange(1, self.FREQUENCIES + 1) * (math.pi / 2) / last_time)
         self.time = nn.Sequential(
             nn.Linear(2 * self.FREQUENCIES, self.TIME_WIDTH),
             nn.SiLU(),
@@ -79,7 +82,7 @@ class Block(nn.Module):
 
 
 def train(
-    flow_matching: FlowMatching,
+    method: FlowMatching | DDIM | DDPM,
     network: VelocityNetwork,
     states: Tensor,
     steps: int,
@@ -93,7 +96,7 @@ def train(
     stop early is annealed as well. Only training that ends by its steps can be repeated to the bit.
 
     Args:
-        flow_matching: Makes the training pairs and the loss.
+        method: Makes the training pairs and the loss.
         network: On the device of `states`.
         states: The training set, [N, *x_dims].
         steps: Optimizer steps, each on 256 states drawn with replacement.
@@ -120,8 +123,8 @@ def train(
             rate = PEAK_LEARNING_RATE * min(1, (step + 1) / WARM_UP_STEPS) * (1 + math.cos(math.pi * progress)) / 2
             optimizer.param_groups[0]["lr"] = rate
             batch = states[torch.randint(len(states), (BATCH_SIZE,), device=states.device)]
-            pair = flow_matching.construct_training_data(batch)
-            loss = flow_matching.compute_loss_from_pred(pair, network(pair["noisy_x"], pair["timesteps"]))
+            pair = method.construct_training_data(batch)
+            loss = method.compute_loss_from_pred(pair, network(pair["noisy_x"], pair["timesteps"]))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

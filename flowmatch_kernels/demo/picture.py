@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -19,7 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from .. import SolverComparison
+from ..solver_comparison import draw_curves
 from .flights import total_turn
+from .methods import Measured
 
 NIGHT, PANEL, INK, FAINT = "#0b1020", "#111831", "#eef1f8", "#8d97b3"
 TURN = LinearSegmentedColormap.from_list(
@@ -29,6 +31,13 @@ MOST_TURN = 90.0
 """Degrees; the ends of the colour scale."""
 CURVES = {"euler": "#dfe4f2", "fitted": "#ffe14d"}
 """Colours of the solvers in the curve; the others have `OTHER`."""
+METHODS = {
+    "DDPM": "#ff9f6b",
+    "DDIM": "#ff5d73",
+    "flow matching, euler": "#dfe4f2",
+    "flow matching, ab3": "#ffe14d",
+}
+"""Colours of the methods in the curve."""
 OTHER = "#5b7cff"
 
 
@@ -50,31 +59,92 @@ def draw(
         floor: That of training to the held-out, km.
         note: What else a reader must know, as that training was cut short.
     """
+    curves = {
+        name: [(point.evaluations, point.quality or 0.0) for point in points]
+        for name, points in measured.curves().items()
+    }
+    assert measured.converged_quality is not None
+    _page(
+        out,
+        {"Held-out flights": held_out, **sampled},
+        curves,
+        CURVES,
+        {"converged": (measured.converged_quality, "--"), "training flights": (floor, ":")},
+        "Four evaluations of the network are enough",
+        "A solver fitted to the model in seconds, beside the published Euler loop: same network, same noise.\n"
+        "The noise at t = 0: one normal number for each coordinate of each of a flight's 64 increments.",
+        note,
+        beside=True,
+    )
+
+
+def draw_methods(out: Path, held_out: Tensor, measured: Measured, trained: int, note: str = "") -> None:
+    """Writes the picture of DDPM, DDIM and flow matching as a PNG.
+
+    Args:
+        out: The file.
+        held_out: [M, 64, 2], km.
+        measured: The methods.
+        trained: Training steps of each network.
+        note: As for `draw`.
+    """
+    _page(
+        out,
+        {"Held-out flights": held_out, **measured.shown},
+        {name: [(point.evaluations, point.distance) for point in points] for name, points in measured.points.items()},
+        METHODS,
+        {"training flights": (measured.floor, ":")},
+        "DDPM, DDIM and flow matching",
+        f"The same flights, and {trained:,} training steps of the same network for both. DDPM and DDIM sample\n"
+        "from the one that predicts v, flow matching from the one that predicts the velocity.",
+        note,
+        beside=False,
+    )
+
+
+def _page(
+    out: Path,
+    panels: Mapping[str, Tensor],
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    colours: Mapping[str, str],
+    levels: Mapping[str, tuple[float, str]],
+    title: str,
+    explained: str,
+    note: str,
+    *,
+    beside: bool,
+) -> None:
+    """Writes flights side by side, and below them curves of quality against evaluations.
+
+    Args:
+        out: The file.
+        panels: By its title, [N, 64, 2], km: the first sets the limits.
+        curves: By its name, (evaluations, km) of each point.
+        colours: Of the curves that are not `OTHER`.
+        levels: By its name, the height of a horizontal line, km, and its style.
+        title: Of the picture.
+        explained: Two lines below it.
+        note: In the last line.
+        beside: Write the curves' names beside their ends; False: in a legend.
+    """
     figure = Figure(figsize=(15, 9.6), dpi=110, facecolor=NIGHT)
     rows = figure.add_gridspec(
         2, 1, height_ratios=[1.0, 1.0], left=0.055, right=0.975, top=0.865, bottom=0.085, hspace=0.34
     )
-    limits = _limits(held_out)
-    panels = {"Held-out flights": held_out, **sampled}
+    limits = _limits(next(iter(panels.values())))
     places = rows[0].subgridspec(1, len(panels), wspace=0.1)
-    for k, (title, positions) in enumerate(panels.items()):
+    size = 15 if len(panels) < 4 else 12
+    for k, (name, positions) in enumerate(panels.items()):
         axes = figure.add_subplot(places[k])
         _trajectories(axes, positions, total_turn(positions), limits, width=0.8, alpha=0.5)
-        axes.set_title(title, color=INK, fontsize=15, loc="left", pad=8)
-        axes.set_title(f"{len(positions)} flights", color=FAINT, fontsize=11, loc="right", pad=8)
+        axes.set_title(name, color=INK, fontsize=size, loc="left", pad=8)
+        axes.set_title(f"{len(positions)} flights", color=FAINT, fontsize=size - 4, loc="right", pad=8)
         axes.set_xlabel("km, along the first heading", color=FAINT, fontsize=11)
         if k == 0:
             axes.set_ylabel("km, to the left", color=FAINT, fontsize=11)
-    _curve(figure.add_subplot(rows[1]), measured, floor)
-    figure.text(0.055, 0.95, "Four evaluations of the network are enough", color=INK, fontsize=25, weight="bold")
-    figure.text(
-        0.055,
-        0.905,
-        "A solver fitted to the model in seconds, beside the published Euler loop: same network, same noise.\n"
-        "The noise at t = 0: one normal number for each coordinate of each of a flight's 64 increments.",
-        color=FAINT,
-        fontsize=13,
-    )
+    _curve(figure.add_subplot(rows[1]), curves, colours, levels, beside)
+    figure.text(0.055, 0.95, title, color=INK, fontsize=25, weight="bold")
+    figure.text(0.055, 0.905, explained, color=FAINT, fontsize=13)
     figure.text(
         0.975,
         0.008,
@@ -116,23 +186,28 @@ def draw_solvers(out: Path, measured: SolverComparison, trained: int) -> None:
     figure.savefig(out, dpi=130)
 
 
-def _curve(axes: Axes, measured: SolverComparison, floor: float) -> None:
+def _curve(
+    axes: Axes,
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    colours: Mapping[str, str],
+    levels: Mapping[str, tuple[float, str]],
+    beside: bool,
+) -> None:
     """The distance to the held-out flights against the evaluations."""
-    measured.draw(axes, "quality")
+    draw_curves(axes, curves, "km to the held-out flights\n(sliced Wasserstein)")
     axes.set_facecolor(PANEL)
     axes.set_title("Quality against evaluations", color=INK, fontsize=15, loc="left", pad=8)
     axes.set_xlabel("evaluations of the network for one flight", color=FAINT, fontsize=11)
-    axes.set_ylabel("km to the held-out flights\n(sliced Wasserstein)", color=FAINT, fontsize=11)
+    axes.yaxis.label.set(color=FAINT, fontsize=11)
     for line in axes.get_lines():
         name = str(line.get_label())
-        line.set_color(CURVES.get(name, FAINT if name == "converged" else OTHER))
-        line.set_alpha(1.0 if name in CURVES else 0.75)
-    assert measured.converged_quality is not None
-    axes.axhline(floor, color=FAINT, linewidth=1, linestyle=":")
+        line.set_color(colours.get(name, OTHER))
+        line.set_alpha(1.0 if name in colours else 0.75)
     left = axes.get_xlim()[0]
-    for height, text in ((measured.converged_quality, "converged"), (floor, "training flights")):
+    for name, (height, style) in levels.items():
+        axes.axhline(height, color=FAINT, linewidth=1, linestyle=style)
         axes.annotate(
-            f"{text}: {height:.1f} km",
+            f"{name}: {height:.1f} km",
             (left, height),
             xytext=(6, -5),
             textcoords="offset points",
@@ -140,20 +215,22 @@ def _curve(axes: Axes, measured: SolverComparison, floor: float) -> None:
             color=FAINT,
             fontsize=11,
         )
-    axes.set_ylim(0.9 * floor, None)
-    for name, points in measured.curves().items():
-        end = points[-1] if name == "fitted" else points[0]
-        assert end.quality is not None
-        axes.annotate(
-            name,
-            (end.evaluations, end.quality),
-            xytext=(10, 4) if name == "fitted" else (-10, -4),
-            textcoords="offset points",
-            ha="left" if name == "fitted" else "right",
-            color=CURVES.get(name, OTHER),
-            fontsize=12,
-            weight="bold",
-        )
+    axes.set_ylim(0.9 * min(height for height, _ in levels.values()), None)
+    if beside:
+        for name, points in curves.items():
+            right = name == "fitted"
+            axes.annotate(
+                name,
+                points[-1] if right else points[0],
+                xytext=(10, 4) if right else (-10, -4),
+                textcoords="offset points",
+                ha="left" if right else "right",
+                color=colours.get(name, OTHER),
+                fontsize=12,
+                weight="bold",
+            )
+    else:
+        axes.legend(labelcolor="linecolor", frameon=False, fontsize=12)
     axes.grid(color="#ffffff", alpha=0.06, linewidth=0.8)
     axes.tick_params(colors=FAINT, labelsize=10, length=0)
     for spine in axes.spines.values():

@@ -3,8 +3,8 @@
 Each rank integrates a slice of the batch. The noise of a sample does not depend on the rank: it is drawn by key, or cut
 out of the one draw that every rank makes. What passes between the ranks of a call, in this order:
 
-    agreement       16 bytes of each rank: has preparing failed, and a hash of what is asked for
-    outcome         16 bytes of each rank: has sampling failed, and a hash of the shapes that are to be gathered
+    agreement       an all-reduce of 24 bytes: has preparing failed, and a hash of what is asked for
+    outcome         an all-reduce of 24 bytes: has sampling failed, and a hash of the shapes that are to be gathered
     the samples     gather=True: one all-gather for each tensor of the result, shards padded to the largest
 
 Where a rank has failed, or the hashes differ, the ranks exchange texts, and every rank raises.
@@ -263,10 +263,13 @@ class _Ranks:
             RankError: another rank's failure, or a rank that does not answer.
             ValueError: facts differ.
         """
-        word = int.from_bytes(hashlib.blake2b(repr(facts).encode(), digest_size=8).digest(), "big", signed=True)
+        word = int.from_bytes(hashlib.blake2b(repr(facts).encode(), digest_size=7).digest(), "big")
+        # The largest word is the smallest where all are equal. An all-gather would be of as many words as ranks.
+        words = torch.tensor([failure is not None, word, -word], dtype=torch.int64, device=self._messages)
         try:
-            told = self._exchanged([failure is not None, word])
-            if told.count(told[0]) == self.world and not told[0][0]:
+            self._collective(functools.partial(dist.all_reduce, op=dist.ReduceOp.MAX), words)
+            failed, largest, smallest = words.tolist()
+            if not failed and largest == -smallest:
                 return
             texts: list[Any] = [None] * self.world
             text = None if failure is None else "".join(traceback.format_exception_only(failure)).strip()
@@ -277,9 +280,9 @@ class _Ranks:
             raise
         if failure is not None:
             raise failure
-        failed = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(texts) if text is not None]
-        if failed:
-            raise RankError("sample() ended, since another rank raised. " + "; ".join(failed))
+        raised = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(texts) if text is not None]
+        if raised:
+            raise RankError("sample() ended, since another rank raised. " + "; ".join(raised))
         raise ValueError("sample() must be called alike on all ranks; " + _differences([facts for _, facts in texts]))
 
     def gathered(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -300,13 +303,6 @@ class _Ranks:
             found = torch.cat([shard[: size * row] for shard, size in zip(shards, sizes, strict=True)])
         return found.view(x.dtype).view(shape).to(x.device)
 
-    def _exchanged(self, words: Sequence[int]) -> list[list[int]]:
-        """The words of each rank."""
-        mine = torch.tensor(words, dtype=torch.int64, device=self._messages)
-        found = mine.new_empty(self.world * len(words))
-        self._collective(_all_gather, found, mine)
-        return found.view(self.world, -1).tolist()
-
     def _collective(self, collective: Callable[..., Any], *arguments: Any) -> None:
         try:
             collective(*arguments, group=self._group)
@@ -325,7 +321,7 @@ _PER_SAMPLE = ("noise", "step_noise", "velocity_strength")
 _GENERATOR = "the state of the generator that draws the noise (seed it alike on all ranks, or pass a KeyedNoise)"
 
 
-def _group(mesh: Mesh | None) -> Group:
+def _group(mesh: Any) -> Group:
     """The process group.
 
     Raises:

@@ -17,6 +17,7 @@ from flowmatch_kernels import (
     base,
     constraints,
     diagnostics,
+    distributed,
     flow_matching,
     graphs,
     guidance,
@@ -309,6 +310,20 @@ def test_signatures_of_graphs():
     assert options == graphs._OPTIONS | set(graphs._REFUSED)
 
 
+def test_signatures_of_distributed():
+    parameters = inspect.signature(distributed.sample).parameters
+    assert list(parameters)[:3] == ["fm", "step_fn", "batch_size"] and list(parameters)[-1] == "options"
+    assert {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY} == {
+        "noise": None,
+        "generator": None,
+        "mesh": None,
+        "gather": True,
+        "sizes": None,
+    }
+    assert list(inspect.signature(distributed.local_slice).parameters) == ["batch_size", "mesh", "sizes"]
+    assert issubclass(distributed.RankError, RuntimeError)
+
+
 def test_signature_of_the_log_probability():
     parameters = inspect.signature(dispatch.step_log_prob).parameters
     assert list(parameters) == ["base", "v", "next", "coefficients", "densities", "row", "backend"]
@@ -337,6 +352,7 @@ def test_base_is_abstract():
         arguments,
         base,
         constraints,
+        distributed,
         flow_matching,
         graphs,
         guidance,

@@ -13,7 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from operands import assert_same_bits
-from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor.debug import CommDebugMode
 
 from flowmatch_kernels import DDIM, DDPM, FlowMatching, KeyedNoise, StepFunction, distributed
 
@@ -188,6 +189,44 @@ def _conditions(rank, world):
         for place, wanted in ((mesh, "one dimension"), (dist.new_group([0]), "not in the process group")):
             if place is mesh or rank:
                 _raises(ValueError, wanted, lambda place=place: distributed.sample(FM, field, 5, mesh=place))
+
+
+# ---- A state that is sharded over the sequence ----
+
+
+def over_the_sequence(world):
+    """Context parallel: fm.sample() of a DTensor steps each rank's shards, with no collective and the same bits."""
+
+    def check(rank):
+        shape = (2, 7, 3)  # [B, sequence, channels]: of two ranks and of four, shards of two sizes
+        noise = KeyedNoise(3).draw(*shape[:1], shape[1:])
+        mesh, placements = init_device_mesh("cpu", (world,)), [Shard(1)]
+        if world == 4:  # data parallel too
+            mesh, placements = init_device_mesh("cpu", (2, 2)), [Shard(0), Shard(1)]
+        sharded = distribute_tensor(noise, mesh, placements)
+
+        def beside(x, t):
+            return field(x, DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False))
+
+        for solver in ("ab2", "heun"):
+            fm = FlowMatching(shape[1:], solver, STEPS)
+            for options in ({}, guided(2), {"constraint": lambda x, t: x.clamp(-0.4, 0.4)}, {"return_all_steps": True}):
+                whole = fm.sample(2, field, noise=noise, **options)
+                got = fm.sample(2, beside, noise=sharded, **options)
+                with CommDebugMode() as seen:
+                    watched = fm.sample(2, beside, noise=sharded, **options)
+                assert seen.get_total_counts() == 0, (solver, options, seen.get_comm_counts())
+                for x in (got, watched):
+                    x, plain = (one[0] if isinstance(one, tuple) else one for one in (x, whole))
+                    assert x.device_mesh == mesh
+                    if not options.get("return_all_steps"):
+                        assert list(x.placements) == placements
+                    assert_same_bits(x.full_tensor(), plain, f"{solver}, {options}")
+        with CommDebugMode() as seen:  # it counts
+            sharded.full_tensor()
+        assert seen.get_total_counts() > 0
+
+    run(world, check)
 
 
 # ---- Errors ----

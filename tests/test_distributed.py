@@ -31,6 +31,10 @@ def test_the_bits_of_one_process():
     ran(*(f"same_bits({world})" for world in (1, 2, 3, 4)))
 
 
+def test_a_state_that_is_sharded_over_the_sequence():
+    ran("over_the_sequence(2)", "over_the_sequence(4)")
+
+
 def test_errors():
     ran("failing(3)", "differing(2)", "refused(2)", "killed(4)", "silent(2)")
 

@@ -33,6 +33,7 @@ from .noise import KeyedNoise, PartOfDraw
 from .ops import subclasses
 from .ops.keyed_noise import INDEXES
 from .solvers import FittedSolver, StochasticSolver
+from .step_functions import no_velocity
 
 Mesh = DeviceMesh | dist.ProcessGroup
 Group = dist.ProcessGroup | None
@@ -180,9 +181,9 @@ class _Call:
         if options.get("progress") is True:
             options["progress"] = ranks.rank == 0
         if not self._size:
-            step_fn = _nothing
+            step_fn = no_velocity
             if callable(options.get("unguided_step_fn")):
-                options["unguided_step_fn"] = _nothing
+                options["unguided_step_fn"] = no_velocity
             if callable(options.get("constraint")):
                 options["constraint"] = None
         self._run = functools.partial(fm.sample, self._size, step_fn, **options)
@@ -403,11 +404,6 @@ def _check_gathered(options: Mapping[str, Any]) -> None:
     for name, reason in refused.items():
         if options.get(name) not in (None, False):
             raise ValueError(f"{name} needs gather=False: {reason}")
-
-
-def _nothing(x: Tensor, t: Tensor) -> Tensor:
-    """The velocity of no sample."""
-    return torch.zeros_like(x)
 
 
 @functools.cache

@@ -28,7 +28,7 @@ from flowmatch_kernels import (
     time_grids,
 )
 from flowmatch_kernels.__main__ import main
-from flowmatch_kernels.integrations import alpamayo, gr00t, lerobot, openpi, replacement
+from flowmatch_kernels.integrations import alpamayo, gr00t, lerobot, openpi, ray, replacement
 from flowmatch_kernels.ops import dispatch, fused_step, native, reference
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -369,6 +369,7 @@ def test_base_is_abstract():
         gr00t,
         lerobot,
         openpi,
+        ray,
         replacement,
     ],
     ids=lambda module: module.__name__,

@@ -4,8 +4,8 @@
 
 Run by hand and in CI: it needs Linux, root and `ip`. Each namespace has one end of a veth pair, and a gloo rank. They
 sample once, with the bits of one process; then the link goes down while both are in a step, and each rank must raise a
-RankError within the process group's timeout and a bound. Exits with 1 where one does not. The namespaces are named after
-this process, and are deleted at the end.
+RankError within the process group's timeout and a bound. Exits with 1 where one does not. The namespaces are named by
+this process's id, and are deleted at the end.
 """
 
 import contextlib

@@ -295,12 +295,11 @@ DIFFERENT = {
     "fm.num_inference_steps": ({"fm": FlowMatching(SHAPE, num_inference_steps=9)}, {}),
     "fm.noise_at": ({"fm": FlowMatching(SHAPE, num_inference_steps=STEPS, noise_at=1)}, {}),
     "the state of the generator": ({"noise": None}, {"noise": None}),
-    # Of a draw that only sampling makes, and of grids that are functions: noticed after it.
     "the state of the generator that draws": (
         {"int_method": "sde", "noise": start(5)},
         {"int_method": "sde", "noise": start(5)},
     ),
-    "the shape of the result": (
+    "the time grid": (
         {
             "fm": FlowMatching(SHAPE, num_inference_steps=2, time_grid=lambda n: torch.tensor([0, 0.2, 1])),
             **{"return_all_steps": True},
@@ -311,6 +310,8 @@ DIFFERENT = {
         },
     ),
 }
+#: Of a draw that only sampling makes, and of grids that are functions.
+AFTERWARDS = ("the state of the generator that draws", "the time grid")
 
 
 def differing(world):
@@ -319,10 +320,16 @@ def differing(world):
     def check(rank):
         for name, arguments in DIFFERENT.items():
             torch.manual_seed(rank)
-            given = {"fm": FM, "step_fn": field, "batch_size": 5, "noise": KeyedNoise(1)} | arguments[rank > 0]
-            name = "the time grid" if name == "the shape of the result" else name
-            _raises(ValueError, f"{name}", lambda given=given: distributed.sample(**given))
-            _raises(ValueError, "alike on all ranks", lambda given=given: distributed.sample(**given))
+            called = []
+
+            def model(x, t, called=called):
+                called.append(t)
+                return field(x, t)
+
+            given = {"fm": FM, "step_fn": model, "batch_size": 5, "noise": KeyedNoise(1)} | arguments[rank > 0]
+            wanted = f"alike on all ranks; {name}"
+            _raises(ValueError, wanted, lambda given=given: distributed.sample(**given))
+            assert bool(called) == (name in AFTERWARDS), name
         # Not different: None and what is left out; each rank's own function; what another rank alone reads of.
         noise = start(5)
         noise[distributed.local_slice(2) if rank else slice(5, 5)] = torch.nan

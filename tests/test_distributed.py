@@ -53,6 +53,14 @@ def test_the_how_to_with_torchrun(tmp_path):
     assert said == [f"rank {rank} of 3: {size} of 7 samples" for rank, size in enumerate((3, 2, 2))]
 
 
+def test_what_a_rank_adds():
+    """bench.distributed compares before it times; one row for each shape."""
+    command = [sys.executable, "-m", "bench.distributed", "--rounds", "1"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert len(ended.stdout.splitlines()) == 2 + 4
+
+
 def test_without_a_process_group():
     with pytest.raises(ValueError, match=r"init_process_group"):
         distributed.sample(FlowMatching(2), lambda x, t: x, 1)

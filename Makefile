@@ -56,12 +56,16 @@ test: lint
 test-full: lint
 	$(PYTEST) -m "not integrations" $(ARGS)
 
-# In an environment of their own: lerobot asks for Python 3.12 and for another torch than constraints.txt.
+# In environments of their own: lerobot asks for Python 3.12 and for another torch than constraints.txt.
 test-integrations:
 	$(PYTHON) -m venv build/integrations/venv
 	build/integrations/venv/bin/python -m pip install --disable-pip-version-check --quiet \
 		'lerobot[pi,smolvla,eo1]>=0.6.1' hypothesis numpy pytest
 	build/integrations/venv/bin/python -m pytest -m integrations tests/test_lerobot.py $(ARGS)
+	$(PYTHON) -m venv build/integrations/ray
+	build/integrations/ray/bin/python -m pip install --disable-pip-version-check --quiet \
+		torch 'ray[data]' numpy pytest
+	build/integrations/ray/bin/python -m pytest -m integrations tests/test_ray.py $(ARGS)
 
 bench: setup .venv/bench.stamp
 	$(BIN)/python -m bench $(ARGS)

@@ -134,12 +134,43 @@ def keys(source: KeyedNoise | KeyRows | Sequence[KeyedNoise], batch_size: int, d
     return torch.stack([seed, index, stream], dim=1)
 
 
-Source = Union[KeyedNoise, KeyRows, "list[KeyedNoise | torch.Generator]"]
-"""What noise is drawn from: one key for all samples, or a key for each, or a generator for each."""
+class PartOfDraw:
+    """PyTorch's one draw for a larger batch, of which the samples from `first` on are kept.
+
+    Args:
+        generator: As for sample().
+        batch_size: Of the larger batch.
+        first: The first sample that is kept.
+    """
+
+    def __init__(self, generator: torch.Generator | None, batch_size: int, first: int) -> None:
+        self._generator, self._batch_size, self._first = generator, batch_size, first
+        self.states: list[bytes] = []
+        """The state of the generator before each draw so far."""
+
+    def state(self, device: torch.device) -> bytes:
+        """The state of the generator now."""
+        if self._generator is not None:
+            state = self._generator.get_state()
+        elif device.type == "cpu":
+            state = torch.get_rng_state()
+        else:
+            state = torch.get_device_module(device).get_rng_state(device)
+        return bytes(state.tolist())
+
+    def draw(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The noise of the samples that are kept, [B, *x_dims], memory of its own."""
+        self.states.append(self.state(device))
+        whole = drawn(self._generator, (self._batch_size, *shape[1:]), dtype, device, "auto", None)
+        return whole[self._first : self._first + shape[0]].clone()
+
+
+Source = Union[KeyedNoise, KeyRows, "list[KeyedNoise | torch.Generator]", PartOfDraw]
+"""What noise is drawn from: one key for all samples, or a key or a generator for each, or a part of PyTorch's draw."""
 
 
 def source(
-    noise: Any, batch_size: int, generator: torch.Generator | None
+    noise: Any, batch_size: int, generator: torch.Generator | PartOfDraw | None
 ) -> tuple[Source | torch.Generator | None, Tensor | None]:
     """What these arguments of sample() say to draw from, None being the default generator; and the noise, where given.
 
@@ -147,7 +178,7 @@ def source(
         TypeError: generator is none, or a sequence holds something else, or both kinds.
         ValueError: a sequence has not batch_size entries, or there is a generator too.
     """
-    if generator is not None and not isinstance(generator, torch.Generator):
+    if generator is not None and not isinstance(generator, (torch.Generator, PartOfDraw)):
         raise TypeError(f"generator must be a torch.Generator, got {generator!r:.60}")
     if isinstance(noise, (KeyedNoise, KeyRows)):
         found: Source = noise
@@ -207,10 +238,10 @@ def drawn(
     backend: str,
     out: Tensor | None,
 ) -> Tensor:
-    """The noise, [B, *x_dims]: PyTorch's one draw; or by keys; or by each sample's generator, on its device.
+    """The noise, [B, *x_dims]: PyTorch's one draw, or a part of it; or by keys; or by generators, on their devices.
 
-    The last draws as diffusers' randn_tensor does. Keys of a list are copied to the device, which a CUDA graph cannot
-    capture; those of one KeyedNoise are made there.
+    A generator for each sample draws as diffusers' randn_tensor does. Keys of a list are copied to the device, which a
+    CUDA graph cannot capture; those of one KeyedNoise are made there.
 
     Args:
         source: What `source` returned.
@@ -224,6 +255,8 @@ def drawn(
         RuntimeError: the backend was asked for by name and cannot be used.
     """
     batch_size, *x_dims = shape
+    if isinstance(source, PartOfDraw):
+        return source.draw(shape, dtype, device)
     if source is None or isinstance(source, torch.Generator):
         on = device if source is None else source.device
         out = out if on == device else None

@@ -178,3 +178,8 @@ def _takes_step(model: Callable[..., Any]) -> bool:
         return False
     step = parameters.get("step")
     return step is not None and step.kind in (step.POSITIONAL_OR_KEYWORD, step.KEYWORD_ONLY)
+
+
+def no_velocity(*, x: Tensor, t: Tensor) -> Tensor:
+    """A step_fn for a batch of no sample, in place of a model that may not take one."""
+    return torch.zeros_like(x)

@@ -17,6 +17,7 @@ from flowmatch_kernels import (
     base,
     constraints,
     diagnostics,
+    distributed,
     flow_matching,
     graphs,
     guidance,
@@ -27,7 +28,7 @@ from flowmatch_kernels import (
     time_grids,
 )
 from flowmatch_kernels.__main__ import main
-from flowmatch_kernels.integrations import alpamayo, gr00t, lerobot, openpi, replacement
+from flowmatch_kernels.integrations import alpamayo, gr00t, lerobot, openpi, ray, replacement
 from flowmatch_kernels.ops import dispatch, fused_step, native, reference
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -309,6 +310,20 @@ def test_signatures_of_graphs():
     assert options == graphs._OPTIONS | set(graphs._REFUSED)
 
 
+def test_signatures_of_distributed():
+    parameters = inspect.signature(distributed.sample).parameters
+    assert list(parameters)[:3] == ["fm", "step_fn", "batch_size"] and list(parameters)[-1] == "options"
+    assert {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY} == {
+        "noise": None,
+        "generator": None,
+        "mesh": None,
+        "gather": True,
+        "sizes": None,
+    }
+    assert list(inspect.signature(distributed.local_slice).parameters) == ["batch_size", "mesh", "sizes"]
+    assert issubclass(distributed.RankError, RuntimeError)
+
+
 def test_signature_of_the_log_probability():
     parameters = inspect.signature(dispatch.step_log_prob).parameters
     assert list(parameters) == ["base", "v", "next", "coefficients", "densities", "row", "backend"]
@@ -337,6 +352,7 @@ def test_base_is_abstract():
         arguments,
         base,
         constraints,
+        distributed,
         flow_matching,
         graphs,
         guidance,
@@ -353,6 +369,7 @@ def test_base_is_abstract():
         gr00t,
         lerobot,
         openpi,
+        ray,
         replacement,
     ],
     ids=lambda module: module.__name__,

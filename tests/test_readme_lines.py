@@ -16,7 +16,7 @@ from operands import assert_same_bits
 from test_lerobot import field as policy_field
 from test_lerobot import module as lerobot_module  # noqa: F401  # a fixture
 
-from flowmatch_kernels import FlowMatching
+from flowmatch_kernels import FlowMatching, KeyedNoise
 from flowmatch_kernels.integrations import gr00t, openpi, replacement
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -160,6 +160,18 @@ def test_flow_matching():
     assert_same_bits(got, wanted)
 
 
+def test_ray_data():
+    """Ray itself: test_ray.py."""
+
+    class Dataset:
+        def map_batches(self, kind, fn_constructor_args, fn_constructor_kwargs, concurrency):
+            return kind(*fn_constructor_args, **fn_constructor_kwargs)({"id": torch.arange(BATCH).numpy()})
+
+    fm = FlowMatching(X_DIMS)
+    got = run("Ray Data: jobs of millions of samples", ds=Dataset(), load=lambda: (fm, field))["ds"]["sample"]
+    assert_same_bits(torch.from_numpy(got), fm.sample(BATCH, field, noise=KeyedNoise(0)))
+
+
 def test_your_own_loop():
     names = {"x_dims": X_DIMS, "batch_size": BATCH, "step_fn": field, "FlowMatching": FlowMatching}
     got = drawn(lambda: run("your own loop", **names))["x"]
@@ -168,4 +180,4 @@ def test_your_own_loop():
 
 def test_every_line_is_run():
     run_here = set(re.findall(r'(?:LINES\[|run\()"(.+?)"', Path(__file__).read_text()))
-    assert len(LINES) == 11 and run_here == set(LINES)
+    assert len(LINES) == 12 and run_here == set(LINES)

@@ -910,8 +910,10 @@ class FlowMatching(BaseDiffusion):
         """The solver's table on the grid that the arguments describe, with the weights of guidance."""
         solver, steps = self._steps(int_method, inference_step)
         time_grid, options = self.time_grid, self.time_grid_options
-        own_times = is_per_sample(time_steps) or is_per_sample(step_sizes)
-        samples = batch_size if own_times or is_per_sample(weight) else None
+        own_times = (time_steps is not None and is_per_sample(time_steps)) or (
+            step_sizes is not None and is_per_sample(step_sizes)
+        )
+        samples = batch_size if own_times or (type(weight) is tuple and is_per_sample(weight)) else None
         if own_times and (samples is None or isinstance(solver, FittedSolver)):
             what = "a fitted solver brings its own times" if samples is not None else "one grid is wanted here"
             raise ValueError(f"time_steps or step_sizes of each sample, and {what}: pass 1-D ones, or none")

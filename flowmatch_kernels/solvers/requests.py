@@ -235,11 +235,6 @@ def content(numbers: Any) -> Hashable:
     """Numbers as a key that tells their bits apart (-0.0 from 0.0, and NaN is itself); None, where they have none."""
     if numbers is None:
         return b""
-    if is_per_sample(numbers) and not isinstance(numbers, Tensor):
-        if not isinstance(numbers, (list, tuple)):
-            return None
-        rows = tuple(map(content, numbers))
-        return None if None in rows else rows
     if type(numbers) is float:
         return struct.pack("d", numbers)
     if type(numbers) is Tensor:
@@ -257,6 +252,9 @@ def content(numbers: Any) -> Hashable:
             return len(numbers), struct.pack(f"{len(numbers)}d", *numbers)
         except OverflowError:  # an int beyond float64: `make` says so
             return None
+    if isinstance(numbers, (list, tuple)) and is_per_sample(numbers):
+        rows = tuple(map(content, numbers))
+        return None if None in rows else rows
     return None
 
 

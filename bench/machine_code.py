@@ -30,6 +30,7 @@ class Specialisation(NamedTuple):
     aligned: bool = True
     sum_first: bool = False
     strength: bool = False
+    own_rows: bool = False
 
     @property
     def guided(self) -> bool:

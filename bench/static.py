@@ -166,6 +166,7 @@ def compile_triton(specialisation: Specialisation, arch: str) -> Code:
         "rounding": specialisation.rounding,
         "guidance": specialisation.guidance or WEIGHTED,
         "sum_first": specialisation.sum_first,
+        "own_rows": specialisation.own_rows,
         "VECTOR": vector,
         "BLOCK": backend.block(vector),
     }

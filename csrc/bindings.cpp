@@ -150,8 +150,19 @@ void fused_step_(Tensor out, Tensor base, Tensor v, OptionalTensor u, OptionalTe
   }
   check_device(coefficients, "coefficients");
   check_dtype(coefficients, "coefficients", arithmetic);
-  if (coefficients.dim() != 2 || coefficients.size(1) != kColumns || !coefficients.is_contiguous()) {
-    refuse<ValueError>("coefficients must be contiguous, [rows, 8], got ", list(coefficients.sizes()));
+  const bool own_rows = coefficients.dim() == 3;
+  if ((coefficients.dim() != 2 && !own_rows) || coefficients.size(-1) != kColumns || !coefficients.is_contiguous()) {
+    refuse<ValueError>("coefficients must be contiguous, [rows, 8] or [rows, R, 8], got ", list(coefficients.sizes()));
+  }
+  const std::int64_t R = own_rows ? coefficients.size(1) : 1;
+  std::optional<std::uint32_t> rows(0);
+  if (own_rows) {
+    rows = rows_of_sample(base.sizes(), base.dim(), R);
+    if (!rows) {
+      refuse<ValueError>("coefficients [rows, R, 8] need R to be the product of the first sizes of base's shape ",
+                         list(base.sizes()), ", got ", list(coefficients.sizes()));
+    }
+    if (sum_first) refuse<ValueError>("sum_first needs coefficients [rows, 8], got ", list(coefficients.sizes()));
   }
   if (row < 0 || row >= coefficients.size(0)) {
     refuse<ValueError>("row must be in [0, ", coefficients.size(0), "), got ", row);
@@ -178,7 +189,7 @@ void fused_step_(Tensor out, Tensor base, Tensor v, OptionalTensor u, OptionalTe
                    .v = v.const_data_ptr(),
                    .u = read(u),
                    .h = {read(h1), read(h2), read(h3)},
-                   .row = static_cast<const char*>(coefficients.const_data_ptr()) + row * row_bytes,
+                   .row = static_cast<const char*>(coefficients.const_data_ptr()) + row * R * row_bytes,
                    .trajectory = written(trajectory),
                    .history = written(history),
                    .numel = base.numel(),
@@ -188,8 +199,9 @@ void fused_step_(Tensor out, Tensor base, Tensor v, OptionalTensor u, OptionalTe
                    .guidance = static_cast<Guidance>(guidance),
                    .rounding = rounds,
                    .sum_first = sum_first,
+                   .rows = *rows,
                    .strength = read(strength)};
-  if (const auto found = overlap(o, dtypes, coefficients.const_data_ptr(), coefficients.size(0))) {
+  if (const auto found = overlap(o, dtypes, coefficients.const_data_ptr(), coefficients.size(0) * R)) {
     refuse<ValueError>(*found);
   }
   launch_cpu(o, dtypes);

@@ -120,9 +120,9 @@ struct StoreLast {
   }
 };
 
-// Division by the elements of one sample, as a multiplication: a 64-bit division is a call of some 80 instructions, and
-// made the float64 kernel spill (8 bytes, sm_80). Exact for 0 <= i < 2^63 (Granlund and Montgomery, PLDI 1994, with 63
-// bits: the multiplier then has 64).
+// Division by the elements of one sample, or of one row, as a multiplication: a 64-bit division is a call of some 80
+// instructions, and made the float64 kernel spill (8 bytes, sm_80). Exact for 0 <= i < 2^63 (Granlund and Montgomery,
+// PLDI 1994, with 63 bits: the multiplier then has 64).
 struct Divisor {
   std::uint64_t multiplier;  // 2^(63 + shift) / divisor, rounded up
   int shift;                 // the least with 2^shift >= divisor

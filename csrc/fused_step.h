@@ -12,6 +12,9 @@
 // With sum_first, out = base + ((b2*h2 + b1*h1 + b0*h0) * a) * c; with h3, of b3*h3 + b1*(h2 + h1) + b0*h0; and
 // history = h0.
 //
+// With rows of their own, elements use several rows of coefficients: each span of consecutive elements has one, and a
+// term whose coefficient is 0 is left out, whatever h holds: out is a*base where all are.
+//
 // B is base's type, V the velocity's (v, u), O that of out and trajectory; S, to which sums are rounded, the wider of B
 // and O; A the arithmetic type (h1..h3, history, coefficients). flowmatch_kernels/ops/fused_step.py is the contract and
 // ops/reference.py the definition; names agree.
@@ -71,7 +74,7 @@ struct Operands {
   const void* v;     // V[numel]
   const void* u;     // V[numel], optional
   const void* h[3];  // A[numel], optional, filled up from h[0]
-  const void* row;   // A[8]
+  const void* row;   // A[8]; with rows of their own, A[numel / span(), 8]
   void* trajectory;  // O[numel / sample, slots, sample], optional
   void* history;     // A[numel], optional; may be one of h
   std::int64_t numel;
@@ -81,7 +84,11 @@ struct Operands {
   Guidance guidance;  // where u is not null
   Rounding rounding;
   bool sum_first;
+  std::uint32_t rows;    // of their own: how many for each sample; 0: one row for all elements. Not with sum_first
   const void* strength;  // O[numel], optional: not with sum_first, nor where O is not B
+
+  // Elements that one row covers, with rows of their own.
+  std::int64_t span() const { return sample / rows; }
 };
 
 // Where element i of the state, an element of sample number b = i / o.sample, stands in trajectory[:, slot].

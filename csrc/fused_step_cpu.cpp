@@ -60,8 +60,9 @@ FLOWMATCH_INLINE void sum_first(const typename E::A* row, const Operands& o, con
   for (std::int64_t j = 0; j < n; ++j) sums[j] = E::accumulate(sums[j], b0, static_cast<A>(widen(h0[j])));
 }
 
+// Elements [begin, end), which use one row.
 template <class E>
-FLOWMATCH_INLINE void strips(const Operands& o, std::int64_t begin, std::int64_t end) {
+FLOWMATCH_INLINE void strips(const Operands& o, const void* row_of, std::int64_t begin, std::int64_t end) {
   using B = typename E::B;
   using V = typename E::V;
   using O = typename E::O;
@@ -70,9 +71,10 @@ FLOWMATCH_INLINE void strips(const Operands& o, std::int64_t begin, std::int64_t
   using Weight = typename E::Weight;
   // Sums need room of their own where out cannot hold them, or is base and base enters last.
   constexpr bool kApart = E::kSumFirst || !std::is_same_v<S, O>;
-  const A* row = static_cast<const A*>(o.row);
+  const A* row = static_cast<const A*>(row_of);
   const A a = row[kA], b0 = E::coefficient(row[kB0], o.rounding), c = row[kC];
   const Weight w0 = static_cast<Weight>(row[kW0]), w1 = static_cast<Weight>(row[kW1]);
+  const auto left_out = [&](int column) { return o.rows && row[column] == A(0); };
   V guided[kStrip];
   A remembered[kStrip];
   S sums[kApart ? kStrip : 1];
@@ -104,7 +106,10 @@ FLOWMATCH_INLINE void strips(const Operands& o, std::int64_t begin, std::int64_t
       for (std::int64_t j = 0; j < n; ++j) out[j] = E::stepped(base[j], sums[j], a, c);
     } else {
       S* const sum = kApart ? sums : reinterpret_cast<S*>(out);
-      if (E::kHasStrength && o.strength) {
+      if (left_out(kB0)) {
+        FLOWMATCH_IVDEP
+        for (std::int64_t j = 0; j < n; ++j) sum[j] = E::start(a, base[j]);
+      } else if (E::kHasStrength && o.strength) {
         const S* strength = static_cast<const S*>(o.strength) + i;
         FLOWMATCH_IVDEP
         for (std::int64_t j = 0; j < n; ++j) {
@@ -117,6 +122,7 @@ FLOWMATCH_INLINE void strips(const Operands& o, std::int64_t begin, std::int64_t
         }
       }
       for (int k = 0; k < 3 && o.h[k]; ++k) {
+        if (left_out(kB1 + k)) continue;
         const A b = E::coefficient(row[kB1 + k], o.rounding);
         const A* h = static_cast<const A*>(o.h[k]) + i;
         FLOWMATCH_IVDEP
@@ -132,6 +138,17 @@ FLOWMATCH_INLINE void strips(const Operands& o, std::int64_t begin, std::int64_t
   }
 }
 
+// Elements [begin, end): those of each row in turn.
+template <class E>
+FLOWMATCH_INLINE void spans(const Operands& o, std::int64_t begin, std::int64_t end) {
+  while (begin < end) {
+    const std::int64_t number = o.rows ? begin / o.span() : 0;
+    const std::int64_t stop = o.rows ? std::min(end, (number + 1) * o.span()) : end;
+    strips<E>(o, static_cast<const typename E::A*>(o.row) + number * kColumns, begin, stop);
+    begin = stop;
+  }
+}
+
 struct Baseline {
   static constexpr const char* kName =
 #if defined(__aarch64__)
@@ -143,7 +160,7 @@ struct Baseline {
 #endif
   template <class E>
   static void run(const Operands& o, std::int64_t begin, std::int64_t end) {
-    strips<E>(o, begin, end);
+    spans<E>(o, begin, end);
   }
 };
 
@@ -152,7 +169,7 @@ struct Avx2 {
   static constexpr const char* kName = "AVX2";
   template <class E>
   FLOWMATCH_AVX2 static void run(const Operands& o, std::int64_t begin, std::int64_t end) {
-    strips<E>(o, begin, end);
+    spans<E>(o, begin, end);
   }
 };
 
@@ -160,7 +177,7 @@ struct Avx512 {
   static constexpr const char* kName = "AVX-512";
   template <class E>
   FLOWMATCH_AVX512 static void run(const Operands& o, std::int64_t begin, std::int64_t end) {
-    strips<E>(o, begin, end);
+    spans<E>(o, begin, end);
   }
 };
 

@@ -10,7 +10,9 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
+#include <string>
 
 #include "cuda_launch.h"
 #include "cuda_memory.h"
@@ -20,13 +22,14 @@ namespace flowmatch_kernels {
 namespace {
 
 // Blocks that a multiprocessor holds at once: 6 leave each thread 40 registers. The 64-bit operands of float64 states
-// would spill (4 bytes, sm_90): 5 leave them 48. On sm_75 the 1024 threads that fit are 4 blocks with 64 registers.
-template <class S>
+// would spill (4 bytes, sm_90): 5 leave them 48. On sm_75 the 1024 threads that fit are 4 blocks with 64 registers; so
+// where vectors have rows of their own, a kernel that holds every operand (32 bytes spilled at 40 registers, sm_90).
+template <class S, bool kEveryOperand>
 constexpr int blocks_at_once() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
   return 4;
 #else
-  return sizeof(S) == 8 ? 5 : 6;
+  return kEveryOperand ? 4 : sizeof(S) == 8 ? 5 : 6;
 #endif
 }
 
@@ -36,13 +39,17 @@ constexpr int blocks_at_once() {
 // for v before it asked for u (bfloat16 v, sm_90), and used 48 registers where 32 are enough.
 template <bool kGuided, int kTerms, bool kStrength>
 struct Known {
+  static constexpr bool kOwnRows = false;
   __device__ __forceinline__ explicit Known(const Operands&) {}
   __device__ __forceinline__ constexpr bool u() const { return kGuided; }
   __device__ __forceinline__ constexpr bool strength() const { return kStrength; }
   __device__ __forceinline__ constexpr bool h(int k) const { return k < kTerms; }
 };
-// Asked of the operands, where elements are moved one by one: the same branch for every thread.
+// Asked of the operands, where elements are moved one by one, or have rows of their own: the same branch for every
+// thread.
+template <bool kOwnRows_>
 struct Tested {
+  static constexpr bool kOwnRows = kOwnRows_;  // a kernel of its own: one row for all elements costs nothing more
   const Operands& o;
   __device__ __forceinline__ explicit Tested(const Operands& operands) : o(operands) {}
   __device__ __forceinline__ bool u() const { return o.u != nullptr; }
@@ -52,7 +59,7 @@ struct Tested {
 
 // Elements [i, i + kSize). All of their operands are read before any is written: out may be base, and history one of h.
 template <class E, class Present, int kSize>
-__device__ __forceinline__ void step(const Operands& o, const Divisor& by_sample, const typename E::A* row,
+__device__ __forceinline__ void step(const Operands& o, const Divisor& divisor, const typename E::A* row,
                                      std::int64_t i) {
   using A = typename E::A;
   using Weight = typename E::Weight;
@@ -85,8 +92,13 @@ __device__ __forceinline__ void step(const Operands& o, const Divisor& by_sample
   const auto h0_at = [&](int j) { return static_cast<A>(widen(h0[j])); };
   const A a = row[kA];
   Vector<typename E::S, kSize> sum;
+  const auto left_out = [&](Column column) { return Present::kOwnRows && row[column] == A(0); };
+  const auto coefficient = [&](Column column) {
+    return Present::kOwnRows ? E::coefficient(row[column], o.rounding) : row[column];
+  };
   const auto accumulate = [&](const auto& h, Column column) {
-    const A b = row[column];
+    if (left_out(column)) return;
+    const A b = coefficient(column);
 #pragma unroll
     for (int j = 0; j < kSize; ++j) sum[j] = E::accumulate(sum[j], b, h(j));
   };
@@ -112,8 +124,10 @@ __device__ __forceinline__ void step(const Operands& o, const Divisor& by_sample
     for (int j = 0; j < kSize; ++j) sum[j] = E::start(a, base[j]);
     if (E::kHasStrength && present.strength()) {
       if constexpr (E::kHasStrength) {
+        if (!left_out(kB0)) {
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) sum[j] = E::accumulate(sum[j], row[kB0], h0_at(j), strength[j]);
+          for (int j = 0; j < kSize; ++j) sum[j] = E::accumulate(sum[j], coefficient(kB0), h0_at(j), strength[j]);
+        }
       }
     } else {
       accumulate(h0_at, kB0);
@@ -127,7 +141,11 @@ __device__ __forceinline__ void step(const Operands& o, const Divisor& by_sample
   for (int j = 0; j < kSize; ++j) out[j] = E::stored(sum[j]);
 
   out.to(o.out, i, Store{});
-  if (o.trajectory) out.to(o.trajectory, trajectory_index(o, i, by_sample.quotient(i)), StoreLast{});
+  if (o.trajectory) {
+    std::int64_t sample = divisor.quotient(i);
+    if (Present::kOwnRows) sample = static_cast<std::uint32_t>(sample) / o.rows;  // `launch` has them fit 32 bits
+    out.to(o.trajectory, trajectory_index(o, i, sample), StoreLast{});
+  }
   if (o.history) {
     History remembered;
 #pragma unroll
@@ -139,8 +157,8 @@ __device__ __forceinline__ void step(const Operands& o, const Divisor& by_sample
 // Thread t takes vector t; threads after the last whole vector take one of the elements that are left over.
 // With kSize 1 nothing but an element's own alignment is asked.
 template <class E, class Present, int kSize>
-__global__ void __launch_bounds__(kThreads, blocks_at_once<typename E::B>())
-    fused_step_kernel(const Operands o, const Divisor by_sample) {
+__global__ void __launch_bounds__(kThreads, blocks_at_once<typename E::B, (Present::kOwnRows && kSize > 1)>())
+    fused_step_kernel(const Operands o, const Divisor divisor) {
   using A = typename E::A;
   constexpr int kRowWord = kSize > 1 ? kAccess / sizeof(A) : 1;
   const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -149,19 +167,22 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<typename E::B>())
   if (thread >= vectors && left >= o.numel) return;
 
   // Asked for first, so that the row is under way while the operands' addresses are computed.
+  const A* row_of = static_cast<const A*>(o.row);
+  if (Present::kOwnRows) row_of += divisor.quotient(thread * kSize) * kColumns;
   A row[kColumns];
 #pragma unroll
   for (int k = 0; k < kColumns; k += kRowWord) {
-    const auto part = Vector<A, kRowWord>::from(o.row, k, LoadConstant{});
+    const auto part = Vector<A, kRowWord>::from(row_of, k, LoadConstant{});
 #pragma unroll
     for (int j = 0; j < kRowWord; ++j) row[k + j] = part[j];
   }
 #pragma unroll
-  for (int k = kB0; k <= kB3; ++k) row[k] = E::coefficient(row[k], o.rounding);
-  if (kSize == 1 || thread < vectors) {
-    step<E, Present, kSize>(o, by_sample, row, thread * kSize);
+  for (int k = kB0; k <= kB3 && !Present::kOwnRows; ++k) row[k] = E::coefficient(row[k], o.rounding);
+  // With rows of their own no element is left over: `fits` has each row cover whole vectors.
+  if (Present::kOwnRows || kSize == 1 || thread < vectors) {
+    step<E, Present, kSize>(o, divisor, row, thread * kSize);
   } else {
-    step<E, Present, 1>(o, by_sample, row, left);
+    step<E, Present, 1>(o, divisor, row, left);
   }
 }
 
@@ -179,14 +200,18 @@ bool fits(const Operands& o) {
   return result(o.out) && result(o.strength) && aligned(o.base, sizeof(typename E::B)) && velocity(o.v) &&
          velocity(o.u) && history(o.h[0]) && history(o.h[1]) && history(o.h[2]) && history(o.history) &&
          reinterpret_cast<std::uintptr_t>(o.row) % kAccess == 0 && result(o.trajectory) &&
-         (!o.trajectory || o.sample % kSize == 0);
+         (!o.trajectory || o.sample % kSize == 0) && (!o.rows || o.span() % kSize == 0);
 }
 
 template <class E, class Present, int kSize>
 void launch(const Operands& o, cudaStream_t stream) {
   const std::int64_t threads = o.numel / kSize + o.numel % kSize;
-  Divisor by_sample(static_cast<std::uint64_t>(o.trajectory ? o.sample : 1));
-  void* arguments[] = {const_cast<Operands*>(&o), &by_sample};
+  if (o.rows && o.numel / o.span() > std::numeric_limits<std::uint32_t>::max()) {
+    throw std::invalid_argument("fused_step: " + std::to_string(o.numel / o.span()) + " rows are too many");
+  }
+  // Of an element: its row, with rows of their own, or its sample.
+  Divisor divisor(static_cast<std::uint64_t>(o.rows ? o.span() : o.trajectory ? o.sample : 1));
+  void* arguments[] = {const_cast<Operands*>(&o), &divisor};
   launch_blocks(&fused_step_kernel<E, Present, kSize>, blocks_for(threads), arguments, stream, "fused_step", o.numel);
 }
 
@@ -200,7 +225,7 @@ void launch_widest(const Operands& o, cudaStream_t stream) {
   if (o.strength && !E::kHasStrength) {
     throw std::invalid_argument("fused_step: strength needs out of base's dtype, and no sum_first");
   }
-  if ((o.strength && !kStrength) || !fits<E, kSize>(o)) return launch<E, Tested, 1>(o, stream);
+  if ((o.strength && !kStrength) || !fits<E, kSize>(o)) return launch<E, Tested<false>, 1>(o, stream);
   if (o.strength) return launch<E, Known<kGuided, kTerms, kStrength>, kSize>(o, stream);
   launch<E, Known<kGuided, kTerms, false>, kSize>(o, stream);
 }
@@ -213,13 +238,27 @@ void launch_terms(const Operands& o, cudaStream_t stream) {
   launch_widest<E, kGuided, 0>(o, stream);
 }
 
+// Two kernels for a set of dtypes, with vectors as for history terms: what else is there they ask.
+template <class E>
+void launch_own_rows(const Operands& o, cudaStream_t stream) {
+  if constexpr (E::kSumFirst) {
+    throw std::invalid_argument("fused_step: sum_first does not go with rows of their own");
+  } else {
+    constexpr int kSize = kAccess / sizeof(typename E::A);
+    fits<E, kSize>(o) ? launch<E, Tested<true>, kSize>(o, stream) : launch<E, Tested<true>, 1>(o, stream);
+  }
+}
+
 }  // namespace
 
 void fused_step_cuda(const Operands& o, Dtypes dtypes, int device, void* stream) {
   if (o.numel == 0) return;  // an empty grid is an error
   const DeviceGuard guard(device, "fused_step");
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  const auto chosen = [&]<class E>(E) { o.u ? launch_terms<E, true>(o, on) : launch_terms<E, false>(o, on); };
+  const auto chosen = [&]<class E>(E) {
+    if (o.rows) return launch_own_rows<E>(o, on);
+    o.u ? launch_terms<E, true>(o, on) : launch_terms<E, false>(o, on);
+  };
   if (!dispatch(dtypes, o.rounding, o.sum_first, chosen)) {
     throw std::invalid_argument("fused_step: the dtypes do not go together");
   }

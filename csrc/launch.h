@@ -13,6 +13,18 @@ constexpr std::int64_t kGrain = 32768;
 
 const char* name_of(Dtype dtype);
 
+// How many rows of their own each sample of a state has, where R rows cover it; none where R is no product of its first
+// sizes, from the samples on, so that each row covers a span of consecutive elements.
+template <class Sizes>
+std::optional<std::uint32_t> rows_of_sample(const Sizes& sizes, std::int64_t dims, std::int64_t R) {
+  std::int64_t product = 1;
+  for (std::int64_t d = 0; d < dims; ++d) {
+    product *= sizes[d];
+    if (product == R) return R ? static_cast<std::uint32_t>(R / sizes[0]) : 1;
+  }
+  return std::nullopt;
+}
+
 // Why dtypes do not go together, or none. flowmatch_kernels.ops.fused_step.check_dtypes is the same, in the same words.
 std::optional<std::string> mismatch(Dtypes dtypes, Rounding rounding, bool sum_first);
 

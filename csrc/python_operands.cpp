@@ -105,6 +105,14 @@ PyObject* fused_step_python(PyObject*, PyObject* operands) {
     }
     const std::int64_t numel = base.numel(), slot = integer(field(kSlot));
     const std::int64_t row_bytes = kColumns * size_of(arithmetic_of(dtypes.base));
+    const bool own_rows = coefficients.ndim == 3;
+    const std::int64_t R = own_rows ? coefficients.shape[1] : 1;
+    const auto rows_each = own_rows ? rows_of_sample(base.shape, base.ndim, R) : 0;
+    if (!rows_each || (own_rows && sum_first)) {
+      refuse(PyExc_ValueError, kCoefficients,
+             " [rows, R, 8] need R to be the product of the first sizes of base's shape, and no sum_first, got R = " +
+                 std::to_string(R));
+    }
     const std::int64_t slots = trajectory.seen ? trajectory.shape[1] : 1;
     if (trajectory.seen && (slot < 0 || slot >= slots)) {
       refuse(PyExc_ValueError, kSlot, " must be in [0, " + std::to_string(slots) + "), got " + std::to_string(slot));
@@ -114,16 +122,17 @@ PyObject* fused_step_python(PyObject*, PyObject* operands) {
                      .v = v.memory,
                      .u = u.memory,
                      .h = {h1.memory, h2.memory, h3.memory},
-                     .row = static_cast<char*>(coefficients.memory) + integer(field(kRow)) * row_bytes,
+                     .row = static_cast<char*>(coefficients.memory) + integer(field(kRow)) * R * row_bytes,
                      .trajectory = trajectory.memory,
                      .history = history.memory,
                      .numel = numel,
-                     .sample = trajectory.seen ? numel / base.shape[0] : numel,
+                     .sample = trajectory.seen || own_rows ? numel / base.shape[0] : numel,
                      .slots = slots,
                      .slot = slot,
                      .guidance = static_cast<Guidance>(integer(field(kGuidance))),
                      .rounding = rounding,
                      .sum_first = sum_first,
+                     .rows = *rows_each,
                      .strength = strength.memory};
     const std::int64_t rows = coefficients.numel() / kColumns;
     if (const auto found = overlap(o, dtypes, coefficients.memory, rows)) {

@@ -55,12 +55,15 @@ class Rows : public TableRows {
     const std::int64_t batch = shape_[0];
     std::vector<std::int64_t> ones(shape_.size(), 1), strides(shape_.size(), 1);
     ones[0] = batch;
-    if (batch != 1) strides[0] = 0;  // as expand makes it
+    if (batch != 1 && grid.ndim == 1) strides[0] = 0;  // as expand makes it; else each sample has its own
     time_ = {*grid.dtype, std::move(ones), std::move(strides)};
     x_ = Layout::contiguous(dtype_, shape_);
     times_count_ = grid.shape[0];
-    times_ = take_memory(times_count_, *grid.dtype);
-    std::memcpy(times_.memory(), grid.memory, times_count_ * size_of(*grid.dtype));
+    if (grid.ndim == 2 && grid.shape[1] != batch) raise(PyExc_ValueError, "Rows: wanted times of each sample");
+    own_times_ = grid.ndim == 2;
+    times_size_ = own_times_ ? batch : 1;
+    times_ = take_memory(times_count_ * times_size_, *grid.dtype);
+    std::memcpy(times_.memory(), grid.memory, times_count_ * times_size_ * size_of(*grid.dtype));
     if (slots) slots_memory_ = take_memory(numel_ * slots, dtype_);
     if (!deferred) trajectory_ = slots_memory_.memory();
     for (Py_ssize_t k = 0; k < buffers; ++k) {
@@ -95,7 +98,7 @@ class Rows : public TableRows {
 
   PyObject* time(Py_ssize_t k) const {
     if (k < 0 || k >= times_count_) raise(PyExc_IndexError, "Rows: there is no such time");
-    return tensor_over(times_.get(), time_, k);
+    return tensor_over(times_.get(), time_, k * times_size_);
   }
 
   // v = step_fn(x=x, t=t), x and t being tensors of its own. A write to x is a write to the state.
@@ -156,10 +159,13 @@ class Rows : public TableRows {
     return tensor_over(slots_memory_.get(), Layout::contiguous(dtype_, std::move(shape)));
   }
 
+  // [count], or with times of each sample [count, B].
   PyObject* time_steps(Py_ssize_t count) const {
-    const Use copy = take_memory(count, time_.dtype);
-    std::memcpy(copy.memory(), times_.memory(), std::min(count, times_count_) * size_of(time_.dtype));
-    return tensor_over(copy.get(), Layout::contiguous(time_.dtype, {count}));
+    const Use copy = take_memory(count * times_size_, time_.dtype);
+    std::memcpy(copy.memory(), times_.memory(), std::min(count, times_count_) * times_size_ * size_of(time_.dtype));
+    std::vector<std::int64_t> shape{count};
+    if (own_times_) shape.push_back(times_size_);
+    return tensor_over(copy.get(), Layout::contiguous(time_.dtype, std::move(shape)));
   }
 
   PyObject* history(Py_ssize_t k) const {
@@ -216,8 +222,9 @@ class Rows : public TableRows {
   Layout x_, time_;
   Use times_, slots_memory_, empty_;
   std::vector<Use> buffers_;
-  std::int64_t times_count_;
-  bool deferred_;  // slots are written after the model has seen the state, not by the step
+  std::int64_t times_count_, times_size_;  // times, and numbers of each
+  bool own_times_;                         // of each sample
+  bool deferred_;                          // slots are written after the model has seen the state, not by the step
 };
 
 // ---- the Python type ----

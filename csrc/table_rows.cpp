@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "launch.h"
+
 namespace flowmatch_kernels {
 
 TableRows::TableRows(std::vector<std::int64_t> shape, Dtype dtype, int device, PyObject* coefficients,
@@ -17,6 +19,12 @@ TableRows::TableRows(std::vector<std::int64_t> shape, Dtype dtype, int device, P
       sum_first_(sum_first) {
   const View view(coefficients);
   if (!view.seen) raise(PyExc_TypeError, "Rows: wanted coefficients that have memory");
+  if (view.ndim == 3) {
+    R_ = view.shape[1];
+    const auto own = rows_of_sample(shape_, static_cast<std::int64_t>(shape_.size()), R_);
+    if (!own || sum_first) raise(PyExc_ValueError, "Rows: wanted a row for each sample, and no sum_first");
+    own_rows_ = *own;
+  }
   rows_ = static_cast<char*>(view.memory);
   for (const std::int64_t size : shape_) numel_ *= size;
   if (strength != Py_None) {
@@ -65,7 +73,7 @@ std::optional<TableRows::Row> TableRows::row(PyObject* v, PyObject* u, std::int6
              .v = first.memory,
              .u = second.memory,
              .h = {},
-             .row = rows_ + number * row_bytes,
+             .row = rows_ + number * R_ * row_bytes,
              .trajectory = commit ? trajectory_ : nullptr,
              .history = write == Py_None ? nullptr : buffer(write),
              .numel = numel_,
@@ -75,6 +83,7 @@ std::optional<TableRows::Row> TableRows::row(PyObject* v, PyObject* u, std::int6
              .guidance = guidance_,
              .rounding = rounding_,
              .sum_first = sum_first_,
+             .rows = own_rows_,
              .strength = strength_};
   for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(read); ++k) o.h[k] = buffer(PyTuple_GET_ITEM(read, k));
   return Row{o, {dtype_, *first.dtype, dtype_}, commit};

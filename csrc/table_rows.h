@@ -39,7 +39,8 @@ class TableRows {
   std::vector<std::int64_t> shape_;
   Dtype dtype_;
   int device_;
-  std::int64_t numel_ = 1, sample_, slots_;
+  std::int64_t numel_ = 1, sample_, slots_, R_ = 1;
+  std::uint32_t own_rows_ = 0;  // of each sample; 0: one row for all, and R_ is 1
   Rounding rounding_;
   Guidance guidance_;
   bool sum_first_;

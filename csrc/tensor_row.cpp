@@ -115,6 +115,7 @@ class TensorRows : public TableRows {
     }
     key = key * 4 + static_cast<int>(rounding_);
     key = key * 4 + form(o);
+    key = key * 2 + (o.rows != 0);
     return key * 2 + sum_first_;
   }
 
@@ -157,7 +158,8 @@ class TensorRows : public TableRows {
     std::uintptr_t addresses = 0;
     for (const void* pointer : pointers) addresses |= pointer == rows_ ? 0 : reinterpret_cast<std::uintptr_t>(pointer);
     const std::int64_t sample = o.trajectory ? o.sample : o.numel;
-    const Compiled* const kernel = compiled(key, addresses % 16 == 0, sample);
+    const std::int64_t span = o.rows ? o.span() : o.numel;
+    const Compiled* const kernel = compiled(key, addresses % 16 == 0, o.rows ? span : sample);
     if (!kernel) return false;
     const Object stream(PyObject_CallNoArgs(kernel->field(Compiled::kStream)));
     if (stream.get() == Py_None) {
@@ -165,7 +167,7 @@ class TensorRows : public TableRows {
       return false;
     }
     const std::int64_t blocks = (o.numel + kernel->block - 1) / kernel->block;
-    const std::int64_t numbers[] = {number_of_row, o.numel, sample, o.trajectory ? o.slots : 1, o.slot};
+    const std::int64_t numbers[] = {number_of_row * R_, o.numel, sample, o.trajectory ? o.slots : 1, o.slot, span};
     if (kernel->launch_kernel) {
       launch_by_driver(*kernel, blocks, stream.get(), pointers, numbers);
       return true;
@@ -190,7 +192,7 @@ class TensorRows : public TableRows {
     }
     for (const std::int64_t value : numbers) arguments.push_back(keep(PyLong_FromLongLong(value)));
     for (const int value : {static_cast<int>(rounding_), form(o)}) arguments.push_back(keep(PyLong_FromLong(value)));
-    arguments.push_back(sum_first_ ? Py_True : Py_False);
+    for (const bool flag : {sum_first_, o.rows != 0}) arguments.push_back(flag ? Py_True : Py_False);
     arguments.push_back(kernel->field(Compiled::kVector));
     arguments.push_back(kernel->field(Compiled::kBlock));
     Object(PyObject_Vectorcall(kernel->field(Compiled::kRun), arguments.data(), arguments.size(), nullptr));

@@ -16,7 +16,7 @@ from . import guidance
 from .arguments import count, flag
 from .base import StepFn
 from .ops.fused_step import double
-from .solvers import FittedSolver
+from .solvers import FittedSolver, is_per_sample
 
 if TYPE_CHECKING:
     from .flow_matching import FlowMatching
@@ -221,14 +221,17 @@ def problems(
     return made
 
 
-def guidance_weight(flow_matching: FlowMatching, arguments: Mapping[str, Any]) -> guidance.Weight | None:
+def guidance_weight(flow_matching: FlowMatching, arguments: Mapping[str, Any]) -> guidance.OfSteps | None:
     """The weight of guidance that arguments of sample() mean; None without guidance."""
     guided = arguments.get("use_classifier_free_guidance")
     guided = flow_matching.use_classifier_free_guidance if guided is None else guided
     if not flag(guided, "use_classifier_free_guidance"):
         return None
     weight = arguments.get("inference_guidance_weight")
-    return guidance.checked(flow_matching.inference_guidance_weight if weight is None else weight)
+    found = guidance.checked(flow_matching.inference_guidance_weight if weight is None else weight)
+    if is_per_sample(found):
+        raise ValueError("inference_guidance_weight of each sample is for sample(): fit and compare with one for all")
+    return found  # type: ignore[return-value]
 
 
 def held_weight(weights: Sequence[float], times: Sequence[float]) -> Callable[[float], float]:

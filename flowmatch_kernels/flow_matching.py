@@ -37,7 +37,7 @@ from .progress import bar as progress_bar
 from .rows import Setting, rows_for
 from .sampling import integrate, noisy
 from .solver_comparison import SolverComparison
-from .solvers import FittedSolver, IntMethod, StochasticSolver, Table
+from .solvers import FittedSolver, IntMethod, StochasticSolver, Table, is_per_sample
 from .step_functions import Bound, StepFunction, bound, timed
 from .training import TIME_SAMPLERS, check_data, check_time_sampler, mean_squared_error
 from .velocities import Guidance, Velocities, model
@@ -237,7 +237,8 @@ class FlowMatching(BaseDiffusion):
             unguided_step_fn: The velocity without the condition; called after step_fn.
             use_classifier_free_guidance: None: the constructor's. Without it, what else belongs to guidance is
                 ignored, as upstream does; with a warning where that is an unguided_step_fn.
-            inference_guidance_weight: w: a number, [N] of them, or a function of t; None: the constructor's. A
+            inference_guidance_weight: w: a number, [N] of them, one for each step, or a function of t; None: the
+                constructor's. In two dimensions, [B, 1] is one for each sample, and [B, N] for each and each step. A
                 function is asked before the first step, on the host (one synchronisation on a GPU), with t as a
                 float: the grid's 0.2 is 0.2000000030 where the grid is float32.
             guidance_form: None: the constructor's.
@@ -265,8 +266,11 @@ class FlowMatching(BaseDiffusion):
             dtype: The state's: float32, float64, bfloat16 or float16. None: the noise's, or torch's default.
                 A bfloat16 state rounds each product and each sum to bfloat16.
             time_steps: [T], strictly monotonic, up or down, instead of the constructor's time grid; step_fn sees
-                its dtype.
-            step_sizes: [T - 1], the dt of each step, instead of the differences of the time grid.
+                its dtype. Or [B, T], a tensor or a list of lists: each sample has its own grid, t its own values, and a
+                result the bits of a call by itself. A step of length 0 holds a sample: its bits stay, whatever the
+                velocity is. Which solvers take such steps where: see the page Solvers. Not with a fitted solver, nor
+                with return_log_prob.
+            step_sizes: [T - 1], the dt of each step, instead of the differences of the time grid; or [B, T - 1].
             velocity_strength: What expands to [B, *x_dims], of the state's dtype, on `device`: a step is
                 x + (dt * v) * strength, as with the velocity mask of real-time chunking. 0 keeps an entry as it is, 1
                 changes nothing. With int_method "euler" and prediction_type "velocity" alone.
@@ -361,6 +365,7 @@ class FlowMatching(BaseDiffusion):
         table = self._table(
             *(int_method, inference_step, time_steps, step_sizes, dtype, device, form, weight),
             cached=eager,
+            batch_size=batch_size,
         )
         velocities = Velocities(shape, dtype, device, guided, table.weights, differentiable)
         kernel = WEIGHTED if guided is None else guided.form.kernel
@@ -427,6 +432,8 @@ class FlowMatching(BaseDiffusion):
             if callback is None and not return_all_steps:
                 return x if log_probs is None else (x, log_probs.result())
             grid = rows.time_steps(steps)
+            if grid.dim() == 2:
+                grid = grid.T.contiguous()
             if log_probs is not None:
                 return x, grid, log_probs.result()
         finally:
@@ -889,10 +896,18 @@ class FlowMatching(BaseDiffusion):
         form: str | None,
         weight: Weight,
         cached: bool,
+        batch_size: int | None = None,
     ) -> Table:
         """The solver's table on the grid that the arguments describe, with the weights of guidance."""
         solver, steps = self._steps(int_method, inference_step)
         time_grid, options = self.time_grid, self.time_grid_options
+        own_times = (time_steps is not None and is_per_sample(time_steps)) or (
+            step_sizes is not None and is_per_sample(step_sizes)
+        )
+        samples = batch_size if own_times or (type(weight) is tuple and is_per_sample(weight)) else None
+        if own_times and (samples is None or isinstance(solver, FittedSolver)):
+            what = "a fitted solver brings its own times" if samples is not None else "one grid is wanted here"
+            raise ValueError(f"time_steps or step_sizes of each sample, and {what}: pass 1-D ones, or none")
         if isinstance(solver, FittedSolver):
             self._check_times(solver, time_steps, step_sizes, device)
             time_grid, options, time_steps = "uniform", {}, None  # it brings its own times
@@ -914,6 +929,7 @@ class FlowMatching(BaseDiffusion):
             step_sizes,
             form,
             weight,
+            samples,
         )
         table = solvers.table_for(request, cached)
         if time_steps is not None and inference_step and steps != table.steps:
@@ -954,6 +970,8 @@ def _check_noise(return_log_prob: bool, hooks: Hooks | None, rounded: int, table
         raise ValueError("step_rounding must be 'promote' with a solver that adds noise, got 'exact' or 'rounded'")
     if not flag(return_log_prob, "return_log_prob"):
         return
+    if table.of_samples:
+        raise ValueError("return_log_prob takes one row for all samples: not times or weights of each sample")
     if hooks is not None:
         what = "a callback" if hooks.constraint is None else "a constraint, which changes the state after its step"
         raise ValueError(f"return_log_prob and {what}: pass one of them")

@@ -626,7 +626,7 @@ class GraphedSampler:
         temperature = finite(1.0 if temperature is None else temperature, "temperature")
         if temperature != 1.0:
             held(temperature, "temperature", dtype)
-        table, form = self._table(options, dtype)
+        table, form = self._table(options, dtype, batch_size)
         given, steps_source, steps_given = options.get("step_noise"), None, None
         if table.noise is not None:
             shape = (batch_size, *fm.x_dims)
@@ -663,7 +663,7 @@ class GraphedSampler:
         )
         return call._replace(signature=signature)
 
-    def _table(self, options: Mapping[str, Any], dtype: torch.dtype) -> tuple[Table, str | None]:
+    def _table(self, options: Mapping[str, Any], dtype: torch.dtype, batch_size: int) -> tuple[Table, str | None]:
         """The table that sample() would use now, and the form of guidance: kept tables are found, functions asked."""
         fm, given = self._fm, options.get
         int_method, of_solver = given("int_method"), given("int_method_options")
@@ -677,6 +677,7 @@ class GraphedSampler:
             *(int_method, given("inference_step"), given("time_steps"), given("step_sizes")),
             *(dtype, self._device, form, weight),
             cached=tracing.is_eager(),
+            batch_size=batch_size,
         )
         return table, form
 
@@ -684,7 +685,7 @@ class GraphedSampler:
         with self._alone():
             options = self._options | changed
             dtype = options.get("dtype") or torch.get_default_dtype()
-            _, form = self._table(options, dtype)
+            _, form = self._table(options, dtype, self._batch_size)
             if form is None and "inference_guidance_weight" in changed:
                 raise ValueError("guidance is off: graphed(..., use_classifier_free_guidance=True) turns it on")
             self._options = options

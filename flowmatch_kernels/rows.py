@@ -247,7 +247,7 @@ class Functional:
             return torch.stack(states, dim=1)
 
     def time_steps(self, steps: int) -> Tensor:
-        """The time grid as far as it came, [steps + 1], a copy."""
+        """The time grid as far as it came, a copy: [steps + 1], or of each sample [steps + 1, B]."""
         return self._grid.narrow(0, 0, steps + 1).clone()
 
 
@@ -435,6 +435,8 @@ def _functional(
 def times(grid: Tensor, shape: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A copy of a table's times, and each as step_fn sees it, [B, 1, ..., 1]: step_fn may write to it."""
     grid, ones = grid.clone(), [1] * (len(shape) - 1)
+    if grid.dim() == 2:
+        return grid, grid.view(-1, shape[0], *ones).unbind()
     return grid, grid.view(-1, 1, *ones).expand(-1, shape[0], *ones).unbind()
 
 

@@ -95,7 +95,16 @@ class StepFunction:
         return self._scaled(t)
 
     def times(self, grid: Tensor, batch_size: int, dims: int) -> tuple[Tensor, ...]:
-        """`time` of each entry of a grid, [T], at once: a tenth of the launches, and of the time."""
+        """`time` of each entry of a grid, [T] or of each sample [T, B], at once: a tenth of the launches.
+
+        Raises:
+            ValueError: time_as is "scalar", and the batch is empty or each sample has its own times.
+        """
+        if grid.dim() == 2:
+            if self.time_as == "scalar":
+                raise ValueError("time_as='scalar' is one time for all samples, and time_steps has those of each")
+            ones = [1] * (dims - 1) if self.time_as == "column" else []
+            return self._scaled(grid.clone().view(-1, batch_size, *ones)).unbind()
         if self.time_as == "scalar":
             self._check_batch(batch_size)
             return self._scaled(grid.clone()).unbind()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .arguments import expands
 from .base import StepFn
-from .guidance import Form
+from .guidance import Form, eager_velocity
 from .ops import native
 from .ops.fused_step import VELOCITY_DTYPES
 
@@ -87,7 +87,7 @@ class Velocities:
             return self.expanded(v), self.expanded(u)
         # Eager PyTorch's own promotion, which takes a 0-dim tensor for a number.
         assert self.guidance is not None
-        return self.expanded(self.guidance.form.eager(self.weights[row], u, v)), None
+        return self.expanded(eager_velocity(self.guidance.form, self.weights[row], u, v)), None
 
     def expanded(self, v: Tensor) -> Tensor:
         """A velocity that was checked, in the state's shape."""

@@ -296,6 +296,21 @@ def test_eager_history(place, state):
         assert_same_bits(stepped(place, x, v, table, h=h[:terms]), wanted.cpu(), f"{terms} terms")
 
 
+@placed(PLACES)
+@pytest.mark.parametrize("state", VELOCITY_DTYPES, ids=name)
+def test_rows_of_samples_and_tokens(place, state):
+    """[16, 8, 6] has whole vectors for a row and [5, 3, 7] has not: a step by eager PyTorch, but where dt is 0."""
+    arithmetic = arithmetic_dtype(state)
+    for shape, k in itertools.product([(16, 8, 6), (5, 3, 7)], (1, 2)):
+        x, v = drawn(place.device, state, 1, shape), drawn(place.device, state, 2, shape)
+        dt = drawn(place.device, arithmetic, 3, shape[:k]).nan_to_num(0.0, 0.5, -0.5)
+        table = row(arithmetic, place.device).repeat(dt.numel(), 1)
+        table[:, 1] = dt.flatten()
+        dt = dt.view(*shape[:k], *[1] * (3 - k))
+        wanted = torch.where(dt == 0, x, x + (dt * v).to(state))
+        assert_same_bits(stepped(place, x, v, table[None]), wanted.cpu(), f"{shape} {k}")
+
+
 # ---- the 0-dim table of numerics.md: what eager PyTorch itself does ----
 
 # scalar, tensor's device, scalar on the left, is the scalar rounded to the tensor's dtype before the product?

@@ -70,6 +70,11 @@ CASES = {f"solver {name}": ({"int_method": name}, {}) for name in solvers.SOLVER
     "euler_at_final": ({"int_method": "heun", "euler_at_final": True}, {}),
     "constraint": ({}, {"constraint": lambda x, t: x.clamp(-1, 1)}),
     "no steps": ({"num_inference_steps": 0}, {}),
+    "times of each sample": (
+        {"int_method": "heun"},
+        {"time_steps": [[0.1 * b, 0.2 + 0.1 * b, 0.9, 0.9 + 0.1 * (b % 2), 1.0] for b in range(BATCH)]}
+        | {"return_all_steps": True},
+    ),
 }
 ROWS = ("C++", "Python", "reference")
 

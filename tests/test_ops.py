@@ -346,6 +346,10 @@ BAD = {
     "coefficients columns": lambda: {"coefficients": torch.zeros(3, 7)},
     "coefficients one row": lambda: {"coefficients": torch.zeros(8)},
     "coefficients not contiguous": lambda: {"coefficients": torch.zeros(8, 3).t()},
+    "coefficients of another R": lambda: {"coefficients": torch.zeros(3, 5, 8)},
+    "coefficients of one R": lambda: {"coefficients": torch.zeros(3, 1, 8)},
+    "coefficients of four dimensions": lambda: {"coefficients": torch.zeros(1, 3, 2, 8)},
+    "sum_first beside rows of their own": lambda: {"coefficients": torch.zeros(3, 2, 8), "sum_first": True},
     "guidance negative": lambda: {"guidance": -1},
     "guidance beyond": lambda: {"guidance": 3},
     "row negative": lambda: {"row": -1},
@@ -432,6 +436,7 @@ DIRECT = {
     "h2 a string": (lambda names: {"h2": "h2"}, TypeError, "h2 must be a tensor, got str"),
     "h1 sparse": (lambda names: {"h1": names["h1"].to_sparse()}, ValueError, "h1 must be a dense tensor that has mem"),
     "history meta": (lambda names: {"history": names["base"].to("meta")}, ValueError, "history must be a dense tensor"),
+    "R of the last": (lambda names: {"coefficients": torch.zeros(3, 5, 8)}, ValueError, "R to be .* got R = 5"),
     "slot beyond": (lambda names: {"slot": 4}, ValueError, r"slot must be in \[0, 4\), got 4"),
     "row a float": (lambda names: {"row": 1.0}, TypeError, "float"),
 }

@@ -15,7 +15,7 @@ import torch
 from ptx import cases
 from ptx.operand_memory import NOTHING_FIRST
 from ptx.triton_driver import ExecutingDriver, executing
-from triton_cases import special
+from triton_cases import own_rows, special
 
 from flowmatch_kernels.ops import dispatch, triton_log_prob, triton_noise
 from flowmatch_kernels.ops import triton as backend
@@ -46,6 +46,13 @@ def test_sum_first_and_out_of_the_velocity_dtype(driver: ExecutingDriver) -> Non
         assert cases.failed(backend.fused_step_, list(special(numel, aligned))[turn::6]) == []
 
 
+def test_rows_of_their_own(driver: ExecutingDriver) -> None:
+    """One in six sets of operands: each is a compilation."""
+    for turn, (numel, aligned) in enumerate([(31, False), (1024, True)]):
+        assert cases.failed(backend.fused_step_, list(own_rows(numel, aligned))[turn::6]) == []
+    assert {launch.arguments["own_rows"] for launch in driver.launches} == {True}
+
+
 def test_one_operand_off_its_boundary(driver: ExecutingDriver) -> None:
     """Each of nine operands alone, by one element and by half a 16-byte access: elements are moved singly."""
     off = cases.off_boundary()
@@ -66,7 +73,7 @@ def test_sample(driver: ExecutingDriver, monkeypatch: pytest.MonkeyPatch) -> Non
     of = dispatch.BACKENDS["triton"]
     monkeypatch.setitem(dispatch.BACKENDS, "triton", of._replace(unavailable=lambda device_type: None))
     failed = []
-    for loop in (*cases.LOOPS, *cases.STOCHASTIC_LOOPS):
+    for loop in (*cases.LOOPS, *cases.STOCHASTIC_LOOPS, *cases.OWN_LOOPS[:1]):
         before = len(driver.launches)
         failed += cases.looped(loop, "triton")
         if len(driver.launches) - before < 4:

@@ -100,6 +100,19 @@ def test_every_operand_at_once(state: torch.dtype, velocity: torch.dtype, arch: 
     check(row._replace(registers=0), specialisation)
 
 
+@pytest.mark.parametrize(("state", "velocity"), [(F32, BF16), (BF16, BF16), (F64, F32)], ids=str)
+def test_rows_of_their_own(state: torch.dtype, velocity: torch.dtype) -> None:
+    """The least bytes and no spills, as with one row; each element loads its coefficients, so there are registers more.
+
+    40 for the plain step, 12 blocks of 128 threads, and 64 with every operand, 8 blocks.
+    """
+    for operands, registers in (({}, 40), (EVERYTHING, 64)):
+        specialisation = Specialisation(state, velocity, own_rows=True, **operands)
+        row = measure("triton", "sm_90", specialisation)
+        assert row.registers <= registers, row
+        check(row._replace(registers=0, coefficient_loads=None), specialisation)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("arch", ARCHS)
 def test_all_that_sample_can_pick(arch: str) -> None:

@@ -98,13 +98,36 @@ def test_large_sizes_do_not_specialise(driver: RecordingDriver) -> None:
     x = torch.zeros(16)
     for numel in (1, 16, 2**31, 2**40 + 16):
         backend.fused_step_kernel[(1,)](
-            *(x, x, x, None, None, None, None, x, x, None, None, 0, numel, numel, 11, 3, PROMOTE, 0, False, 4, 512),
+            *(
+                x,
+                x,
+                x,
+                None,
+                None,
+                None,
+                None,
+                x,
+                x,
+                None,
+                None,
+                0,
+                numel,
+                numel,
+                11,
+                3,
+                numel,
+                PROMOTE,
+                0,
+                False,
+                False,
+            ),
+            *(4, 512),
             **backend.launch_options(32),
         )
     assert compilations() == 1
     (compiled,) = next(iter(backend.fused_step_kernel.device_caches.values()))[0].values()
-    integers = ("row", "numel", "sample", "slots", "slot")
-    assert [compiled.src.signature[name] for name in integers] == ["i64"] * 5
+    integers = ("row", "numel", "sample", "slots", "slot", "span")
+    assert [compiled.src.signature[name] for name in integers] == ["i64"] * 6
 
 
 def test_operands_and_dtypes_do_specialise(driver: RecordingDriver) -> None:
@@ -117,9 +140,11 @@ def test_operands_and_dtypes_do_specialise(driver: RecordingDriver) -> None:
         launch(rounding=ROUNDED)
         launch(rounding=EXACT)
         launch(sum_first=True)
+        for R in (1, 8):  # [1, 8, 128]: how many is no difference
+            launch(batch=R, coefficients=torch.zeros(3, R, 8))
         launch(u=torch.zeros(1, 1024), guidance=FROM_UNGUIDED)
         launch(u=torch.zeros(1, 1024), guidance=FROM_GUIDED)
-    assert compilations() == 9
+    assert compilations() == 10
 
 
 def test_guidance_without_an_unguided_velocity_does_not_specialise(driver: RecordingDriver) -> None:

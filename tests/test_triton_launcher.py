@@ -292,12 +292,17 @@ def sampled(driver: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[
 
 
 @pytest.mark.skipif(native.TensorRows is None, reason="the extension is not built")
-def test_rows_are_launched_as_one_step_is(sampled: Any) -> None:
+@pytest.mark.parametrize("own", [False, True], ids=["one row for all", "rows of their own"])
+def test_rows_are_launched_as_one_step_is(own: bool, sampled: Any) -> None:
     """Everything but addresses, which are those of other tensors of the same dtype: and no JIT after the first step."""
-    sampled(cpp=False)
-    wanted, got = sampled(cpp=False), sampled()
+    options = {"time_steps": [[0.0, 0.1, 0.5, 1.0], [0.5, 0.5, 0.6, 1.0], [0.2, 0.3, 0.4, 0.5]]} if own else {}
+    sampled(cpp=False, **options)
+    wanted, got = sampled(cpp=False, **options), sampled(**options)
     assert [by_jit for _, by_jit in got] == [k < 4 for k in range(12)]  # of each key the first
-    assert not any(by_jit for _, by_jit in sampled())
+    assert not any(by_jit for _, by_jit in sampled(**options))
+    for launch, _ in got:
+        assert (launch.arguments["own_rows"], launch.arguments["span"]) == (own, 8 if own else 24)
+    assert [launch.arguments["row"] for launch, _ in got] == [k * (3 if own else 1) for k in range(12)]
     written: dict[str, Any] = {}
     for (one, _), (other, _) in zip(got, wanted, strict=True):
         assert one._replace(arguments={}) == other._replace(arguments={})

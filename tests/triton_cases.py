@@ -20,6 +20,7 @@ from flowmatch_kernels.ops.fused_step import (
     EXACT,
     FROM_GUIDED,
     FROM_UNGUIDED,
+    HELD,
     PROMOTE,
     ROUNDED,
     VELOCITY_DTYPES,
@@ -62,9 +63,13 @@ class Case(NamedTuple):
     """out has the velocity's dtype."""
     strength: bool = False
     """Is b0*h0 multiplied by a tensor?"""
+    own_rows: bool = False
+    """Has each sample its row of coefficients, or each of its tokens?"""
 
     def __str__(self) -> str:
-        return " ".join(f"{name}={value}".replace("torch.", "") for name, value in self._asdict().items())
+        items = self._asdict().items()
+        named = [(name, value) for name, value in items if name != "own_rows" or value]  # which are the operands' seed
+        return " ".join(f"{name}={value}".replace("torch.", "") for name, value in named)
 
 
 def combinations(state: torch.dtype, velocity: torch.dtype, numel: int, aligned: bool) -> Iterator[Case]:
@@ -93,6 +98,18 @@ def special(numel: int, aligned: bool) -> Iterator[Case]:
     for k, ((state, velocity), j) in enumerate(product(PAIRS, range(4))):
         guidance, terms, rounding = (None, *FORMS)[(k + j) % 4], (0, k // 4 % 4)[j % 2], (k + k // 4) % 3
         yield Case(state, velocity, guidance, terms, k % 3 == 0, k % 5 > 2, rounding, numel, aligned, strength=True)
+
+
+def own_rows(numel: int, aligned: bool) -> Iterator[Case]:
+    """Rows of their own, for each pair of dtypes, and out of the velocity's: 60 sets of operands."""
+    for k, ((state, velocity), j) in enumerate(product(PAIRS, range(4))):
+        switches = (k % 2 == 0, k // 2 % 2 == 0)
+        rounding, strength = (k + k // 4) % 3, (k + j) % 3 == 0
+        case = Case(state, velocity, (None, *FORMS)[(k // 3 + j) % 4], (k + j) % 4, *switches, rounding, numel, aligned)
+        yield case._replace(strength=strength, own_rows=True)
+    for k, ((state, velocity), rounding, j) in enumerate(product(TAKEN, (EXACT, ROUNDED), range(2))):
+        operands = (None, *FORMS)[(k + j) % 4], (k // 3 + j) % 4, k % 2 == 0, k % 4 > 1
+        yield Case(state, velocity, *operands, rounding, numel, aligned, taken=True, own_rows=True)
 
 
 def quarter(cases: Iterable[Case], turn: int) -> list[Case]:
@@ -166,8 +183,8 @@ def operands(case: Case) -> tuple[Operands, dict[str, Guarded]]:
     if not case.aligned and not shifted & {"out", "base", "v"}:
         shifted.add(choose.choice(["out", "base", "v"]))
 
-    def buffer(name: str, dtype: torch.dtype, shape: tuple[int, ...] = shape) -> Tensor:
-        buffers[name] = Guarded(shape, dtype, name not in shifted)
+    def buffer(name: str, dtype: torch.dtype, its_shape: tuple[int, ...] | None = None) -> Tensor:
+        buffers[name] = Guarded(its_shape or shape, dtype, name not in shifted)
         return buffers[name].tensor
 
     def read(name: str, dtype: torch.dtype) -> Tensor:
@@ -183,6 +200,18 @@ def operands(case: Case) -> tuple[Operands, dict[str, Guarded]]:
         coefficients[row, COLUMNS.index("a")] = 1.0
     if choose.random() < 0.5:
         coefficients[row, COLUMNS.index("c")] = 0.0
+    if case.own_rows:
+        divisors = [d for d in range(1, shape[1] + 1) if shape[1] % d == 0] if case.numel else [1]
+        whole = [d for d in divisors if shape[1] // d % 8 == 0] if case.numel == 1024 else []  # vectors, if aligned
+        tokens = choose.choice(whole or divisors)
+        shape = (batch, tokens, shape[1] // tokens)
+        each = batch if choose.random() < 0.5 else batch * tokens
+        one, coefficients = coefficients, torch.full((rows, each, len(COLUMNS)), torch.nan, dtype=arithmetic)
+        coefficients[row] = one[row] * torch.randn(each, len(COLUMNS), dtype=arithmetic, generator=generator)
+        held, left_out = (torch.rand(2, each, len(COLUMNS), generator=generator) < 0.25).unbind()
+        coefficients[row, :, 1:5] = torch.where(left_out[:, 1:5], 0.0, coefficients[row, :, 1:5])
+        coefficients[row] = torch.where(held[:, :1], torch.tensor(HELD, dtype=arithmetic), coefficients[row])
+        h = [None if x is None else x.view(shape) for x in h]
     out = case.velocity if case.taken else case.state
     result = Operands(
         out=buffer("out", out).fill_(torch.nan),
@@ -198,7 +227,7 @@ def operands(case: Case) -> tuple[Operands, dict[str, Guarded]]:
         sum_first=case.sum_first,
         strength=read("strength", case.state) if case.strength else None,
         guidance=choose.choice(FORMS) if case.guidance is None else case.guidance,  # without u it counts for nothing
-        trajectory=(buffer("trajectory", out, (shape[0], slots, shape[1])).fill_(-7.0) if case.trajectory else None),
+        trajectory=(buffer("trajectory", out, (shape[0], slots, *shape[1:])).fill_(-7.0) if case.trajectory else None),
         slot=choose.randrange(slots) if case.trajectory else 0,
         history=buffer("history", arithmetic).fill_(torch.nan) if case.history else None,
     )

@@ -21,7 +21,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
-from triton_cases import FORMS, PAIRS, PRIME, Case, combinations, differing, failures, half, quarter, special, values
+from triton_cases import (
+    FORMS,
+    PAIRS,
+    PRIME,
+    Case,
+    combinations,
+    differing,
+    failures,
+    half,
+    own_rows,
+    quarter,
+    special,
+    values,
+)
 
 from flowmatch_kernels import FlowMatching
 from flowmatch_kernels.ops import reference
@@ -107,6 +120,11 @@ def test_around_a_block(state: torch.dtype, velocity: torch.dtype) -> None:
 @pytest.mark.parametrize(("numel", "aligned"), [(31, False), (1024, True)])
 def test_sum_first_and_out_of_the_velocity_dtype(numel: int, aligned: bool) -> None:
     check(special(numel, aligned))
+
+
+@pytest.mark.parametrize(("numel", "aligned"), [(31, False), (1024, True)])
+def test_rows_of_their_own(numel: int, aligned: bool) -> None:
+    check(half(own_rows(numel, aligned), aligned))
 
 
 @every_pair
@@ -275,7 +293,7 @@ def test_beyond_32_bits(edge: int, aligned: bool, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(interpreter_builder, "create_get_program_id", program_id)
     backend.fused_step_kernel[(blocks,)](
         *(out, base, v, None, None, None, None, rows, trajectory, None, None),
-        *(0, numel, sample, slots, slot, PROMOTE, 0, False, vector, block),
+        *(0, numel, sample, slots, slot, numel, PROMOTE, 0, False, False, vector, block),
     )
     expected = reference.fused_step(base[window], v[window], None, None, None, None, rows, 0)
     assert torch.equal(out[window], expected)

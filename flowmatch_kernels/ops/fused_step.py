@@ -28,6 +28,13 @@ the oldest on, as torchdiffeq does; a and c are the factors, and history is h0:
     out = base + ((b2*h2 + b1*h1 + b0*h0) * a) * c              up to two history terms
     out = base + ((b3*h3 + b1*(h2 + h1) + b0*h0) * a) * c       three
 
+Rows of their own. `coefficients` [rows, 8] hold one row for all elements. [rows, R, 8] hold R, where R is the product
+of the first sizes of the state's shape: B, one for each sample; or B times the next sizes, as one for each token. An
+element uses the row that it lies in, and so its own step, weights of guidance and c. A term b_k*h_k whose b_k is 0 is
+then left out, by a choice and not by a product: what h_k holds, NaN and infinities too, does not count. So a row HELD,
+a = 1 and b0..b3 = 0, leaves the bits of base as they are, -0.0 too. With one row for all, 0*h_k is added as eager
+PyTorch adds it. Not with `sum_first`.
+
 Overlaps. What is written (out, the trajectory's slot, history) lies in memory of its own. Two exceptions: out may be
 base, where they have one dtype, and history may be one of h1..h3, each the same memory to the byte. Whatever is only
 read may overlap. A v or u that is not contiguous counts for nothing here: a backend copies it before it writes.
@@ -55,6 +62,9 @@ NAMESPACE = "flowmatch_kernels"
 
 #: The columns of a row of coefficients.
 COLUMNS = ("a", "b0", "b1", "b2", "b3", "w0", "w1", "c")
+
+#: A row of their own that leaves base as it is: every term is left out.
+HELD = (1.0, *[0.0] * 7)
 
 #: How the two velocities of guidance are combined: the argument `guidance`.
 WEIGHTED, FROM_UNGUIDED, FROM_GUIDED = range(3)
@@ -87,7 +97,7 @@ class Operands(NamedTuple):
     h2: Tensor | None
     h3: Tensor | None
     coefficients: Tensor
-    """A, [rows, 8], contiguous."""
+    """A, [rows, 8], contiguous; or with rows of their own [rows, R, 8]."""
     row: int
     rounding: int = PROMOTE
     guidance: int = WEIGHTED
@@ -137,6 +147,19 @@ def arithmetic_dtype(state_dtype: torch.dtype) -> torch.dtype:
 
 #: Device types on which float64 is sure; MPS and some XPUs have none.
 FLOAT64_DEVICES = ("cpu", "cuda", "meta")
+
+
+def covered(shape: Sequence[int], R: int) -> Sequence[int] | None:
+    """The first sizes of a state's shape whose product is R, one or more: those that R rows of their own have one for.
+
+    None: there are none. csrc/launch.h holds the same rule.
+    """
+    product = 1
+    for d, size in enumerate(shape, start=1):
+        product *= size
+        if product == R:
+            return shape[:d]
+    return None
 
 
 def double(x: Tensor) -> Tensor:
@@ -198,8 +221,19 @@ def check_operands(operands: Operands) -> None:
             raise ValueError(f"{name} must be contiguous, got strides {list(tensor.stride())}")
     if coefficients.dtype != arithmetic:
         raise TypeError(f"coefficients must be {arithmetic}, got {coefficients.dtype}")
-    if coefficients.dim() != 2 or coefficients.shape[1] != len(COLUMNS) or not coefficients.is_contiguous():
-        raise ValueError(f"coefficients must be contiguous, [rows, {len(COLUMNS)}], got {list(coefficients.shape)}")
+    if coefficients.dim() not in (2, 3) or coefficients.shape[-1] != len(COLUMNS) or not coefficients.is_contiguous():
+        raise ValueError(
+            f"coefficients must be contiguous, [rows, {len(COLUMNS)}] or [rows, R, {len(COLUMNS)}], "
+            f"got {list(coefficients.shape)}"
+        )
+    if coefficients.dim() == 3:
+        if covered(shape, coefficients.shape[1]) is None:
+            raise ValueError(
+                f"coefficients [rows, R, {len(COLUMNS)}] need R to be the product of the first sizes of base's shape "
+                f"{list(shape)}, got {list(coefficients.shape)}"
+            )
+        if sum_first:
+            raise ValueError(f"sum_first needs coefficients [rows, 8], got {list(coefficients.shape)}")
     if coefficients.device != device:
         raise ValueError(f"coefficients must be on base's device {device}, got {coefficients.device}")
     if not 0 <= row < coefficients.shape[0]:
@@ -335,15 +369,25 @@ def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     coefficients, strength = ctx.saved_tensors
     state, velocity = ctx.dtypes
     guided, *history = ctx.present
-    a, b0, b1, b2, b3, w0, w1, c = coefficients.select(0, ctx.row).unbind()
+    a, b0, b1, b2, b3, w0, w1, c = coefficients.select(0, ctx.row).unbind(-1)
+    own = coefficients.dim() == 3
+    if own:
+        sizes = covered(gradient.shape, coefficients.shape[1])
+        assert sizes is not None
+        spans = [*sizes, *[1] * (gradient.dim() - len(sizes))]
+        a, b0, b1, b2, b3, w0, w1 = (column.view(spans) for column in (a, b0, b1, b2, b3, w0, w1))
+
+    def times(b: Tensor, gradient: Tensor) -> Tensor:
+        return torch.where(b == 0, 0, b * gradient) if own else b * gradient  # a term that is left out has none
+
     if ctx.sum_first:
         b2 = b1 if history[2] else b2
         b0, b1, b2, b3, a = b0 * a * c, b1 * a * c, b2 * a * c, b3 * a * c, torch.ones_like(a)
     gradient = gradient.to(coefficients.dtype)
-    to_h0 = b0 * gradient if strength is None else b0 * (gradient * strength)
+    to_h0 = times(b0, gradient if strength is None else gradient * strength)
     if ctx.guidance != WEIGHTED:  # w1*(v - u), added to one of the two
         w0, w1 = (1 - w1, w1) if ctx.guidance == FROM_UNGUIDED else (-w1, 1 + w1)
-    to_history = [b * gradient if present else None for b, present in zip((b1, b2, b3), history, strict=True)]
+    to_history = [times(b, gradient) if present else None for b, present in zip((b1, b2, b3), history, strict=True)]
     return (
         (a * gradient).to(state),
         (w1 * to_h0 if guided else to_h0).to(velocity),

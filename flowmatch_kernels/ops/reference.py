@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .fused_step import FROM_UNGUIDED, PROMOTE, ROUNDED, WEIGHTED, Operands, arithmetic_dtype, check_overlap
+from .fused_step import FROM_UNGUIDED, PROMOTE, ROUNDED, WEIGHTED, Operands, arithmetic_dtype, check_overlap, covered
 
 #: Tensor.copy_, which asks for the device even of a FakeTensor, without that question.
 copy_ = torch.ops.aten.copy_.default
@@ -20,7 +20,10 @@ def unavailable() -> str | None:
 
 
 class Columns(NamedTuple):
-    """One row of coefficients, each [1, ..., 1] and not 0-dim, so that none is rounded to a tensor's dtype unasked."""
+    """One row of coefficients, each [1, ..., 1] and not 0-dim, so that none is rounded to a tensor's dtype unasked.
+
+    With rows of their own one row of each, [B, 1, ..., 1], or [B, tokens, 1, ..., 1].
+    """
 
     a: Tensor | None
     """None: it is known to be 1."""
@@ -30,12 +33,26 @@ class Columns(NamedTuple):
     w1: Tensor
     c: Tensor | None
     """None: it is known to be 0."""
+    own: bool = False
+    """They are rows of their own."""
 
     @classmethod
-    def of(cls, coefficients: Tensor, row: int, dims: int) -> Columns:
-        """A row's columns, for states of so many dimensions."""
-        a, b0, b1, b2, b3, w0, w1, c = coefficients.select(0, row).view(8, *[1] * max(dims, 1)).unbind()
-        return cls(a, (b0, b1, b2, b3), w0, w1, c)
+    def of(cls, coefficients: Tensor, row: int, dims: int, sizes: Sequence[int] | None = None) -> Columns:
+        """A row's columns, for states of so many dimensions.
+
+        Args:
+            coefficients, row: Which.
+            dims: Of the states.
+            sizes: The first sizes of the states, which rows of their own have one row for; None: the samples.
+        """
+        of_row, own = coefficients.select(0, row), coefficients.dim() == 3
+        if own:
+            sizes = of_row.shape[:1] if sizes is None else sizes
+            of_row = of_row.T.contiguous()
+        else:
+            sizes = ()
+        a, b0, b1, b2, b3, w0, w1, c = of_row.view(8, *sizes, *[1] * (max(dims, 1) - len(sizes))).unbind()
+        return cls(a, (b0, b1, b2, b3), w0, w1, c, own)
 
 
 def fused_step(base: Tensor, *operands: Any, **named: Any) -> Tensor:
@@ -63,7 +80,8 @@ def fused_step_(o: Operands) -> None:
 
 
 def _result(o: Operands) -> tuple[Tensor, Tensor, Columns]:
-    columns = Columns.of(o.coefficients, o.row, o.base.dim())
+    sizes = covered(o.base.shape, o.coefficients.shape[1]) if o.coefficients.dim() == 3 else None
+    columns = Columns.of(o.coefficients, o.row, o.base.dim(), sizes)
     h0 = velocity(o.v, o.u, columns, o.guidance)
     terms = h0, o.h1, o.h2, o.h3
     return combine(o.base, terms, columns, o.rounding, o.sum_first, o.out.dtype, o.strength), h0, columns
@@ -117,7 +135,7 @@ def combine(
         for k, (b, term) in enumerate(zip(columns.b, terms, strict=True)):
             if term is not None:
                 product = b * term
-                out = out + (product if strength is None or k else product * strength)
+                out = _plus(out, product if strength is None or k else product * strength, b, columns)
     else:
         product_dtype = S if rounding == PROMOTE else velocity_dtype
         out = base.to(S) if columns.a is None else (columns.a * base.to(A)).to(S)
@@ -127,10 +145,16 @@ def combine(
                 product = (entered * term.to(A)).to(product_dtype)
                 if strength is not None and k == 0:
                     product = (product.to(A) * strength.to(A)).to(S)
-                out = (out.to(A) + product.to(A)).to(S)
+                out = _plus(out, product, b, columns, A)
         if out_dtype is not None:
             out = out.to(out_dtype)
     return out if base.dim() and out.is_contiguous() else out.reshape(base.shape).contiguous()
+
+
+def _plus(out: Tensor, term: Tensor, b: Tensor, columns: Columns, A: torch.dtype | None = None) -> Tensor:
+    """out + term, added in A and rounded to out's dtype; with rows of their own out alone where b, the term's, is 0."""
+    added = out + term if A is None else (out.to(A) + term.to(A)).to(out.dtype)
+    return torch.where(b != 0, added, out) if columns.own else added
 
 
 def _sum_first(base: Tensor, terms: Sequence[Tensor | None], columns: Columns) -> Tensor:

@@ -93,6 +93,7 @@ def _by_shard(
         TypeError: some operands are DTensors, and others plain tensors, which is for `implicit_replication` to allow,
             as in PyTorch's own ops.
         ValueError: base is a pending sum, or an operand is on another device mesh.
+        NotImplementedError: base is sharded, and the coefficients are rows of their own.
     """
     DTensor: Any = kind
     operands = dict(zip(READ, args, strict=False)) | (kwargs or {})
@@ -112,6 +113,11 @@ def _by_shard(
             raise ValueError(f"{name} is on {x.device_mesh}, and another operand of the step on {given.device_mesh}")
     base = operands["base"]
     mesh, placements = base.device_mesh, base.placements
+    if operands["coefficients"].dim() == 3 and not all(placement.is_replicate() for placement in placements):
+        raise NotImplementedError(
+            f"rows of their own, coefficients {list(operands['coefficients'].shape)}, need a state that each rank has "
+            f"the whole of, got {placements}: step each shard by itself, with its rows"
+        )
     if any(placement.is_partial() for placement in placements):
         raise ValueError(f"base is a pending sum, {placements}: redistribute it to Shard or Replicate first")
     for name, _ in tensors:

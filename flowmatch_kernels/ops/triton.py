@@ -58,6 +58,7 @@ _RUNTIME_ARGUMENTS = (
     "sample",
     "slots",
     "slot",
+    "span",
 )
 
 
@@ -131,6 +132,15 @@ def _as_entered(b, V: tl.constexpr, A: tl.constexpr, rounding: tl.constexpr):
 
 
 @triton.jit
+def _plus(x, product, b, own_rows: tl.constexpr, A: tl.constexpr, DTYPE: tl.constexpr):
+    """x + product; with rows of their own x alone where b, the term's coefficient, is 0."""
+    y = _sum(x, product, A, DTYPE)
+    if own_rows:
+        y = tl.where(b != 0, y, x)
+    return y
+
+
+@triton.jit
 def _elements(pointer, offset, VECTOR: tl.constexpr):
     """Addresses of the elements at `offset`; the hint says that VECTOR of them make one aligned access.
 
@@ -145,25 +155,31 @@ def _elements(pointer, offset, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _trajectory_offset(start, sample, slots, slot, BLOCK: tl.constexpr):
-    """Where this block's elements stand in trajectory[:, slot]: i + (i // sample * (slots-1) + slot) * sample.
+def _quotients(start, size, BLOCK: tl.constexpr):
+    """(start + j) // size for this block's elements j, as that of `start` and how much more each is.
 
-    One 64-bit division a block and none an element: with k elements of the first sample before `start`,
-    element j is q = (j + k) // sample samples further. For j + k < 2^11 and a divisor D <= 2^10 that is
+    One 64-bit division a block and none an element: with k elements of the first part of that size before `start`,
+    element j is q = (j + k) // size parts further. For j + k < 2^11 and a divisor D <= 2^10 that is
     ((j + k) * ceil(2^21 / D)) >> 21 in 32 bits: the quotient is too large by less than 2^-10 <= 1/D.
     """
     tl.static_assert(BLOCK <= 1024)
-    sample = sample.to(tl.int64)  # the interpreter passes a small integer as int32, whatever the annotation
-    first = start // sample
-    left = sample - (start - first * sample)  # of the first sample, from `start` on
-    # A sample longer than a block ends in it at most once: as if it were as long as the block.
-    divisor = tl.minimum(sample, BLOCK).to(tl.uint32)
+    first = start // size
+    left = size - (start - first * size)  # of the first part, from `start` on
+    # A part longer than a block ends in it at most once: as if it were as long as the block.
+    divisor = tl.minimum(size, BLOCK).to(tl.uint32)
     before = divisor - tl.minimum(left, BLOCK).to(tl.uint32)
     inverse = ((1 << 21) + divisor - 1) // divisor
-    j = tl.arange(0, BLOCK)
-    q = ((j.to(tl.uint32) + before) * inverse) >> 21
+    q = ((tl.arange(0, BLOCK).to(tl.uint32) + before) * inverse) >> 21
+    return first, q
+
+
+@triton.jit
+def _trajectory_offset(start, sample, slots, slot, BLOCK: tl.constexpr):
+    """Where this block's elements stand in trajectory[:, slot]: i + (i // sample * (slots-1) + slot) * sample."""
+    sample = sample.to(tl.int64)  # the interpreter passes a small integer as int32, whatever the annotation
+    first, q = _quotients(start, sample, BLOCK)
     stride = (slots - 1) * sample
-    return (start + slot * sample + first * stride) + (q.to(tl.int64) * stride + j)
+    return (start + slot * sample + first * stride) + (q.to(tl.int64) * stride + tl.arange(0, BLOCK))
 
 
 @triton.jit(do_not_specialize=_RUNTIME_ARGUMENTS)
@@ -184,9 +200,11 @@ def fused_step_kernel(
     sample: tl.int64,
     slots: tl.int64,
     slot: tl.int64,
+    span: tl.int64,
     rounding: tl.constexpr,
     guidance: tl.constexpr,
     sum_first: tl.constexpr,
+    own_rows: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -201,15 +219,17 @@ def fused_step_kernel(
         base: B[numel]; S is the dtype that B and OUT promote to, most often both.
         v, u: V[numel]; u may be None.
         h1, h2, h3: A[numel], or None; A is the coefficients' dtype.
-        coefficients: A[rows, 8].
+        coefficients: A[rows, 8], or with rows of their own A[rows, numel / span, 8].
         trajectory: OUT[numel / sample, slots, sample], or None.
         history: A[numel], or None; may be one of h1..h3.
         strength: OUT[numel], or None.
-        row, slot: Which row of coefficients, which slot of the trajectory.
+        row, slot: Which row of coefficients, the first of several, and which slot of the trajectory.
         numel, sample, slots: Elements of the state, elements of one sample, slots of the trajectory.
+        span: With rows of their own, the elements that each covers: with VECTOR more than 1 a multiple of it.
         rounding: What products b_k*h_k are rounded to: PROMOTE, EXACT or ROUNDED.
         guidance: How u and v are combined: WEIGHTED, FROM_UNGUIDED or FROM_GUIDED.
         sum_first: The terms are added before they are multiplied, by a and c.
+        own_rows: The elements have rows of their own: each loads its coefficients, most often from the L1 cache.
         VECTOR: The alignment class: elements of one access, or 1. With more than 1, numel and sample are
             multiples of VECTOR, and each pointer of VECTOR elements.
         BLOCK: Elements of a block, a power of two up to 1024.
@@ -233,6 +253,9 @@ def fused_step_kernel(
     x = tl.load(_elements(base, offset, VECTOR), mask)
     h0 = tl.load(_elements(v, offset, VECTOR), mask, eviction_policy="evict_first")
     row_of = coefficients + row.to(tl.int64) * 8  # a, b0..b3, w0, w1, c
+    if own_rows:
+        first, q = _quotients(start, span.to(tl.int64), BLOCK)
+        row_of += (first + tl.where(mask, q, 0).to(tl.int64)) * 8
     a = tl.load(row_of)
     b0 = tl.load(row_of + 1)
     if u is not None:
@@ -284,13 +307,13 @@ def fused_step_kernel(
         newest = _product(_as_entered(b0, V, A, rounding), h0, A, P)
         if strength is not None:
             newest = _product(newest, factor, A, S)
-        result = _sum(result, newest, A, S)
+        result = _plus(result, newest, b0, own_rows, A, S)
         if h1 is not None:
-            result = _sum(result, _product(_as_entered(b1, V, A, rounding), h1_, A, P), A, S)
+            result = _plus(result, _product(_as_entered(b1, V, A, rounding), h1_, A, P), b1, own_rows, A, S)
         if h2 is not None:
-            result = _sum(result, _product(_as_entered(b2, V, A, rounding), h2_, A, P), A, S)
+            result = _plus(result, _product(_as_entered(b2, V, A, rounding), h2_, A, P), b2, own_rows, A, S)
         if h3 is not None:
-            result = _sum(result, _product(_as_entered(b3, V, A, rounding), h3_, A, P), A, S)
+            result = _plus(result, _product(_as_entered(b3, V, A, rounding), h3_, A, P), b3, own_rows, A, S)
     if OUT != S:
         result = _rounded(_widened(result, A), OUT)
 
@@ -356,6 +379,10 @@ def launch(o: Operands, key: int | None = None) -> None:
         guidance = WEIGHTED
     else:
         u = dense(u)
+    own_rows, span = coefficients.dim() == 3, numel
+    if own_rows:
+        R = coefficients.shape[1]
+        span, row = numel // R, row * R
     if trajectory is not None:
         sample, slots = numel // base.shape[0], trajectory.shape[1]
     for optional in (u, h1, h2, h3, trajectory, history, strength):
@@ -364,20 +391,20 @@ def launch(o: Operands, key: int | None = None) -> None:
         else:
             dtypes.append(optional.dtype)
             addresses |= optional.data_ptr()
-    operands: object = (*dtypes, rounding, guidance, sum_first)
+    operands: object = (*dtypes, rounding, guidance, sum_first, own_rows)
     vector = _vectors.get(operands)
     if vector is None:
         vector = _vectors[operands] = elements_per_access(dtypes)
     if key is not None:
         _vectors_of_keys[key], operands = vector, key
-    if addresses % 16 or sample % vector:  # numel is a multiple of sample
+    if addresses % 16 or (span if own_rows else sample) % vector:  # numel is a multiple of both, and sample of span
         vector = 1
     block_size = block(vector)
     variant, blocks = (operands, vector), -(-numel // block_size)
     arguments = (
         *(out, base, v, u, h1, h2, h3, coefficients, trajectory, history, strength),
-        *(row, numel, sample, slots, slot),
-        *(rounding, guidance, sum_first, vector, block_size),
+        *(row, numel, sample, slots, slot, span),
+        *(rounding, guidance, sum_first, own_rows, vector, block_size),
     )
     device = out.get_device()  # -1: the CPU
     if device >= 0 and device != torch.cuda.current_device():
@@ -394,7 +421,7 @@ def compiled(key: int, device: int, aligned: bool, sample: int) -> tuple[Any, ..
         key: Equal for two launches only where `launch` would launch the same kernel for both, but for alignments.
         device: The index of the operands' device, -1 for the CPU.
         aligned: The operands' addresses, but for the coefficients', are multiples of 16.
-        sample: The kernel's argument.
+        sample: The kernel's argument, or its `span` where it has one.
 
     Returns:
         VECTOR, BLOCK; stream, run, function, packed_metadata and threads of `triton_launcher.Known`; and the address of

@@ -2,12 +2,14 @@
 
 stages.py says what a solver takes and returns, ode.py has the solvers with a name, stochastic.py those that add noise,
 fitted.py those that were fitted to a model, predictions.py changes their columns for a model that predicts the data or
-the noise, table.py makes the rows, grid.py checks times and step sizes, and requests.py keeps the tables.
+the noise, table.py makes the rows, per_sample.py puts those of several grids side by side, grid.py checks times and
+step sizes, and requests.py keeps the tables.
 """
 
 from .fitted import FittedSolver
 from .grid import Grid, checked_grid
 from .ode import SOLVERS, IntMethod, ab2, ab3, dpmpp_2m, euler, heun, loaded, midpoint, rk4, rk4_classic, solver, unipc
+from .per_sample import is_per_sample
 from .requests import Request, cache, check_finite, table_for
 from .stages import Earlier, Segment, Stage, Steps
 from .stochastic import STOCHASTIC, Loaded, StochasticSolver, of_the_ode
@@ -38,6 +40,7 @@ __all__ = [
     "euler",
     "evaluations",
     "heun",
+    "is_per_sample",
     "loaded",
     "midpoint",
     "of_the_ode",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,9 +53,9 @@ class Table(NamedTuple):
     evaluations: tuple[Evaluation, ...]
     """E of them, in order."""
     times: Tensor
-    """[T + stages]: the time grid, then the times of the stages inside its steps."""
+    """[T + stages]: the time grid, then the times of the stages inside its steps; of each sample, [T + stages, B]."""
     coefficients: Tensor
-    """[E, 8], the device's half of the rows: a, b0..b3, w0, w1, c."""
+    """[E, 8], the device's half of the rows: a, b0..b3, w0, w1, c; of each sample, [E, B, 8]."""
     steps: int
     """N."""
     buffers: int
@@ -68,18 +68,27 @@ class Table(NamedTuple):
     """[E, 2], with noise: scale and offset of each row, as `ops.step_log_prob` takes them."""
     noiseless: tuple[int, ...] = ()
     """With noise: rows that the host knows to add none."""
-    weights: Sequence[float] = ()
-    """With guidance, its weight for each evaluation."""
+    weights: Sequence[Any] = ()
+    """With guidance, its weight for each evaluation: a float, or where samples differ a tuple of B."""
     units: tuple[tuple[bool, bool], ...] | None = None
     """For each row, whether a is 1, and whether c is 0; None: the host has not read them."""
     views: dict[int, tuple[reference.Columns, ...]] | None = None
     """What `columns` has made; None: it keeps nothing."""
+
+    @property
+    def of_samples(self) -> bool:
+        """Each sample has rows of its own: coefficients [E, B, 8]. Then times may be [T + stages, B]."""
+        return self.coefficients.dim() == 3
 
     def readable(self) -> Table:
         """This table, with what the host reads of its rows: one synchronisation on a GPU."""
         if not is_readable(self.coefficients):
             return self
         rows = self.coefficients.tolist()
+        if self.of_samples:
+            every = [[{row[column] for row in samples} for column in (0, 7)] for samples in rows]
+            units = tuple((a == {1.0}, c == {0.0}) for a, c in every)
+            return self._replace(units=units, views={})
         units = tuple((row[0] == 1.0, row[7] == 0.0 and not self.sum_first) for row in rows)
         noiseless = tuple(k for k, row in enumerate(rows) if self.noise is not None and row[NOISE] == 0.0)
         return self._replace(units=units, views={}, noiseless=noiseless)
@@ -99,29 +108,39 @@ class Table(NamedTuple):
             self.views[dims] = made
         return made
 
-    def guided(self, form: Form, weight: Weight, times: Callable[[], Sequence[float]] | None = None) -> Table:
+    def guided(
+        self, form: Form, weight: Weight, times: Callable[[], Sequence[Any]] | None = None, samples: int | None = None
+    ) -> Table:
         """This table with guidance: its weights in the columns w0 and w1.
 
         Args:
             form: How the velocities are combined.
             weight: As `guidance.checked` returns it.
             times: Gives the numbers of `self.times`, where that cannot be read and the weight is a function.
+            samples: B, where weights or times are given for each sample.
         """
         steps = [0, *itertools.accumulate(int(evaluation.commit) for evaluation in self.evaluations)][:-1]
 
-        def evaluated() -> list[float]:
+        def evaluated() -> list[Any]:
             on_host = self.times.tolist() if times is None or is_readable(self.times) else times()
             return [on_host[evaluation.time] for evaluation in self.evaluations]
 
-        weights = guidance.weights(weight, steps, evaluated, self.coefficients.dtype)
         rows = self.coefficients
+        if samples is not None:
+            weights, column = guidance.weights_of_samples(weight, samples, steps, evaluated, rows.dtype)
+            if not self.of_samples:
+                rows = rows.unsqueeze(1).expand(-1, samples, -1)
+        else:
+            weights = guidance.weights(weight, steps, evaluated, rows.dtype)
+            column = guidance.column(weight, weights)
         if not weights:
-            return self._replace(views=self.views and {})
-        column = guidance.column(weight, weights)
-        columns = torch.stack([torch.full_like(column, w) if isinstance(w, float) else w for w in form.weights(column)])
-        columns = columns.T.to(rows.dtype).to(rows.device)
-        parts = [part(rows, 0, 5, dim=1), columns, part(rows, 7, 8, dim=1)]
-        return self._replace(coefficients=torch.cat(parts, dim=1), weights=weights, views=self.views and {})
+            return self._replace(coefficients=rows.contiguous(), views=self.views and {})
+        columns = torch.stack(
+            [torch.full_like(column, w) if isinstance(w, float) else w for w in form.weights(column)], dim=-1
+        )
+        columns = columns.to(rows.dtype).to(rows.device)
+        parts = [part(rows, 0, 5, dim=-1), columns, part(rows, 7, 8, dim=-1)]
+        return self._replace(coefficients=torch.cat(parts, dim=-1), weights=weights, views=self.views and {})
 
 
 def build(

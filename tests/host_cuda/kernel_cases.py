@@ -16,7 +16,20 @@ import torch
 import triton_cases as cases
 from guarded import Guarded
 from torch import Tensor
-from triton_cases import FORMS, PAIRS, PRIME, Case, combinations, copied, differing, failures, half, operands, special
+from triton_cases import (
+    FORMS,
+    PAIRS,
+    PRIME,
+    Case,
+    combinations,
+    copied,
+    differing,
+    failures,
+    half,
+    operands,
+    own_rows,
+    special,
+)
 
 from flowmatch_kernels import FlowMatching
 from flowmatch_kernels.ops import dispatch, native, reference
@@ -52,14 +65,18 @@ def step(o: Operands) -> None:
         return
     if o.trajectory is not None:
         sample, slots = numel // o.base.shape[0], o.trajectory.shape[1]
+    R, rows = 1, 0
+    if o.coefficients.dim() == 3:
+        R, sample = o.coefficients.shape[1], numel // o.base.shape[0]
+        rows = R // o.base.shape[0]
     v, u = dense(o.v), None if o.u is None else dense(o.u)
     tensors = (o.out, o.base, v, u, o.h1, o.h2, o.h3, o.coefficients)
     _host.fused_step_cuda(
         *(0 if x is None else x.data_ptr() for x in tensors),
-        *(o.row, *(native.DTYPES[x.dtype] for x in (o.base, v, o.out)), o.rounding, o.guidance, o.sum_first),
+        *(o.row * R, *(native.DTYPES[x.dtype] for x in (o.base, v, o.out)), o.rounding, o.guidance, o.sum_first),
         *(0 if o.trajectory is None else o.trajectory.data_ptr(), slots, o.slot),
         *(0 if x is None else x.data_ptr() for x in (o.history, o.strength)),
-        *(numel, sample, 0),
+        *(numel, sample, 0, 0, rows),
     )
 
 
@@ -106,6 +123,14 @@ def test_prime(state: torch.dtype, velocity: torch.dtype, aligned: bool) -> None
 @pytest.mark.parametrize("numel", [1, 1024, 1025])
 def test_sum_first_and_out_of_the_velocity_dtype(numel: int, aligned: bool) -> None:
     check(special(numel, aligned))
+
+
+def test_rows_of_their_own(double) -> None:
+    """A thread moves vectors where rows cover whole ones: two kernels for each set of dtypes."""
+    check(own_rows(31, False))
+    assert len({launch.kernel for launch in double.launches}) == 20
+    check([*own_rows(1024, True), *own_rows(3072, True), *own_rows(1025, False)])
+    assert len({launch.kernel for launch in double.launches}) == 40
 
 
 @pytest.mark.full

@@ -208,6 +208,8 @@ class Loop(NamedTuple):
     x_dims: tuple[int, ...] = (64, 2)
     off: bool = False
     """Every second velocity begins one element after a 16-byte boundary."""
+    own_times: bool = False
+    """Each sample has times and a weight of guidance of its own; the last is held in its first step."""
 
     def __str__(self) -> str:
         return " ".join(map(str, self)).replace("torch.", "")
@@ -227,6 +229,10 @@ LOOPS = [
 ]
 #: Their noise is a history operand that no row writes.
 STOCHASTIC_LOOPS = [Loop("sde"), Loop("renoise", off=True)]
+OWN_LOOPS = [
+    Loop("heun", guided=True, trajectory=True, own_times=True),
+    Loop("ab2", velocity=BF16, x_dims=(7, 3), own_times=True),
+]
 MORE_LOOPS = [
     *[Loop(s, velocity=BF16, guided=True, trajectory=True, x_dims=(7, 3)) for s in sorted(solvers.SOLVERS)],
     Loop("heun", F64, F16, guided=True, trajectory=True),
@@ -234,6 +240,13 @@ MORE_LOOPS = [
     Loop("ab3", BF16, BF16, trajectory=True),
     Loop("dpmpp_2m", F64, F32, trajectory=True),
 ]
+
+
+def own_times() -> Tensor:
+    """[5, 5]: one grid for each of five samples; the last is held in its first step."""
+    t = torch.linspace(0, 1, 5) ** torch.linspace(0.6, 2, 5).view(5, 1)
+    t[4, 0] = t[4, 1]
+    return t
 
 
 def models(loop: Loop) -> tuple[Any, Any]:
@@ -261,7 +274,10 @@ def looped_by_rows(loop: Loop, half: Any) -> list[str]:
     fm = FlowMatching(loop.x_dims, loop.solver, 4, backend="reference")
     form = fm.guidance_form if loop.guided else None
     cpu = torch.device("cpu")
-    table = fm._table(None, None, None, None, loop.state, cpu, form, weight if loop.guided else 0.0, False)
+    times = own_times() if loop.own_times else None
+    table = fm._table(
+        *(None, None, times, None, loop.state, cpu, form, weight if loop.guided else 0.0), cached=False, batch_size=5
+    )
     rows = Rows(half, table, noise, loop.trajectory, WEIGHTED)
 
     conditioned, unconditioned = models(loop)
@@ -283,6 +299,7 @@ def looped_by_rows(loop: Loop, half: Any) -> list[str]:
         noise=noise,
         return_all_steps=loop.trajectory,
         use_classifier_free_guidance=loop.guided,
+        time_steps=times,
         **guided,
     )
     wanted = wanted[0] if loop.trajectory else wanted
@@ -306,7 +323,8 @@ def looped(loop: Loop, backend: str) -> list[str]:
             return_all_steps=loop.trajectory,
             unguided_step_fn=unconditioned if loop.guided else None,
             use_classifier_free_guidance=loop.guided,
-            inference_guidance_weight=1.7,
+            inference_guidance_weight=[[1.7 - 0.3 * b] for b in range(5)] if loop.own_times else 1.7,
+            time_steps=own_times() if loop.own_times else None,
         )
 
     def states(result: Any) -> Tensor:
@@ -317,7 +335,7 @@ def looped(loop: Loop, backend: str) -> list[str]:
     except (RuntimeError, AssertionError) as error:
         return [f"{type(error).__name__}: {error} [{loop}]"]
     oracles = {"the reference": states(sampled("reference"))}
-    if loop.solver == "euler" and loop.state == F32:
+    if loop.solver == "euler" and loop.state == F32 and not loop.own_times:
         unguided = {"unguided_step_fn": unconditioned, "weight": 1.7} if loop.guided else {}
         result = published.sample(
             5, conditioned, loop.x_dims, 4, noise=noise, return_all_steps=loop.trajectory, **unguided

@@ -1,0 +1,191 @@
+"""Times of each sample: the table of each one's own grid, side by side, [E, B, 8]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arguments import check_dense, number
+from ..ops.fused_step import HELD
+from ..tracing import is_readable
+from .grid import on_host
+from .table import Table
+
+
+def is_per_sample(numbers: Any) -> bool:
+    """Whether numbers are given for each sample: in two dimensions, or as a list of lists."""
+    if isinstance(numbers, (list, tuple)):
+        return bool(numbers) and isinstance(numbers[0], (list, tuple))
+    return getattr(numbers, "ndim", 0) == 2
+
+
+def rows_of(numbers: Any, samples: int, name: str) -> Sequence[Any]:
+    """What is given for each sample, [samples, n] or [1, n], as one row for each: tensors on the CPU, or lists.
+
+    Raises:
+        TypeError: it is no dense floating-point tensor, nor a list of lists.
+        ValueError: there is another number of rows, they differ in length, or they cannot be read.
+    """
+    if isinstance(numbers, (list, tuple)):
+        rows = list(numbers)
+    else:
+        numbers = numbers if isinstance(numbers, Tensor) else torch.as_tensor(numbers, device="cpu")  # NumPy's
+        if not numbers.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {numbers.dtype}")
+        check_dense(numbers, name)
+        if not is_readable(numbers):
+            raise ValueError(
+                f"{name} of each sample is a tensor whose values cannot be read under a compiler, a tracer or vmap, or "
+                "on the meta device: pass lists of floats"
+            )
+        rows = list(on_host(numbers.detach()).unbind())
+    if len(rows) not in (1, samples):
+        raise ValueError(f"{name} must have a row for each of the {samples} samples, or one for all, got {len(rows)}")
+    lengths = [len(row) if hasattr(row, "__len__") else 0 for row in rows]
+    for sample, length in enumerate(lengths):
+        if length != lengths[0]:
+            raise ValueError(f"{name}: sample {sample} has {length} entries, and sample 0 has {lengths[0]}")
+    return rows if len(rows) == samples else rows * samples
+
+
+class Own(NamedTuple):
+    """The grid of one sample without its steps of length 0."""
+
+    steps: tuple[int, ...]
+    """The numbers of the others."""
+    times: Any
+    """[len(steps) + 1]; None where all steps have length 0."""
+    sizes: Any
+    """[len(steps)]; None: the differences of `times`."""
+
+
+def without_holds(times: Any, sizes: Any, sample: int) -> Own:
+    """The grid of one sample without its steps of length 0, which hold the sample as it is.
+
+    Args:
+        times: [T], a tensor on the CPU, or a list of numbers.
+        sizes: [T - 1] likewise, or None.
+        sample: Its number, for messages.
+
+    Raises:
+        TypeError: an entry is no number.
+        ValueError: an entry is not finite, or a step of length 0 has a step size that is not 0.
+    """
+    entries = [number(entry, f"time_steps[{sample}][{k}]") for k, entry in enumerate(_numbers(times))]
+    given = None if sizes is None else _numbers(sizes)
+    if not all(abs(entry) < inf for entry in entries):
+        raise ValueError(f"time_steps of sample {sample} must be finite, got {entries!s:.200}")
+    steps = tuple(k for k in range(len(entries) - 1) if entries[k] != entries[k + 1])
+    if len(steps) == len(entries) - 1:
+        return Own(steps, times, sizes)
+    if given is not None and len(given) == len(entries) - 1:  # else who checks step sizes says so
+        for k in set(range(len(entries) - 1)) - set(steps):
+            if given[k] != 0:
+                raise ValueError(
+                    f"sample {sample} has a step of length 0, step {k}, at time {entries[k]}: wanted 0 for its size in "
+                    f"step_sizes, got {given[k]}"
+                )
+    if not steps:
+        return Own(steps, None, None)
+    kept = [*steps, steps[-1] + 1]
+    return Own(steps, _picked(times, kept), None if sizes is None else _picked(sizes, steps))
+
+
+def _numbers(row: Any) -> list[Any]:
+    return row.tolist() if isinstance(row, Tensor) else list(row)
+
+
+def _picked(row: Any, which: Sequence[int]) -> Any:
+    return row[list(which)] if isinstance(row, Tensor) else [row[k] for k in which]
+
+
+def stacked(structure: Table, tables: Sequence[Table | None], steps: Sequence[tuple[int, ...]], grids: Tensor) -> Table:
+    """The tables of the samples as one, [E, B, 8], with times [., B]. A step that is not a sample's own holds it.
+
+    Args:
+        structure: A table of as many steps as `grids` have, for its evaluations; its numbers do not count.
+        tables: Each sample's, on the CPU; None: it has no steps of its own.
+        steps: For each sample, the numbers of the steps that its table makes.
+        grids: [B, T], on the CPU.
+
+    Raises:
+        ValueError: a sample's solver reads other evaluations than this structure gives it.
+    """
+    coefficients, times = [], []
+    for sample, (table, its_steps, grid) in enumerate(zip(tables, steps, grids.unbind(), strict=True)):
+        places = _places(structure, table, its_steps, sample)
+        held = torch.tensor([HELD], dtype=structure.coefficients.dtype, device="cpu")
+        own = [] if table is None else [table.coefficients]
+        none = 0 if table is None else len(table.evaluations)
+        which = [none if place is None else place for place in places]
+        coefficients.append(torch.cat([*own, held]).index_select(0, torch.tensor(which, device="cpu")))
+        # Entries of the grid; then the times of the stages.
+        known = grid if table is None else torch.cat([grid, table.times])
+        entries = list(range(len(structure.times)))
+        step = 0
+        for evaluation, place in zip(structure.evaluations, places, strict=True):
+            if evaluation.time > structure.steps:
+                at = step if place is None or table is None else len(grid) + table.evaluations[place].time
+                entries[evaluation.time] = at
+            step += evaluation.commit
+        times.append(known.index_select(0, torch.tensor(entries, device="cpu")))
+    return structure._replace(
+        coefficients=torch.stack(coefficients, dim=1), times=torch.stack(times, dim=1), densities=None
+    )
+
+
+def _places(structure: Table, table: Table | None, steps: tuple[int, ...], sample: int) -> list[int | None]:
+    """For each evaluation of the structure the sample's own evaluation there; None: none, it is held.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    by_step = _by_step(structure)
+    places: list[int | None] = [None] * len(structure.evaluations)
+    if table is None:
+        return places
+    wanted, found = _sources(structure, range(structure.steps)), _sources(table, steps)
+    for step, own in zip(steps, _by_step(table), strict=True):
+        there = by_step[step]
+        fits = len(there) == len(own) and all(
+            found[k] == wanted[place][: len(found[k])] for k, place in zip(own, there, strict=True)
+        )
+        if not fits:
+            held = next(k for k in range(structure.steps) if k not in steps)
+            raise ValueError(
+                f"sample {sample} has a step of length 0, step {held}, and in step {step} this solver cannot go on "
+                "from there: it reads velocities of earlier steps, or its first or last step is another. euler, "
+                "midpoint, heun, rk4 and rk4_classic take such steps anywhere; ab2, dpmpp_2m and unipc before a "
+                "sample's own first step and after its last; ab3 after its last; euler_at_final nowhere with those "
+                "that evaluate more than once a step"
+            )
+        for k, place in zip(own, there, strict=True):
+            places[place] = k
+    return places
+
+
+def _by_step(table: Table) -> list[list[int]]:
+    """The evaluations of each step."""
+    steps: list[list[int]] = [[]]
+    for k, evaluation in enumerate(table.evaluations):
+        steps[-1].append(k)
+        if evaluation.commit:
+            steps.append([])
+    return steps[:-1]
+
+
+def _sources(table: Table, numbers: Sequence[int]) -> list[tuple[Any, ...]]:
+    """For each evaluation, of what it reads the step, by these numbers, and the stage; or that it is noise."""
+    holds: dict[int, Any] = {} if table.noise is None else {table.noise: "noise"}
+    sources = []
+    for step, evaluations in zip(numbers, _by_step(table), strict=True):
+        for stage, k in enumerate(evaluations):
+            evaluation = table.evaluations[k]
+            sources.append(tuple(holds[buffer] for buffer in evaluation.read))
+            if evaluation.write is not None:
+                holds[evaluation.write] = step, stage
+    return sources

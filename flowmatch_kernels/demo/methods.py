@@ -26,7 +26,7 @@ SETTINGS: Mapping[str, Any] = {"timestep_spacing": "trailing", "prediction_type"
 """Of DDPM and DDIM; the rest is as published: 1000 timesteps, linear betas. Trailing, so that any number of steps
 starts where nothing but noise is left. There a prediction of the noise says little of the data: after 3,000 steps of
 training the network here is wrong by an RMS of 3.7 at the last timestep, of data with an RMS of 0.5. DDIM adds no noise
-that would hide it, and ends at 16 km; at 5 to 10 km where it clips the data to the largest entry of the training set."""
+that would hide it, and ends at 16 km; at 5 to 10 km where it clips the data to the largest entry of the flights."""
 SHOWN = 10
 """Their evaluations."""
 NEAR = 1.1

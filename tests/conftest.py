@@ -12,6 +12,7 @@ sys.path.insert(0, os.path.dirname(__file__))  # published.py and operands.py
 sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))  # flowmatch_kernels, where it is not installed
 
 import build_cache
+import operands
 
 # Triton's own cache, by sources, options and versions: it belongs to this clone, as all that tests compile.
 os.environ.setdefault("TRITON_CACHE_DIR", str(build_cache.FOLDER / "triton"))
@@ -149,10 +150,6 @@ def kept_disassemblies(monkeypatch):
     monkeypatch.setattr(static, "disassembled", kept)
 
 
-#: torch.manual_seed keeps the stack of its call for each kind of device that there is not: 2 ms under pytest.
-seed = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
-
-
 @pytest.fixture(autouse=True)
 def defaults():
     """Each test starts from, and leaves behind, torch's defaults, an empty cache and nothing told."""
@@ -162,7 +159,7 @@ def defaults():
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     solvers.cache.clear()
     dispatch._logged.clear()
-    seed(0)
+    operands.manual_seed(0)
     # Where other programs hold the cores, a second thread makes small tensors a hundred times slower. The tests
     # of threads ask for two.
     torch.set_num_threads(1)

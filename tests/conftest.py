@@ -20,22 +20,25 @@ os.environ.setdefault("TRITON_CACHE_DIR", str(build_cache.FOLDER / "triton"))
 # torch.compile's caches belong to this clone too. Their keys hold an op's name, and neither its schema nor what it
 # does: in torch's own place, one for all clones, a graph was found that calls another revision's op. So a tag.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(build_cache.FOLDER / "inductor"))
+# Else the first graph starts a pool of processes, each of which imports torch.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 _ops = build_cache.digest(sorted(build_cache.ROOT.glob("flowmatch_kernels/ops/*.py")))
 os.environ.setdefault("TORCH_COMPILE_CACHE_KEY_TAG", _ops)
 
 #: Run first: a worker gets a file at a time, and one of these at the end would leave the other workers with nothing.
 SLOWEST = (
-    "test_exactness.py",
     "test_cuda_host.py",
+    "test_ptx_cuda.py",
+    "test_exactness.py",
+    "test_cuda_compiled.py",
+    "test_bench.py",
     "test_triton_interpreter.py",
     "test_tracing.py",
-    "test_sample.py",
     "test_fitting.py",
-    "test_bench.py",
-    "test_demo.py",
+    "test_package.py",
     "test_setup.py",
-    "test_cuda_compiled.py",
-    "test_ptx_cuda.py",
+    "test_sample.py",
+    "test_demo.py",
     "test_ops.py",
     "test_guidance.py",
     "test_differentiable.py",

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,7 +96,7 @@ def _run(*command: str | None, text: str | None = None) -> str:
 
 
 def _built(arch: str, kind: str, source: Path) -> Path:
-    """A compiled file, from build/cubin where nothing has changed since."""
+    """A compiled file, "cubin" or "ptx", from build/cubin where nothing has changed; one compilation makes both."""
     nvcc = tools()["nvcc"]
     digest = hashlib.sha256("\0".join([*FLAGS, _run(nvcc, "--version")]).encode())
     for file in [source, *sorted(source.parent.glob("*.h"))]:
@@ -103,9 +104,12 @@ def _built(arch: str, kind: str, source: Path) -> Path:
     path = ROOT / "build" / "cubin" / f"{source.stem}-{arch}-{digest.hexdigest()[:16]}.{kind}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(f".{os.getpid()}")
-        _run(nvcc, *FLAGS, "-Werror=all-warnings", f"-arch={arch}", f"-{kind}", "-o", str(new), str(source))
-        new.replace(path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            new = Path(scratch, f"{source.stem}.cubin")
+            keep = "--keep", f"--keep-dir={scratch}"  # the PTX that the machine code is made of
+            _run(nvcc, *FLAGS, *keep, "-Werror=all-warnings", f"-arch={arch}", "-cubin", "-o", str(new), str(source))
+            for made in (new.with_suffix(".ptx"), new):
+                made.replace(path.with_suffix(made.suffix))
     return path
 
 

@@ -7,7 +7,7 @@ namespace flowmatch_kernels {
 constexpr int kWidest = 2;
 
 // 0: the baseline, SSE2 on x86-64. 1: AVX2. 2: AVX-512. Elsewhere there is the baseline alone.
-// Not `inline` alone: its answer would be one for all libraries of a process, and a test loads copies of one.
+// Not `inline` alone: its answer would be one for all libraries of a process. tests/test_exactness.py sets `level`.
 static inline int instruction_set_level() {
 #if defined(__x86_64__)
   static const int level = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -12,6 +12,7 @@ sys.path.insert(0, os.path.dirname(__file__))  # published.py and operands.py
 sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))  # flowmatch_kernels, where it is not installed
 
 import build_cache
+import operands
 
 # Triton's own cache, by sources, options and versions: it belongs to this clone, as all that tests compile.
 os.environ.setdefault("TRITON_CACHE_DIR", str(build_cache.FOLDER / "triton"))
@@ -19,22 +20,25 @@ os.environ.setdefault("TRITON_CACHE_DIR", str(build_cache.FOLDER / "triton"))
 # torch.compile's caches belong to this clone too. Their keys hold an op's name, and neither its schema nor what it
 # does: in torch's own place, one for all clones, a graph was found that calls another revision's op. So a tag.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(build_cache.FOLDER / "inductor"))
+# Else the first graph starts a pool of processes, each of which imports torch.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 _ops = build_cache.digest(sorted(build_cache.ROOT.glob("flowmatch_kernels/ops/*.py")))
 os.environ.setdefault("TORCH_COMPILE_CACHE_KEY_TAG", _ops)
 
 #: Run first: a worker gets a file at a time, and one of these at the end would leave the other workers with nothing.
 SLOWEST = (
-    "test_exactness.py",
     "test_cuda_host.py",
+    "test_ptx_cuda.py",
+    "test_exactness.py",
+    "test_cuda_compiled.py",
+    "test_bench.py",
     "test_triton_interpreter.py",
     "test_tracing.py",
-    "test_sample.py",
     "test_fitting.py",
-    "test_bench.py",
-    "test_demo.py",
+    "test_package.py",
     "test_setup.py",
-    "test_cuda_compiled.py",
-    "test_ptx_cuda.py",
+    "test_sample.py",
+    "test_demo.py",
     "test_ops.py",
     "test_guidance.py",
     "test_differentiable.py",
@@ -158,7 +162,7 @@ def defaults():
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     solvers.cache.clear()
     dispatch._logged.clear()
-    torch.manual_seed(0)
+    operands.manual_seed(0)
     # Where other programs hold the cores, a second thread makes small tensors a hundred times slower. The tests
     # of threads ask for two.
     torch.set_num_threads(1)

@@ -26,7 +26,7 @@ reason = static_cuda.unavailable()
 pytestmark = pytest.mark.skipif(reason is not None, reason=f"the CUDA kernel is not compiled: {reason}")
 
 full = pytest.mark.full
-ARCHS = ["sm_80", "sm_90", *[pytest.param(f"sm_{k}", marks=full) for k in (75, 86, 89, 100, 120, 121)]]
+ARCHS = ["sm_90", *[pytest.param(f"sm_{k}", marks=full) for k in (75, 80, 86, 89, 100, 120, 121)]]
 every_arch = pytest.mark.parametrize("arch", ARCHS)
 
 

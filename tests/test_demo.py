@@ -1,6 +1,7 @@
 """The demo: its distance, its data, and a run of the whole command on a few training steps."""
 
 import argparse
+import functools
 import math
 import re
 import subprocess
@@ -247,6 +248,12 @@ def quick(monkeypatch):
     monkeypatch.setattr(Flights, "load", lambda: few)
 
 
+@pytest.fixture
+def small_network(monkeypatch):
+    """Where what is looked at is no number: most of the course's time is the network's."""
+    monkeypatch.setattr(network, "VelocityNetwork", functools.partial(VelocityNetwork, width=16, blocks=1))
+
+
 def arguments(*args):
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
@@ -354,7 +361,9 @@ def test_methods_are_summed_up_from_their_points():
     assert lines[3].split() == ["flow", "matching,", "euler", "9.00", "-", "-", "-", "not", "reached"]
 
 
-def test_demo_says_when_training_was_cut_short_and_less_is_measured(tmp_path, capsys, monkeypatch, quick):
+def test_demo_says_when_training_was_cut_short_and_less_is_measured(
+    tmp_path, capsys, monkeypatch, quick, small_network
+):
     notes = []
     monkeypatch.setattr(picture, "draw", lambda *arguments: notes.append(arguments[-1]))
     assert command.run(arguments("--train-steps", 2, "--out", tmp_path / "p.png", "--device", "cpu")) == 0
@@ -417,7 +426,7 @@ def test_the_data_is_credited_with_the_text_of_its_licence():
     assert text.startswith("MIT License") and "Xavier Olive" in text
 
 
-def test_demo_returns_1_where_the_bits_differ(tmp_path, capsys, monkeypatch, quick):
+def test_demo_returns_1_where_the_bits_differ(tmp_path, capsys, monkeypatch, quick, small_network):
     honest = published_loop.sample
     monkeypatch.setattr(published_loop, "sample", lambda *args: torch.nextafter(honest(*args), torch.tensor(9.0)))
     assert command.run(arguments("--train-steps", 1, "--out", tmp_path / "p.png", "--device", "cpu")) == 1

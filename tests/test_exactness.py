@@ -6,12 +6,9 @@ import os
 import platform
 import random
 import re
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-import build_cache
 import numpy
 import pytest
 import torch
@@ -118,38 +115,46 @@ def compare(*arguments, **keywords):
         assert_same_bits(got[key], wanted[key], f"{key} of {arguments} {keywords}")
 
 
-@pytest.mark.parametrize("turned", [False, pytest.param(True, marks=pytest.mark.full)], ids=["lot", "turned"])
-@pytest.mark.parametrize("rounding", [PROMOTE, EXACT, ROUNDED], ids=["promote", "exact", "rounded"])
-@pytest.mark.parametrize("state, velocity", PAIRS, ids=name)
-def test_every_combination(state, velocity, rounding, turned):
-    """Each with out in a tensor of its own or in base's, by lot; the other way by `make test-full`."""
-    lot = random.Random(3 * PAIRS.index((state, velocity)) + rounding)
-    for seed, combination in enumerate(combinations()):
-        in_place = (lot.random() < 0.5) != turned
-        compare((3, 43), state, velocity, rounding, combination, row=seed % 3, in_place=in_place, seed=seed)
+def check_every_combination(turn, parts, turned=False):
+    """A part of the sets of operands, each with out in a tensor of its own or in base's, by lot."""
+    for k, ((state, velocity), rounding) in enumerate(itertools.product(PAIRS, (PROMOTE, EXACT, ROUNDED))):
+        lot = random.Random(k)
+        for seed, combination in enumerate(combinations()):
+            in_place = (lot.random() < 0.5) != turned
+            if (seed + k + turn) % parts == 0:
+                compare((3, 43), state, velocity, rounding, combination, row=seed % 3, in_place=in_place, seed=seed)
 
 
-@pytest.mark.parametrize("state, velocity", PAIRS, ids=name)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_sizes_and_ranks(shape, state, velocity):
+def test_every_combination():
+    """Half of the sets of operands by each pair of dtypes and rounding, the other half by the next."""
+    check_every_combination(0, 2)
+
+
+@pytest.mark.full
+def test_every_combination_full():
+    check_every_combination(1, 2)
+    check_every_combination(0, 1, turned=True)
+
+
+def test_sizes_and_ranks():
     """Every 13th combination, each shape and dtype beginning with another."""
-    first = (SHAPES.index(shape) + 4 * PAIRS.index((state, velocity))) % 13
-    for seed, combination in itertools.islice(enumerate(combinations()), first, None, 13):
-        compare(shape, state, velocity, seed % 3 == 0, combination, in_place=bool(seed % 2), seed=seed)
+    for (j, shape), (k, (state, velocity)) in itertools.product(enumerate(SHAPES), enumerate(PAIRS)):
+        for seed, combination in itertools.islice(enumerate(combinations()), (j + 4 * k) % 13, None, 13):
+            compare(shape, state, velocity, seed % 3 == 0, combination, in_place=bool(seed % 2), seed=seed)
 
 
-@pytest.mark.parametrize("state, velocity", PAIRS, ids=name)
 @pytest.mark.parametrize("shape", [(), (7,), (6, 64), (3, 5, 7), (2, 3, 5, 7), (2, 1, 3, 2, 5)], ids=str)
-def test_layouts_of_the_velocity(shape, state, velocity):
-    tried = 0
-    for layouts in itertools.product(LAYOUTS, LAYOUTS):
-        if any(laid_out(torch.zeros(shape), layout) is None for layout in layouts):
-            continue
-        slots = 3 if shape else None
-        guidance = FORMS[sum(map(LAYOUTS.index, layouts)) % 3]
-        compare(shape, state, velocity, False, (guidance, 1, slots, "new", True), layouts=layouts)
-        tried += 1
-    assert tried >= 4
+def test_layouts_of_the_velocity(shape):
+    for state, velocity in PAIRS:
+        tried = 0
+        for layouts in itertools.product(LAYOUTS, LAYOUTS):
+            if any(laid_out(torch.zeros(shape), layout) is None for layout in layouts):
+                continue
+            slots = 3 if shape else None
+            guidance = FORMS[sum(map(LAYOUTS.index, layouts)) % 3]
+            compare(shape, state, velocity, False, (guidance, 1, slots, "new", True), layouts=layouts)
+            tried += 1
+        assert tried >= 4
 
 
 def test_layouts_are_what_they_say():
@@ -162,23 +167,30 @@ def test_layouts_are_what_they_say():
     assert laid_out(x, "channels_last").is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("slots, slot", [(1, 0), (2, 0), (2, 1), (11, 0), (11, 4), (11, 10)])
-@pytest.mark.parametrize("shape", [(1, 5), (6, 64, 2), (3, 1025), (1025, 1), (40, 1000)], ids=str)
-def test_slots(shape, slots, slot):
-    compare(shape, torch.float32, torch.bfloat16, False, (None, 0, slots, None, True), slot=slot)
+def test_slots():
+    for shape in [(1, 5), (6, 64, 2), (3, 1025), (1025, 1), (40, 1000)]:
+        for slots, slot in [(1, 0), (2, 0), (2, 1), (11, 0), (11, 4), (11, 10)]:
+            compare(shape, torch.float32, torch.bfloat16, False, (None, 0, slots, None, True), slot=slot)
 
 
-#: One thread with every third pair of dtypes, two with all; one with all by `make test-full`.
-LARGE = [pytest.param(*pair, 1, marks=pytest.mark.full if k % 3 else []) for k, pair in enumerate(PAIRS)]
-LARGE += [(*pair, 2) for pair in PAIRS]
-
-
-@pytest.mark.parametrize("state, velocity, threads", LARGE, ids=name)
-def test_large_and_threaded(state, velocity, threads):
+def check_large(threads, *shapes):
     torch.set_num_threads(threads)
-    rounding, guidance = velocity == torch.bfloat16, FORMS[PAIRS.index((state, velocity)) % 3]
-    compare((PRIME,), state, velocity, rounding, (guidance, 1, None, "new", True))
-    compare((17, 58_823), state, velocity, False, (None, 0, 2, None, True), in_place=True)
+    whole, samples = shapes
+    for k, (state, velocity) in enumerate(PAIRS):
+        compare(whole, state, velocity, velocity == torch.bfloat16, (FORMS[k % 3], 1, None, "new", True))
+        compare(samples, state, velocity, False, (None, 0, 2, None, True), in_place=True)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threaded(threads):
+    """A prime of elements over four times what one thread is given; a million by `make test-full`, and one below."""
+    check_large(threads, (131_101,), (17, 7723))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("threads", [1, 2])
+def test_large_and_threaded(threads):
+    check_large(threads, (PRIME,), (17, 58_823))
 
 
 def test_threads_give_one_result():
@@ -187,7 +199,9 @@ def test_threads_give_one_result():
         torch.set_num_threads(threads)
         results.append(run(native.fused_step_, (PRIME,), torch.float32, torch.float16, False,
                            (WEIGHTED, 3, 1, 2, True)))  # fmt: skip
-    for key in results[0]:
+    wanted = run(reference.fused_step_, (PRIME,), torch.float32, torch.float16, False, (WEIGHTED, 3, 1, 2, True))
+    for key in wanted:
+        assert_same_bits(results[0][key], wanted[key], key)
         assert_same_bits(results[1][key], results[0][key], key)
 
 
@@ -232,10 +246,13 @@ def test_definition_python_float(dtype, dt):
     assert_same_bits(reference_step(x, v, plain_row(arithmetic_dtype(dtype), b0=dt)), x + dt * v)
 
 
-@pytest.mark.parametrize("w", WEIGHTS)
 @pytest.mark.parametrize("formula", FORMULAS)
-@pytest.mark.parametrize("state, velocity", PAIRS, ids=name)
-def test_definition_guidance(state, velocity, formula, w):
+def test_definition_guidance(formula):
+    for (state, velocity), w in itertools.product(PAIRS, WEIGHTS):
+        check_definition_of_guidance(state, velocity, formula, w)
+
+
+def check_definition_of_guidance(state, velocity, formula, w):
     x, v, u = drawn(97, 31, dtype=state), *(drawn(97, 31, dtype=velocity, seed=s) for s in (2, 3))
     arithmetic = arithmetic_dtype(state)
     combined, guidance, weights = FORMULAS[formula]
@@ -569,35 +586,6 @@ def test_dtypes_that_do_not_go_together():
 # ---- every instruction set, though the module picks one ----
 
 SETS = {"baseline": "", "avx2": "avx2", "avx512": "avx2 avx512f avx512bw avx512vl avx512dq"}
-HARNESS = r"""
-#include <cstdlib>
-#include <cstring>
-// What __builtin_cpu_supports answers, told by the environment when the library is first called.
-static bool told(const char* feature) {
-  const char* features = std::getenv("FLOWMATCH_TEST_FEATURES");
-  for (const char* at = features; at && (at = std::strstr(at, feature)); ++at) {
-    const char end = at[std::strlen(feature)];
-    if ((at == features || at[-1] == ' ') && (end == ' ' || end == 0)) return true;
-  }
-  return false;
-}
-#define __builtin_cpu_supports(feature) told(feature)
-#include "fused_step_cpu.cpp"
-extern "C" const char* set_name() { return flowmatch_kernels::instruction_set(); }
-extern "C" int step(void* out, void* base, void* v, void* u, void* h1, void* h2, void* h3, void* row,
-                    void* trajectory, void* history, void* strength, long numel, long sample, long slots, long slot,
-                    int base_dtype, int velocity, int out_dtype, int rounding, int guidance, int sum_first) {
-  using namespace flowmatch_kernels;
-  const Operands o{out, base, v, u, {h1, h2, h3}, row, trajectory, history, numel, sample, slots, slot,
-                   static_cast<Guidance>(guidance), static_cast<Rounding>(rounding), sum_first != 0, strength};
-  const Dtypes dtypes{static_cast<Dtype>(base_dtype), static_cast<Dtype>(velocity), static_cast<Dtype>(out_dtype)};
-  return fused_step_cpu(o, dtypes, 0, numel);
-}
-"""
-
-
-def compiler():
-    return next((c for c in (os.environ.get("CXX"), "g++", "c++", "clang++") if c and shutil.which(c)), None)
 
 
 def instruction_set_runs(instruction_set):
@@ -608,75 +596,63 @@ def instruction_set_runs(instruction_set):
     return all(feature in flags for feature in SETS[instruction_set].split())
 
 
-@pytest.fixture(scope="module")
-def kernel_library():
-    """csrc/fused_step_cpu.cpp alone, with setup.py's flags and an instruction set of our choice."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    with open(os.path.join(root, "setup.py")) as file:
-        flags = re.findall(r'"(-[Of][^"]*)"', file.read())
-    assert "-ffp-contract=off" in flags
-    flags = [flag for flag in flags if flag.startswith(("-O", "-ffp-contract", "-fno-trapping"))]
-    command = [compiler(), "-std=c++20", *flags, "-shared", "-fPIC"]
-    sources = [source for kind in ("h", "cpp") for source in sorted(Path(root, "csrc").glob(f"*.{kind}"))]
+@pytest.fixture
+def level():
+    """Sets which instruction set the extension takes, as csrc/instruction_set.h numbers them.
 
-    def make(path):
-        harness = path.with_name("harness.cpp")
-        harness.write_text(HARNESS)
-        subprocess.run([*command, f"-I{root}/csrc", str(harness), "-o", str(path)], check=True)
+    Written into the variables of the extension that the other tests run: nothing is compiled for this.
+    """
+    native.instruction_set()  # has the variable initialised, which it would be by the first step
+    path = os.path.realpath(native._C.__file__)
+    with open("/proc/self/maps") as maps:
+        base = min(int(line.partition("-")[0], 16) for line in maps if line.rstrip().endswith(path))
+    symbols = subprocess.run(["nm", path], check=True, capture_output=True, text=True).stdout
+    offsets = re.findall(r"^(\w+) b _ZZ\w*instruction_set_levelEvE5level$", symbols, re.MULTILINE)
+    assert offsets, f"{path} has no variable named level: is it stripped?"
+    variables = [ctypes.c_int.from_address(base + int(offset, 16)) for offset in offsets]
+    before = [variable.value for variable in variables]
 
-    return build_cache.built("kernel.so", [*command, build_cache.version(compiler()), HARNESS, *sources], make)
+    def choose(value):
+        for variable in variables:
+            variable.value = value
+
+    yield choose
+    for variable, value in zip(variables, before, strict=True):
+        variable.value = value
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="one set only on this CPU")
-@pytest.mark.skipif(compiler() is None, reason="no C++ compiler, so only the built module's set is tested")
 @pytest.mark.parametrize("instruction_set", SETS)
-def test_every_instruction_set(kernel_library, instruction_set, monkeypatch, tmp_path):
+def test_every_instruction_set(instruction_set, level):
+    """By `make test-full` twice as many of the sets of operands at each shape and pair of dtypes."""
     if not instruction_set_runs(instruction_set):
         pytest.skip(f"this CPU has no {instruction_set}")
-    monkeypatch.setenv("FLOWMATCH_TEST_FEATURES", SETS[instruction_set])
-    copy = shutil.copy(kernel_library, tmp_path / f"{instruction_set}.so")
-    library = ctypes.CDLL(str(copy))  # a copy has its own static choice
-    library.set_name.restype = ctypes.c_char_p
-    told = library.set_name().decode().lower().replace("-", "")
+    level([*SETS].index(instruction_set))
+    told = native.instruction_set().lower().replace("-", "")
     assert told.startswith({"baseline": "x8664"}.get(instruction_set, instruction_set))
+    check_instruction_set(instruction_set, 38)
 
-    def address(tensor):
-        return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
-    def step(operands):
-        out, base, v, u, h1, h2, h3, table, row, rounding, guidance, sum_first, *rest = operands
-        strength, trajectory, slot, history = rest
-        if base.numel() == 0:
-            return
-        long, dtypes = ctypes.c_long, native.DTYPES
-        assert library.step(
-            *[address(x) for x in (out, base, v, u, h1, h2, h3, table[row], trajectory, history, strength)],
-            long(base.numel()),
-            long(base.numel() // base.shape[0]),
-            long(1 if trajectory is None else trajectory.shape[1]),
-            long(slot),
-            dtypes[base.dtype],
-            dtypes[v.dtype],
-            dtypes[out.dtype],
-            rounding,
-            guidance,
-            int(sum_first),
-        )
+@pytest.mark.full
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="one set only on this CPU")
+def test_every_instruction_set_full(level):
+    for k, instruction_set in enumerate(SETS):
+        if instruction_set_runs(instruction_set):
+            level(k)
+            check_instruction_set(instruction_set, 19)
 
+
+def check_instruction_set(instruction_set, parts):
+    """Each of `parts` parts of all sets of operands at least twice, by other dtypes, rounding and shape."""
     shapes = [(1,), (31,), (3, 700), (2, 1025)]
     for turn, ((state, velocity), rounding, shape) in enumerate(
         itertools.product(PAIRS, (PROMOTE, EXACT, ROUNDED), shapes)
     ):
-        # Every 19th combination, and all of them in 19 turns of the 108.
-        for seed, combination in itertools.islice(enumerate(combinations()), turn % 19, None, 19):
-            arguments = (shape, state, velocity, rounding, combination)
-            got = run(step, *arguments, in_place=bool(seed % 2), seed=seed)
-            wanted = run(reference.fused_step_, *arguments, in_place=bool(seed % 2), seed=seed)
-            for key in wanted:
-                assert_same_bits(got[key], wanted[key], f"{key} of {instruction_set} {arguments}")
-    assert [
-        failure for case in triton_cases.special(1025, False) for failure in triton_cases.failures(step, case)
-    ] == []
+        for seed, combination in itertools.islice(enumerate(combinations()), turn % parts, None, parts):
+            compare(shape, state, velocity, rounding, combination, in_place=bool(seed % 2), seed=seed)
+    special = triton_cases.special(1025, False)
+    failed = [failure for case in special for failure in triton_cases.failures(native.fused_step_, case)]
+    assert failed == [], instruction_set
 
 
 def test_module_uses_the_widest_set():

@@ -49,10 +49,11 @@ REACHED = {
 }
 
 
-@pytest.mark.parametrize("name", REACHED)
+@pytest.mark.parametrize("name", [pytest.param("mixture", marks=pytest.mark.full), "rotation", "pendulum"])
 def test_error_on_other_noise(name):
     """At most the bound, and at most the error of the best solver with a name at equal evaluations."""
     field, samples, bounds = REACHED[name]
+    assert len(REACHED) == 3
     fm = FlowMatching(2)
     solvers = fm.fit_solver(field, list(bounds), batch_size=samples)
     comparison = fm.compare_solvers(field, list(bounds), (*BEST_FIXED, *solvers), noise=noise(4096, 2))
@@ -68,7 +69,7 @@ def test_digits_of_classes_that_the_fit_has_not_seen():
     6 evaluations reach Euler's 20 (times 1.1), 8 reach Euler's 40 (times 1.2): what a user is promised, with the
     margin that another training of the network may need.
     """
-    network = digit_network()
+    network = digit_network(steps=500)
     fm = FlowMatching(64, **GUIDANCE)
     seen, unseen = digit_models(network, range(5), 250), digit_models(network, range(5, 10), 250)
     solvers = fm.fit_solver(**seen, evaluations=(6, 8), batch_size=250, reference_steps=128)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from emulated_graph import Graph, capturing, emulated
-from operands import assert_same_bits
+from operands import assert_same_bits, manual_seed
 from test_capture import Refused
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -119,10 +119,10 @@ def check(sampler, fm, step_fn, inputs, what="", seed=0, **options):
             for name, value in drawn_from.items()
         }
 
-    torch.manual_seed(seed)
+    manual_seed(seed)
     got = sampler(**inputs, **sources(), **options)
     after = torch.random.get_rng_state()
-    torch.manual_seed(seed)
+    manual_seed(seed)
     wanted = sampled(fm, step_fn, inputs, **sampler._options | options | sources())
     assert_equal(got, wanted, what)
     assert torch.equal(after, torch.random.get_rng_state()), what
@@ -505,10 +505,10 @@ def test_weights_of_the_network(monkeypatch):
     ]
     for k, change in enumerate(changes, start=2):
         change()
-        torch.manual_seed(0)
+        manual_seed(0)
         stale = one(features=features(1))
         check(two, fm, network, {"features": features(1)}, f"change {k - 2}")
-        torch.manual_seed(0)
+        manual_seed(0)
         assert not torch.equal(stale, two(features=features(1)))
         one.reset()
         assert one.stats.graphs == 0
@@ -560,7 +560,7 @@ def test_results_are_the_callers(monkeypatch):
     x2.fill_(torch.nan)
     check(sampler, fm, velocity, {"features": features(2)})
 
-    torch.manual_seed(0)
+    manual_seed(0)
     first, first_times = sampler(features=features(0), copy_output=False)
     assert_equal((first, first_times), sampled_again(sampler, fm, 0))
     second, _ = sampler(features=features(1), copy_output=False)
@@ -571,7 +571,7 @@ def test_results_are_the_callers(monkeypatch):
 
 
 def sampled_again(sampler, fm, seed):
-    torch.manual_seed(0)
+    manual_seed(0)
     return sampled(fm, velocity, {"features": features(seed)}, **sampler._options)
 
 
@@ -600,7 +600,7 @@ def test_inputs_are_not_written_and_not_kept(monkeypatch):
     for sampler in (fm.graphed(step_fn, BATCH, inputs={"features": f}), cpu_sampler(monkeypatch, fm, step_fn, f)):
         for seed in range(2):
             given, z = features(seed), noise + seed
-            torch.manual_seed(0)
+            manual_seed(0)
             got = sampler(features=given, noise=z)
             assert torch.equal(given, features(seed))
             assert torch.equal(z, noise + seed)
@@ -659,9 +659,9 @@ def test_one_output_for_both_models(monkeypatch, rows):
     options = GUIDED | {"unguided_step_fn": unguided_step}
     sampler = fm.graphed(guided_step, BATCH, inputs={"features": features(0)}, **options)
     for seed in range(3):
-        torch.manual_seed(seed)
+        manual_seed(seed)
         got = sampler(features=features(seed))
-        torch.manual_seed(seed)
+        manual_seed(seed)
         assert_equal(got, sampled(fm, velocity, {"features": features(seed)}, **GUIDED))
 
 
@@ -683,9 +683,9 @@ def test_a_step_fn_with_a_graph_of_its_own(monkeypatch):
 
     sampler = fm.graphed(step_fn, BATCH, inputs={"features": features(0)})
     for seed in range(2):
-        torch.manual_seed(seed)
+        manual_seed(seed)
         got = sampler(features=features(seed))
-        torch.manual_seed(seed)
+        manual_seed(seed)
         assert_equal(got, sampled(fm, velocity, {"features": features(seed)}))
 
 
@@ -701,7 +701,7 @@ def test_a_step_function_with_inputs(monkeypatch):
     step_fn = StepFunction(model, time_as="batch", time_scale=1000)
     sampler = fm.graphed(step_fn, BATCH, inputs={"features": features(0)})
     for seed in range(2):
-        torch.manual_seed(seed)
+        manual_seed(seed)
         got = sampler(features=features(seed))
 
         f = features(seed)
@@ -709,7 +709,7 @@ def test_a_step_function_with_inputs(monkeypatch):
         def bound(x, t, step, f=f):
             return model(x, t, step, f)
 
-        torch.manual_seed(seed)
+        manual_seed(seed)
         assert_equal(got, fm.sample(BATCH, StepFunction(bound, time_as="batch", time_scale=1000)))
 
 
@@ -825,7 +825,7 @@ def test_what_cannot_be_captured(monkeypatch, caplog, name):
     """An error that says what to look for; sample() and eager() run; fallback="eager" runs, and says so once."""
     emulated(monkeypatch)
     fm, (step_fn, hint) = flow(), NOT_CAPTURABLE[name]
-    torch.manual_seed(1)
+    manual_seed(1)
     state = torch.random.get_rng_state()
     with pytest.raises(GraphCaptureError, match=hint) as raised:
         fm.graphed(step_fn, BATCH, inputs={"features": features(0)})
@@ -845,9 +845,9 @@ def test_what_cannot_be_captured(monkeypatch, caplog, name):
     sampler.fallback = "error"
     with pytest.raises(GraphCaptureError, match=hint):
         sampler(features=features(0))
-    torch.manual_seed(0)
+    manual_seed(0)
     got = sampler.eager(features=features(0))
-    torch.manual_seed(0)
+    manual_seed(0)
     assert_equal(got, sampled(fm, step_fn, {"features": features(0)}))
 
 

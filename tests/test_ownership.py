@@ -14,7 +14,7 @@ import numpy
 import published
 import pytest
 import torch
-from operands import assert_same_bits, same_bits
+from operands import assert_same_bits, manual_seed, same_bits
 
 from flowmatch_kernels import FlowMatching
 from flowmatch_kernels.ops import native
@@ -36,7 +36,7 @@ def run_both(run, make, dims=DIMS, batch_size=BATCH, steps=STEPS, backend="auto"
     results = []
     for ours in (True, False):
         step_fn, unguided = make()
-        torch.manual_seed(0)
+        manual_seed(0)
         if ours:
             out = FlowMatching(dims, backend=backend).sample(
                 batch_size,
@@ -273,7 +273,7 @@ def test_what_is_kept_never_changes(way, run, where):
         return step_fn
 
     # An untouched run for comparison comes from the published loop with plain step_fns.
-    torch.manual_seed(0)
+    manual_seed(0)
     out = FlowMatching(DIMS).sample(
         BATCH,
         keeper(velocity),
@@ -283,7 +283,7 @@ def test_what_is_kept_never_changes(way, run, where):
         use_classifier_free_guidance=run == "guided",
         inference_guidance_weight=1.5,
     )
-    torch.manual_seed(0)
+    manual_seed(0)
     wanted = published.sample(
         BATCH,
         velocity,
@@ -525,12 +525,12 @@ def one_buffer(functions, late=0, write="copy"):
 @pytest.mark.parametrize("write", ["copy", "numpy"])
 def test_one_buffer(run, write, backend):
     """As a replayed graph returns. With guidance both calls share it, and the guided velocity still counts."""
-    torch.manual_seed(0)
+    manual_seed(0)
     keywords = {"use_classifier_free_guidance": run == "guided", "inference_guidance_weight": 1.5}
     step_fn, unguided = one_buffer([velocity, other], write=write)
     keywords["unguided_step_fn"] = unguided if run == "guided" else None
     got = FlowMatching(DIMS, backend=backend).sample(BATCH, step_fn, return_all_steps=run == "trajectory", **keywords)
-    torch.manual_seed(0)
+    manual_seed(0)
     wanted = published.sample(
         BATCH, velocity, DIMS, 10, return_all_steps=run == "trajectory",
         unguided_step_fn=other if run == "guided" else None, weight=1.5,
@@ -547,12 +547,12 @@ def test_one_buffer(run, write, backend):
 @pytest.mark.parametrize("late", [1, 2, 3, 4])
 def test_one_buffer_late(late, write):
     """A graph is captured after a warm-up: right, or an error that says so, and never a wrong number."""
-    torch.manual_seed(0)
+    manual_seed(0)
     step_fn, unguided = one_buffer([velocity, other], late, write)
     wanted = published.sample(
         BATCH, velocity, DIMS, 10, noise=torch.randn(BATCH, *DIMS), unguided_step_fn=other, weight=1.5
     )
-    torch.manual_seed(0)
+    manual_seed(0)
     try:
         got = FlowMatching(DIMS).sample(
             BATCH,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from operands import assert_same_bits, same_bits, values
+from operands import assert_same_bits, manual_seed, same_bits, values
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flowmatch_kernels import BaseDiffusion, FlowMatching, solvers, use_backend
@@ -37,7 +37,7 @@ def both(dims, batch_size, steps, *, fns, seed=0, fm=None, weight=None, return_a
     """What sample() and the published loop give from one seed, and the generator's state after each."""
     fm = fm or FlowMatching(dims)
     guided = len(fns) == 2
-    torch.manual_seed(seed)
+    manual_seed(seed)
     got = fm.sample(
         batch_size,
         fns[0],
@@ -49,7 +49,7 @@ def both(dims, batch_size, steps, *, fns, seed=0, fm=None, weight=None, return_a
         **keywords,
     )
     drawn = torch.get_rng_state()
-    torch.manual_seed(seed)
+    manual_seed(seed)
     wanted = published.sample(
         batch_size,
         fns[0],
@@ -86,17 +86,29 @@ def test_plain(backend, dims, return_all_steps, default):
             assert_both_same(got, wanted)
 
 
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
-@pytest.mark.parametrize("weight", [0.0, 0.9, 1.5, -0.3, 3])
-@pytest.mark.parametrize("dims", DIMS, ids=str)
-def test_guided(backend, dims, weight, dtype):
+def check_guided(backend, dims, turns):
+    """For each weight and dtype so many, one to four, of the sizes, other ones by turns, and for each all the rest."""
     fm = FlowMatching(dims, backend=backend)
-    fns = [field(dtype), field(dtype, weight=-0.2)]
-    for default, all_steps in itertools.product((torch.float32, torch.float64), (False, True)):
-        torch.set_default_dtype(default)
-        for batch_size, steps in ((0, 4), (1, 10), (6, 10), (64, 5)):
-            got, wanted = both(dims, batch_size, steps, fns=fns, fm=fm, weight=weight, return_all_steps=all_steps)
-            assert_both_same(got, wanted)
+    sizes = ((0, 4), (1, 10), (6, 10), (64, 5))
+    for k, (weight, dtype) in enumerate(itertools.product([0.0, 0.9, 1.5, -0.3, 3], NARROW)):
+        fns = [field(dtype), field(dtype, weight=-0.2)]
+        for j, (default, all_steps) in enumerate(itertools.product((torch.float32, torch.float64), (False, True))):
+            torch.set_default_dtype(default)
+            for turn in range(turns):
+                batch_size, steps = sizes[(k + j + turn) % 4]
+                got, wanted = both(dims, batch_size, steps, fns=fns, fm=fm, weight=weight, return_all_steps=all_steps)
+                assert_both_same(got, wanted)
+
+
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+def test_guided(backend, dims):
+    check_guided(backend, dims, 1)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+def test_guided_full(backend, dims):
+    check_guided(backend, dims, 4)
 
 
 @pytest.mark.parametrize("dtypes", list(itertools.permutations(NARROW, 2)), ids=str)
@@ -132,9 +144,9 @@ def test_step_fn_sees_the_published_arguments(backend):
         return step_fn
 
     fm = FlowMatching(dims, backend=backend)
-    torch.manual_seed(3)
+    manual_seed(3)
     fm.sample(batch_size, recorder(records[0]), inference_step=steps)
-    torch.manual_seed(3)
+    manual_seed(3)
     published.sample(batch_size, recorder(records[1]), dims, steps)
     assert len(records[0]) == len(records[1]) == steps
     for got, wanted in zip(*records, strict=True):
@@ -183,9 +195,9 @@ def test_no_steps(backend):
 def test_by_position():
     """The order of Alpamayo R1 and 2: batch_size, step_fn, device, return_all_steps, inference_step, int_method."""
     fm = FlowMatching((3, 2))
-    torch.manual_seed(1)
+    manual_seed(1)
     states, times = fm.sample(2, field(), torch.device("cpu"), True, 4, "euler")
-    torch.manual_seed(1)
+    manual_seed(1)
     assert_both_same((states, times), published.sample(2, field(), (3, 2), 4, return_all_steps=True))
 
 
@@ -452,9 +464,9 @@ def test_noise_of_any_layout(backend, layout):
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_dtype(backend, dtype):
     zero = FlowMatching((3, 2), num_inference_steps=0, backend=backend)
-    torch.manual_seed(1)
+    manual_seed(1)
     state = zero.sample(4, field(), dtype=dtype)
-    torch.manual_seed(1)
+    manual_seed(1)
     assert_same_bits(state, torch.randn(4, 3, 2, dtype=dtype))
     fm, noise, seen = FlowMatching((3, 2), backend=backend), torch.randn(4, 3, 2, dtype=torch.float64), []
     got = fm.sample(4, field(seen=seen), dtype=dtype, noise=noise)
@@ -517,11 +529,11 @@ def test_progress(backend, capsys):
     assert tqdm.__version__
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tqdm.auto, where IPython's widgets are missing
-        torch.manual_seed(0)
+        manual_seed(0)
         got = FlowMatching(3, backend=backend).sample(2, field(), inference_step=7, progress=True)
     told = capsys.readouterr().err
     assert "7/7" in told
-    torch.manual_seed(0)
+    manual_seed(0)
     assert_same_bits(got, FlowMatching(3, backend=backend).sample(2, field(), inference_step=7))
     assert capsys.readouterr().err == ""
 
@@ -593,8 +605,12 @@ def test_compile(compiler, guided, return_all_steps):
     assert_same_bits(torch.compile(run, backend=compiler)(noise + 1), run(noise + 1))
 
 
+@pytest.mark.full
 def test_compile_inductor():
-    """On a grid that is given: inductor takes linspace in its own way."""
+    """On a grid that is given: inductor takes linspace in its own way.
+
+    Another sample() is compiled by tests/test_velocity_strength.py in every run.
+    """
     torch._dynamo.reset()
     fm, noise, grid = FlowMatching((3, 2)), torch.randn(4, 3, 2), torch.tensor([0.0, 0.25, 0.5, 1.0])
 
@@ -703,12 +719,12 @@ def test_modes_that_watch(backend):
 
     for mode in (Watch(), Functions(), torch.device("cpu")):
         for fns in ([field()], [field(), field(weight=0.1)]):
-            torch.manual_seed(0)
+            manual_seed(0)
             wanted = published.sample(
                 4, fns[0], (3, 2), 10, return_all_steps=True,
                 unguided_step_fn=fns[1] if fns[1:] else None, weight=1.5,
             )  # fmt: skip
-            torch.manual_seed(0)
+            manual_seed(0)
             with mode:
                 got = FlowMatching((3, 2), backend=backend).sample(
                     4,
@@ -844,10 +860,10 @@ def test_keywords_of_alpamayo(generation):
     for key, value in config.items():
         assert getattr(fm, key) == value
     guided = fm.use_classifier_free_guidance
-    torch.manual_seed(2)
+    manual_seed(2)
     with contextlib.nullcontext() if guided else pytest.warns(UserWarning, match="use_classifier_free_guidance=True"):
         got = fm.sample(6, field(), unguided_step_fn=field(weight=0.1))
-    torch.manual_seed(2)
+    manual_seed(2)
     wanted = published.sample(
         6, field(), (64, 2), 10, unguided_step_fn=field(weight=0.1) if guided else None,
         weight=fm.inference_guidance_weight,
@@ -867,9 +883,9 @@ def test_built_under_any_default():
     """transformers builds models under a meta device, and some set another default dtype."""
     with torch.device("meta"):
         fm = FlowMatching((3, 2))
-    torch.manual_seed(0)
+    manual_seed(0)
     got = fm.construct_training_data(torch.randn(4, 3, 2))
-    torch.manual_seed(0)
+    manual_seed(0)
     wanted = published.Training().construct_training_data(torch.randn(4, 3, 2))
     assert_same_bits(got["timesteps"], wanted["timesteps"])
     got, wanted = both((3, 2), 5, 10, fns=[field()], fm=fm)
@@ -893,11 +909,11 @@ def test_cache_is_bounded_and_private(backend):
 def test_backends_agree():
     results = []
     for name in ("cpu", "reference"):
-        torch.manual_seed(0)
+        manual_seed(0)
         results.append(FlowMatching((3, 2), backend=name).sample(6, field()))
-        torch.manual_seed(0)
+        manual_seed(0)
         results.append(FlowMatching((3, 2)).sample(6, field(), backend=name))
-        torch.manual_seed(0)
+        manual_seed(0)
         with use_backend(name):
             results.append(FlowMatching((3, 2)).sample(6, field()))
     for other in results[1:]:

@@ -149,15 +149,10 @@ def autocast(sample, noise, tensors):
 
 MODES = (compiled, fake, fx, exported, vmapped, jit_traced, default_device, autocast)
 #: What takes a second for each case runs on these, and on all with `make test-full`.
-FEW = (
-    "solver midpoint",
-    "list, step sizes",
-    "ab3, tensor",
-    "function, list",
-    "weight",
-    "weight, function",
-    "data, ab2",
-)
+FEW = {
+    compiled: ("solver midpoint", "list, step sizes", "weight, function", "data, ab2"),
+    exported: ("ab3, tensor", "function, list", "weight", "weight, function"),
+}
 
 
 #: Two tracers that run the same Python once, on values: each of the cases under one of them.
@@ -167,12 +162,12 @@ TURNS = {fx: [*CASES][::2], jit_traced: [*CASES][1::2]}
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.filterwarnings("ignore")  # a tracer says what it unrolls
 def test_every_argument(mode):
-    every_argument(mode, FEW if mode in (compiled, exported) else TURNS.get(mode, CASES))
+    every_argument(mode, (FEW | TURNS).get(mode, CASES))
 
 
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("mode", [compiled, exported, *TURNS])
+@pytest.mark.parametrize("mode", [*FEW, *TURNS])
 def test_every_argument_in_slow_modes(mode):
     every_argument(mode, CASES)
 
@@ -326,7 +321,7 @@ def test_scalars_compile_twice_at_most(names):
     assert set(every) == set(SCALARS)
     for name in names:
         torch._dynamo.reset()
-        counter = CompileCounterWithBackend("aot_eager")
+        counter = CompileCounterWithBackend("eager")
         compiled_sample = torch.compile(sample, fullgraph=True, backend=counter)
         for arguments in every[name]:
             arguments = dict(arguments)

@@ -112,6 +112,11 @@ def own_rows(numel: int, aligned: bool) -> Iterator[Case]:
         yield Case(state, velocity, *operands, rounding, numel, aligned, taken=True, own_rows=True)
 
 
+def eighth(cases: Iterable[Case], turn: int) -> list[Case]:
+    """An eighth of the cases, by lot, which is another one in each of eight successive turns."""
+    return _part(cases, turn, 8)
+
+
 def quarter(cases: Iterable[Case], turn: int) -> list[Case]:
     """A quarter of the cases, by lot, which is another one in each of four successive turns."""
     return _part(cases, turn, 4)

@@ -30,6 +30,7 @@ SLOWEST = (
     "test_tracing.py",
     "test_sample.py",
     "test_fitting.py",
+    "test_distributed.py",
     "test_bench.py",
     "test_demo.py",
     "test_setup.py",

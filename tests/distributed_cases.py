@@ -1,6 +1,12 @@
-"""distributed.sample() on forked gloo ranks, against fm.sample() in one process; see test_distributed.py."""
+"""distributed.sample() on forked gloo ranks, against fm.sample() in one process.
 
+As a program it runs all cases, and prints a JSON object of what went wrong: a text for each, "" where nothing did. One
+process for all: its imports take longer than they do.
+"""
+
+import contextlib
 import datetime
+import json
 import os
 import re
 import signal
@@ -404,3 +410,36 @@ def silent(world):
         assert 1 < time.monotonic() - begin < 15
 
     run(world, check, timeout=2)
+
+
+def cost():
+    """bench.distributed compares before it times; one row for each shape."""
+    from bench import distributed as bench
+
+    with tempfile.TemporaryFile("w+") as file:  # which its rank inherits
+        with contextlib.redirect_stdout(file):
+            assert bench.main(["--rounds", "1"]) == 0
+        file.seek(0)
+        assert len(file.read().splitlines()) == 2 + len(bench.SHAPES)
+
+
+RUNS = {
+    **{f"the bits of one process, {world} ranks": (same_bits, world) for world in (1, 2, 3, 4)},
+    **{f"a state sharded over the sequence, {world} ranks": (over_the_sequence, world) for world in (2, 4)},
+    "a rank fails": (failing, 3),
+    "ranks differ": (differing, 2),
+    "arguments are refused": (refused, 2),
+    "a rank is killed": (killed, 4),
+    "a rank is silent": (silent, 2),
+    "what a rank adds": (cost,),
+}
+
+if __name__ == "__main__":
+    found = {}
+    for name, (function, *arguments) in RUNS.items():
+        found[name] = ""
+        try:
+            function(*arguments)
+        except Exception:
+            found[name] = traceback.format_exc()
+    sys.stdout.write(json.dumps(found) + "\n")

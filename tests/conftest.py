@@ -36,6 +36,7 @@ SLOWEST = (
     "test_tracing.py",
     "test_fitting.py",
     "test_package.py",
+    "test_distributed.py",
     "test_setup.py",
     "test_sample.py",
     "test_demo.py",

@@ -78,8 +78,9 @@ def sample(
             used too.
         sizes: How many samples each rank takes, B in all. None: evenly, the first ranks one more where B does not
             divide.
-        **options: Of `fm.sample`, for the whole batch: velocity_strength and step_noise are sliced as the noise is. A
-            constraint is called with this rank's samples. A bar of progress is shown by the first rank alone.
+        **options: Of `fm.sample`, for the whole batch: velocity_strength, step_noise, and times, step sizes and weights
+            that are given for each sample, are sliced as the noise is. A constraint is called with this rank's samples.
+            A bar of progress is shown by the first rank alone.
 
     Returns:
         As `fm.sample`, of the whole batch or, with gather=False, of this rank's slice.
@@ -178,6 +179,7 @@ class _Call:
         strength = options.get("velocity_strength")
         if isinstance(strength, Tensor) and strength.dim() > len(fm.x_dims) and strength.shape[0] != 1:
             options["velocity_strength"] = cut(strength, "velocity_strength")
+        self._own_times = self._cut_numbers(options, cut)
         if options.get("progress") is True:
             options["progress"] = ranks.rank == 0
         if not self._size:
@@ -187,6 +189,25 @@ class _Call:
             if callable(options.get("constraint")):
                 options["constraint"] = None
         self._run = functools.partial(fm.sample, self._size, step_fn, **options)
+
+    def _cut_numbers(self, options: dict[str, Any], cut: Callable[[Any, str], Any]) -> bool:
+        """Cuts numbers that are given for each sample; whether the times are. A rank without samples gets others."""
+        found = []
+        for name in ("time_steps", "step_sizes", "inference_guidance_weight"):
+            value = options.get(name)
+            if value is None and name == "inference_guidance_weight":
+                value = getattr(self._fm, name, None)
+            if value is None or not solvers.is_per_sample(value):
+                continue
+            found.append(name)
+            options[name] = value if len(value) == 1 else cut(value, name)
+            if not self._size and name == "time_steps" and len(value):  # of as many steps, and in their dtype
+                at, entries = (0.25, 0.75), len(value[0])
+                at = at[::-1] if getattr(self._fm, "noise_at", 0) else at
+                options[name] = torch.linspace(*at, entries, dtype=getattr(value, "dtype", None), device=self._device)
+            elif not self._size:
+                options[name] = None if name == "step_sizes" else 1.0
+        return bool({"time_steps", "step_sizes"} & set(found))
 
     def facts(self) -> dict[str, str]:
         """What must be equal on all ranks, in words."""
@@ -218,7 +239,7 @@ class _Call:
         if self._given["gather"]:
             tensors, times = self._tensors(result)
             facts["the shape of the result"] = str([(tuple(x.shape[1:]), x.dtype) for x in tensors])
-            facts["the time grid"] = _fact(times)
+            facts["the time grid"] = _fact(times.dtype if self._own_times and times is not None else times)
         return facts
 
     def gathered(self, result: Any) -> Any:
@@ -228,6 +249,9 @@ class _Call:
         layout = None if times is not None else self._layout  # a trajectory is contiguous
         whole = self._ranks.gathered(x if layout is None else layout.stored(x), sizes)
         found = [whole if layout is None else layout.seen(whole)]
+        if times is not None and self._own_times:  # a row for each sample
+            own = times if self._size else times.new_empty(0, times.shape[-1])
+            times = self._ranks.gathered(own, sizes)
         if times is not None:
             found.append(times)
         found += [self._ranks.gathered(one, sizes) for one in rest]

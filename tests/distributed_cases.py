@@ -90,6 +90,12 @@ def guided(batch_size):
     return {"unguided_step_fn": other, "use_classifier_free_guidance": True, "inference_guidance_weight": 1.5}
 
 
+def held(batch_size, dtype=torch.float32):
+    """Times of each sample, some of which wait before their first step."""
+    starts = torch.arange(batch_size, dtype=dtype).view(-1, 1) / 5
+    return torch.linspace(0, 1, STEPS + 1, dtype=dtype).clamp(min=starts)
+
+
 #: By name: what fm is, the batch size, and the options as a function of it, made anew for each sampler, since
 #: generators are used up.
 FM, SDE = (
@@ -115,6 +121,30 @@ CASES = {
     "a generator": (FM, 6, lambda b: {"generator": torch.Generator().manual_seed(4), "dtype": torch.float64}),
     "heun, all steps": (FM, 7, lambda b: {"noise": KeyedNoise(1), "int_method": "heun", "return_all_steps": True}),
     "guided": (FM, 5, lambda b: {"noise": KeyedNoise(1), **guided(b)}),
+    "a weight for each sample": (
+        *(FM, 5),
+        lambda b: {"noise": KeyedNoise(1), **guided(b), "inference_guidance_weight": torch.arange(b).view(b, 1) / 2},
+    ),
+    "a weight for each sample, of the constructor": (
+        *(FlowMatching(SHAPE, num_inference_steps=STEPS, inference_guidance_weight=[[0.5], [1.5]]), 2),
+        lambda b: {"noise": KeyedNoise(1), "unguided_step_fn": other, "use_classifier_free_guidance": True},
+    ),
+    "times of each sample": (
+        *(FM, 5),
+        lambda b: {"noise": KeyedNoise(1), "time_steps": held(b, torch.float64), "return_all_steps": True},
+    ),
+    "times of each sample, two samples": (
+        *(FM, 2),
+        lambda b: {"noise": KeyedNoise(1), "time_steps": held(b).tolist(), "return_all_steps": True},
+    ),
+    "step sizes of each sample": (
+        *(FM, 2),
+        lambda b: {
+            **{"noise": KeyedNoise(1), "step_sizes": torch.full((b, STEPS), 0.2) + torch.arange(b).view(b, 1) / 9},
+            "return_all_steps": True,
+        },
+    ),
+    "one row of times": (FM, 2, lambda b: {"noise": KeyedNoise(1), "time_steps": [GRID], "return_all_steps": True}),
     "constraint": (FM, 5, lambda b: {"noise": KeyedNoise(1), "constraint": lambda x, t: x.clamp(-0.3, 0.3)}),
     "strength": (FM, 5, lambda b: {"noise": KeyedNoise(1), "velocity_strength": start(b)[:, :1]}),
     "one strength": (FM, 5, lambda b: {"noise": KeyedNoise(1), "velocity_strength": start(1)}),

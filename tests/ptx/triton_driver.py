@@ -24,7 +24,7 @@ _SHAPES: dict[str, Callable[[dict[str, Any]], tuple[int, ...]]] = {
     **dict.fromkeys(
         ("out", "base", "v", "u", "h1", "h2", "h3", "history", "strength"), lambda given: (given["numel"],)
     ),
-    "coefficients": lambda given: (given["row"] + 1, 8),
+    "coefficients": lambda given: (given["row"] + given["numel"] // given["span"], 8),
     "trajectory": lambda given: (given["numel"] // given["sample"], given["slots"], given["sample"]),
 }
 

@@ -106,6 +106,22 @@ def test_what_a_dtensor_cannot_be(mesh):
     assert_same_bits(got.full_tensor(), fm.sample(4, lambda **_: x, noise=x))
 
 
+def test_rows_of_their_own_of_a_dtensor(mesh):
+    """A replicated state is stepped on each rank as a whole; of a sharded one the rows are not known."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    subclasses.register_dtensor()
+    op = torch.ops.flowmatch_kernels.fused_step
+    x, table = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.randn(1, 4, 8)
+    wanted = op(x, x, None, None, None, None, table, 0)
+    coefficients = DTensor.from_local(table, mesh, [Replicate()])
+    whole = distribute_tensor(x, mesh, [Replicate()])
+    assert_same_bits(op(whole, whole, None, None, None, None, coefficients, 0).full_tensor(), wanted)
+    sharded = distribute_tensor(x, mesh, [Shard(0)])
+    with pytest.raises(NotImplementedError, match="step each shard by itself, with its rows"):
+        op(sharded, sharded, None, None, None, None, coefficients, 0)
+
+
 def test_compiled_dtensor(mesh):
     from torch.distributed.tensor import Shard, distribute_tensor
 

@@ -163,8 +163,12 @@ SAMPLE = {
         GUIDED | {"inference_guidance_weight": [torch.ones(2)] * 10}, TypeError, [r"inference_guidance_weight\[0\]"]
     ),
     "weights 2-D": (
-        GUIDED | {"inference_guidance_weight": torch.ones(10, 4)}, TypeError,
-        ["inference_guidance_weight", "a number for each step, or a function of t"],
+        GUIDED | {"inference_guidance_weight": torch.ones(10, 4)}, ValueError,
+        ["inference_guidance_weight", "each of the 4 samples", "got 10"],
+    ),
+    "weights 3-D": (
+        GUIDED | {"inference_guidance_weight": torch.ones(4, 10, 1)}, TypeError,
+        ["inference_guidance_weight", "a number for each step"],
     ),
     "weight bool": (
         GUIDED | {"inference_guidance_weight": True}, TypeError, ["inference_guidance_weight must be a number", "True"]
@@ -218,7 +222,8 @@ SAMPLE = {
     "temperature string": ({"temperature": "warm"}, TypeError, ["temperature", "number", "'warm'"]),
     "temperature None": ({"temperature": None}, TypeError, ["temperature", "number", "None"]),
     "temperature per sample": ({"temperature": torch.ones(4)}, TypeError, ["temperature", "number"]),
-    "time_steps 2-D": ({"time_steps": GRID[None]}, ValueError, ["time_steps", "1-D", r"\[1, 5\]"]),
+    "time_steps 2-D": ({"time_steps": GRID.expand(3, 5)}, ValueError, ["time_steps", "each of the 4 samples", "got 3"]),
+    "time_steps 3-D": ({"time_steps": GRID[None, None]}, ValueError, ["time_steps", "1-D", r"\[1, 1, 5\]"]),
     "time_steps 0-dim": ({"time_steps": torch.tensor(0.5)}, ValueError, ["time_steps", "1-D", r"\[\]"]),
     "time_steps too short": ({"time_steps": GRID[:1]}, ValueError, ["time_steps", "two or more", r"\[1\]"]),
     "time_steps empty": ({"time_steps": []}, ValueError, ["time_steps", "two or more", r"\[0\]"]),
@@ -234,7 +239,7 @@ SAMPLE = {
     ),
     "step_sizes long": ({"time_steps": GRID, "step_sizes": [0.1] * 5}, ValueError, ["step_sizes", "4", r"\[5\]"]),
     "step_sizes short": ({"step_sizes": [0.1] * 9}, ValueError, ["step_sizes", "10", r"\[9\]"]),
-    "step_sizes 2-D": ({"step_sizes": torch.zeros(10, 1)}, ValueError, ["step_sizes", "10", r"\[10, 1\]"]),
+    "step_sizes 2-D": ({"step_sizes": torch.zeros(10, 1)}, ValueError, ["step_sizes", "4 samples", "got 10"]),
     "step_sizes integers": ({"step_sizes": torch.ones(10).int()}, TypeError, ["step_sizes", "floating", "int32"]),
     "keyword": ({"steps": 3}, TypeError, ["steps"]),
     "upstream's misspelt keyword": ({"return_all_step": True}, TypeError, ["return_all_step"]),
@@ -450,7 +455,7 @@ NAN, INFINITE = float("nan"), float("inf")
 HUGE, ENDLESS = 10**400, 10**5000  # too large for a float; more digits than Python prints
 META = torch.ones((), device="meta")
 TYPE = [b"1", bytearray(b"1"), memoryview(b"1"), "1", True, np.True_, torch.tensor(True), 1j, np.complex64(1), object()]
-TYPE += [torch.ones(2, 2), torch.tensor(1j), META, np.array("1"), {1}]
+TYPE += [torch.ones(2, 2, 2), torch.tensor(1j), META, np.array("1"), {1}]
 NOT_FINITE = [NAN, INFINITE, -INFINITE, HUGE, -HUGE, ENDLESS, Decimal("inf"), Fraction(HUGE), np.float32("nan")]
 NOT_FINITE += [torch.tensor(NAN), torch.tensor(INFINITE, dtype=torch.bfloat16)]
 

@@ -73,28 +73,29 @@ def test_host_cuda_is_keyed_by_all_that_it_includes(monkeypatch, tmp_path):
     import pybind11
 
     folders = [host_cuda.HERE, host_cuda.ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
-    included = host_cuda._compiler("-MM", "-std=c++20", *[f"-I{f}" for f in folders], str(host_cuda.SOURCES[0]))
-    ours = {Path(w).resolve() for w in included.replace("\\\n", " ").split()[1:]}
+    modules = [str(host_cuda.HERE / name) for name in (host_cuda.FUSED_STEP, host_cuda.OTHERS)]
+    included = host_cuda._compiler("-MM", "-std=c++20", *[f"-I{f}" for f in folders], *modules)
+    ours = {Path(w).resolve() for w in included.replace("\\\n", " ").split() if not w.endswith(".o:")}
     ours = {path for path in ours if host_cuda.ROOT.resolve() in path.parents and "site-packages" not in path.parts}
     assert len(ours) >= 4
-    assert ours <= {source.resolve() for source in host_cuda.SOURCES}
+    assert ours <= {source.resolve() for source in [*map(Path, modules), *host_cuda.INCLUDED]}
 
     told = {"--version": "compiler 1"}
     monkeypatch.setattr(host_cuda, "_compiler", lambda *a: told.get(a[0]) or Path(a[-1]).write_text("made"))
     build = host_cuda.build.__wrapped__
-    paths = [build()]
+    paths = [build(), build(host_cuda.OTHERS)]
     assert build() == paths[0]
     told["--version"] = "compiler 2"
     paths.append(build())
     monkeypatch.setattr(host_cuda, "FLAGS", [*host_cuda.FLAGS, "-O1"])
     paths.append(build())
-    for k, source in enumerate(host_cuda.SOURCES):
+    for k, source in enumerate(host_cuda.INCLUDED):
         changed = tmp_path / source.name
         changed.write_bytes(source.read_bytes() + b"\n")
         with monkeypatch.context() as patch:
-            patch.setattr(host_cuda, "SOURCES", [*host_cuda.SOURCES[:k], changed, *host_cuda.SOURCES[k + 1 :]])
+            patch.setattr(host_cuda, "INCLUDED", [*host_cuda.INCLUDED[:k], changed, *host_cuda.INCLUDED[k + 1 :]])
             paths.append(build())
-    assert len({*paths}) == 3 + len(host_cuda.SOURCES)
+    assert len({*paths}) == 4 + len(host_cuda.INCLUDED)
 
 
 def test_nvcc_is_keyed_by_sources_flags_and_version(monkeypatch, tmp_path):
@@ -108,23 +109,28 @@ def test_nvcc_is_keyed_by_sources_flags_and_version(monkeypatch, tmp_path):
     def run(*command, text=None):
         if "--version" in command:
             return nvcc[0]
-        Path(command[command.index("-o") + 1]).write_text("made")
+        made = Path(command[command.index("-o") + 1])
+        for file in (made, made.with_suffix(".ptx")):
+            file.write_text("made")
         return ""
 
     monkeypatch.setattr(static_cuda, "ROOT", tmp_path)
-    monkeypatch.setattr(static_cuda, "SOURCE", source)
     monkeypatch.setattr(static_cuda, "_run", run)
-    paths = [static_cuda._built("sm_90", "cubin")]
-    assert static_cuda._built("sm_90", "cubin") == paths[0]
-    paths += [static_cuda._built("sm_80", "cubin"), static_cuda._built("sm_90", "ptx")]
+
+    def built(arch, kind):
+        return static_cuda._built(arch, kind, source)
+
+    paths = [built("sm_90", "cubin")]
+    assert built("sm_90", "cubin") == paths[0]
+    paths += [built("sm_80", "cubin"), built("sm_90", "ptx")]
     source.write_text("2")
-    paths.append(static_cuda._built("sm_90", "cubin"))
+    paths.append(built("sm_90", "cubin"))
     header.write_text("2")
-    paths.append(static_cuda._built("sm_90", "cubin"))
+    paths.append(built("sm_90", "cubin"))
     nvcc[0] = "nvcc 2"
-    paths.append(static_cuda._built("sm_90", "cubin"))
+    paths.append(built("sm_90", "cubin"))
     monkeypatch.setattr(static_cuda, "FLAGS", ("-O0",))
-    paths.append(static_cuda._built("sm_90", "cubin"))
+    paths.append(built("sm_90", "cubin"))
     assert len({*paths}) == 7
 
 

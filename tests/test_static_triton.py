@@ -140,7 +140,14 @@ def test_wider_accesses_of_sm_100() -> None:
     from flowmatch_kernels.ops import triton as backend
 
     constants = dict.fromkeys(("u", "h1", "h2", "h3", "trajectory", "history", "strength"))
-    constants |= {"rounding": PROMOTE, "guidance": WEIGHTED, "sum_first": False, "VECTOR": 8, "BLOCK": 1024}
+    constants |= {
+        "rounding": PROMOTE,
+        "guidance": WEIGHTED,
+        "sum_first": False,
+        "own_rows": False,
+        "VECTOR": 8,
+        "BLOCK": 1024,
+    }
     signature = {
         name: "constexpr" if name in constants else "*fp32" if name in ("out", "base", "v", "coefficients") else "i64"
         for name in backend.fused_step_kernel.arg_names

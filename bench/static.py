@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -98,6 +98,19 @@ def picked_by_sample(forms: Iterable[int] = GUIDANCE) -> list[Specialisation]:
     ]
 
 
+def _of_code(code: Code) -> dict[str, Any]:
+    """The entries of a row that the code alone gives."""
+    operands = [access for access in code.accesses if not access.coefficient]
+    return {
+        "registers": code.registers,
+        "local_bytes": code.local_bytes,
+        "shared_bytes": code.shared_bytes,
+        "barriers": len(re.findall(r"\bbar\.|\bbarrier\.|\bs_barrier", code.assembly)),
+        "loads": _by_width(access.width for access in operands if not access.store),
+        "stores": _by_width(access.width for access in operands if access.store),
+    }
+
+
 def measure(kernel: str, arch: str, specialisation: Specialisation) -> Row:
     """Compiles one kernel for one architecture and reads what it became."""
     code = KERNELS[kernel].compile(specialisation, arch)
@@ -111,12 +124,7 @@ def measure(kernel: str, arch: str, specialisation: Specialisation) -> Row:
         guidance=_form(specialisation.guidance, KERNELS[kernel].forms),
         operands=specialisation.operands,
         aligned=specialisation.aligned,
-        registers=code.registers,
-        local_bytes=code.local_bytes,
-        shared_bytes=code.shared_bytes,
-        barriers=len(re.findall(r"\bbar\.|\bbarrier\.|\bs_barrier", code.assembly)),
-        loads=_by_width(access.width for access in operands if not access.store),
-        stores=_by_width(access.width for access in operands if access.store),
+        **_of_code(code),
         coefficient_loads=coefficient_loads,
         bytes_per_element=sum(access.width for access in operands) / code.elements,
         least_bytes_per_element=sum(specialisation.reads) + sum(specialisation.writes),
@@ -254,12 +262,7 @@ def other_ops(archs: Iterable[str]) -> Iterator[Row]:
                 guidance="-",
                 operands="-",
                 aligned=whole,
-                registers=code.registers,
-                local_bytes=code.local_bytes,
-                shared_bytes=code.shared_bytes,
-                barriers=len(re.findall(r"\bbar\.", code.assembly)),
-                loads=_by_width(access.width for access in operands if not access.store),
-                stores=_by_width(access.width for access in operands if access.store),
+                **_of_code(code),
                 coefficient_loads=len(code.accesses) - len(operands),
                 bytes_per_element=sum(access.width for access in operands) / code.elements if draws else None,
                 least_bytes_per_element=sizes[0] if draws else 2 * sizes[0] + sizes[1],

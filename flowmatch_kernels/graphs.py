@@ -314,9 +314,9 @@ class _Graph:
         self._keys = self._temperature = self._step_keys = self._step_noise = None
         arithmetic = arithmetic_dtype(dtype)
         with torch.inference_mode(False):
-            if table.noise is not None and noises.is_keyed(call.steps_source):
+            if noises.is_keyed(call.steps_source):
                 self._step_keys = torch.empty(call.batch_size, 3, dtype=torch.int64, device=device)
-            elif table.noise is not None and _draws_outside(call):
+            elif _draws_outside(call):
                 self._step_noise = torch.empty(
                     call.batch_size, table.steps, *fm.x_dims, dtype=arithmetic, device=device
                 )

@@ -454,6 +454,7 @@ def test_op_as_an_op() -> None:
             got = torch.autograd.grad(OP(**names, strength=strength).square().sum(), tensors)
             wanted = torch.autograd.grad(reference.fused_step(**names, strength=strength).square().sum(), tensors)
             for one, its in zip(got, wanted, strict=True):
+                # float64, in another order of sums than autograd's own.
                 torch.testing.assert_close(one, its, rtol=1e-12, atol=1e-12)
     # What is left out has no part in the gradient either, whatever comes back.
     v = torch.randn(2, 3, requires_grad=True)

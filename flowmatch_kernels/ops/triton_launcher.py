@@ -125,9 +125,9 @@ def _threads(metadata: Any) -> int:
         *("shared", "global_scratch_size", "profile_scratch_size"),
         *("launch_cooperative_grid", "launch_pdl", "tensordesc_meta"),
     )
-    return (
-        0 if any(getattr(metadata, name, None) for name in more) or metadata.num_ctas != 1 else 32 * metadata.num_warps
-    )
+    if metadata.num_ctas != 1 or any(getattr(metadata, name, None) for name in more):
+        return 0
+    return 32 * metadata.num_warps
 
 
 def _unknown(kernel: Any, backend: str, compiled: CompiledKernel, arguments: Sequence[Any]) -> str | None:

@@ -152,16 +152,20 @@ def noise(keyed_noise_: Callable[[Tensor, Tensor, int], None], dtypes: Iterable[
             buffer = Guarded((5, elements), dtype, aligned)
             buffer.tensor.fill_(torch.nan)
             wanted = reference_noise.keyed_noise(keys, [elements], dtype, 65535)
-            try:
-                keyed_noise_(buffer.tensor, keys, 65535)
-            except (RuntimeError, AssertionError) as error:
-                found.append(f"{type(error).__name__}: {error} [{elements} {dtype} {aligned}]")
-                continue
-            if count := differing(buffer.tensor, wanted):
-                found.append(f"{count} of {wanted.numel()} elements differ [{elements} {dtype} {aligned}]")
-            if buffer.touched():
-                found.append(f"written outside [{elements} {dtype} {aligned}]")
+            case = f"[{elements} {dtype} {aligned}]"
+            found += _written(lambda out: keyed_noise_(out, keys, 65535), buffer, wanted, case)
     return found
+
+
+def _written(op: Callable[[Tensor], None], out: Guarded, wanted: Tensor, case: str) -> list[str]:
+    """What op(out) writes other than it should, or what the executor refuses."""
+    try:
+        op(out.tensor)
+    except (RuntimeError, AssertionError) as error:
+        return [f"{type(error).__name__}: {error} {case}"]
+    count = differing(out.tensor, wanted)
+    wrong = [f"{count} of {wanted.numel()} elements differ {case}"] if count else []
+    return [*wrong, f"written outside {case}"] if out.touched() else wrong
 
 
 def log_probs(
@@ -182,15 +186,8 @@ def log_probs(
                 out.tensor.fill_(torch.nan)
                 case = f"[{elements} {state} {velocity} off={off!r} special={special}]"
                 wanted = reference_log_prob.step_log_prob(*read, coefficients, densities, 1)
-                try:
-                    step_log_prob_(out.tensor, *given.values(), coefficients, densities, 1)
-                except (RuntimeError, AssertionError) as error:
-                    found.append(f"{type(error).__name__}: {error} {case}")
-                    continue
-                if count := differing(out.tensor, wanted):
-                    found.append(f"{count} of 3 samples differ {case}")
-                if out.touched():
-                    found.append(f"written outside {case}")
+                operands = *given.values(), coefficients, densities, 1
+                found += _written(lambda out, operands=operands: step_log_prob_(out, *operands), out, wanted, case)
     return found
 
 

@@ -137,10 +137,21 @@ void fused_step_(Tensor out, Tensor base, Tensor v, OptionalTensor u, OptionalTe
     refuse<ValueError>("history terms fill up from h1: ", h3 && !h2 ? "h3 needs h2" : "h2 needs h1");
   }
   if (guidance < 0 || guidance > 2) refuse<ValueError>("guidance must be 0, 1 or 2, got ", guidance);
+  const bool keyed = h1 && h1->scalar_type() == torch::headeronly::ScalarType::Long;
+  if (keyed) {
+    if (sum_first || dtypes.out != dtypes.base) {
+      refuse<ValueError>("h1 of keys needs out of base's dtype ", name_of(dtypes.base), " and no sum_first");
+    }
+    if (base.dim() == 0 || h1->dim() != 2 || h1->size(0) != base.size(0) || h1->size(1) != 3 || !h1->is_contiguous()) {
+      refuse<ValueError>("h1 of keys must be contiguous, [B, 3] for a state ", list(base.sizes()), ", got ",
+                         list(h1->sizes()));
+    }
+    check_device(*h1, "h1");
+  }
   const std::pair<const OptionalTensor*, const char*> histories[] = {
       {&h1, "h1"}, {&h2, "h2"}, {&h3, "h3"}, {&history, "history"}};
   for (const auto& [tensor, name] : histories) {
-    if (!*tensor) continue;
+    if (!*tensor || (keyed && tensor == &h1)) continue;
     check(**tensor, name, base, arithmetic);
     check_contiguous(**tensor, name);
   }
@@ -199,6 +210,7 @@ void fused_step_(Tensor out, Tensor base, Tensor v, OptionalTensor u, OptionalTe
                    .guidance = static_cast<Guidance>(guidance),
                    .rounding = rounds,
                    .sum_first = sum_first,
+                   .keyed = keyed,
                    .rows = *rows,
                    .strength = read(strength)};
   if (const auto found = overlap(o, dtypes, coefficients.const_data_ptr(), coefficients.size(0) * R)) {

@@ -12,7 +12,7 @@ constexpr const char* kAttribute = "__dlpack_c_exchange_api__";  // of a tensor'
 constexpr const char* kCapsule = "dlpack_exchange_api";
 
 enum DeviceType : std::int32_t { kCpu = 1, kCuda = 2, kRocm = 10 };
-enum TypeCode : std::uint8_t { kFloat = 2, kBFloat = 4 };
+enum TypeCode : std::uint8_t { kInt = 0, kFloat = 2, kBFloat = 4 };
 
 struct Tensor {
   void* data;

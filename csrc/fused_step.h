@@ -15,6 +15,8 @@
 // With rows of their own, elements use several rows of coefficients: each span of consecutive elements has one, and a
 // term whose coefficient is 0 is left out, whatever h holds: out is a*base where all are.
 //
+// Where h1 is keyed, it is not read: each element is the noise that its sample's keys draw (keyed_noise.h).
+//
 // B is base's type, V the velocity's (v, u), O that of out and trajectory; S, to which sums are rounded, the wider of B
 // and O; A the arithmetic type (h1..h3, history, coefficients). flowmatch_kernels/ops/fused_step.py is the contract and
 // ops/reference.py the definition; names agree.
@@ -73,17 +75,18 @@ struct Operands {
   const void* base;  // B[numel]
   const void* v;     // V[numel]
   const void* u;     // V[numel], optional
-  const void* h[3];  // A[numel], optional, filled up from h[0]
+  const void* h[3];  // A[numel], optional, filled up from h[0]; where `keyed`, h[0] is int64[samples, 3]
   const void* row;   // A[8]; with rows of their own, A[numel / span(), 8]
   void* trajectory;  // O[numel / sample, slots, sample], optional
   void* history;     // A[numel], optional; may be one of h
   std::int64_t numel;
-  std::int64_t sample;  // elements of one sample
+  std::int64_t sample;  // elements of one sample, where there is a trajectory, rows of their own or noise
   std::int64_t slots;
   std::int64_t slot;
   Guidance guidance;  // where u is not null
   Rounding rounding;
   bool sum_first;
+  bool keyed;            // h1 is noise, drawn by keys. Not with sum_first, nor where O is not B
   std::uint32_t rows;    // of their own: how many for each sample; 0: one row for all elements. Not with sum_first
   const void* strength;  // O[numel], optional: not with sum_first, nor where O is not B
 

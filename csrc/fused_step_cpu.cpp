@@ -1,6 +1,7 @@
 // fused_step on the CPU: strips that stay in the L1 cache, one pass for each term.
 //
 // Memory moved per element is the least possible: base, v, u and h are read once, out, slot and history written once.
+// Noise is drawn strip by strip, and never leaves the L1 cache.
 // Each loop is compiled for several instruction sets, and the widest that the machine has is chosen at run time, so
 // that one build serves every x86-64. Elsewhere (arm64) the baseline is already vectorised.
 #include "fused_step_cpu.h"
@@ -8,6 +9,7 @@
 #include <algorithm>
 
 #include "instruction_set.h"
+#include "keyed_noise_cpu.h"
 
 // Iterations are independent, though out may be base: element j is read before it is written.
 #if defined(__clang__)
@@ -28,6 +30,19 @@ FLOWMATCH_INLINE void copy_to_slot(const Operands& o, const O* out, std::int64_t
     const std::int64_t run = std::min(size - done, o.sample - i % o.sample);
     std::memcpy(static_cast<O*>(o.trajectory) + trajectory_index(o, i), out + done, run * sizeof(O));
     done += run;
+  }
+}
+
+// h1 at [i, i + n), where it is noise.
+template <class A>
+void draw(const Operands& o, std::int64_t i, std::int64_t n, A* z) {
+  const auto* keys = static_cast<const std::int64_t*>(o.h[0]);
+  if constexpr (std::is_same_v<A, float>) {
+    keyed_noise_elements(keys, o.sample, i, n, z);
+  } else {
+    float narrow[kStrip];
+    keyed_noise_elements(keys, o.sample, i, n, narrow);
+    std::copy(narrow, narrow + n, z);
   }
 }
 
@@ -76,7 +91,7 @@ FLOWMATCH_INLINE void strips(const Operands& o, const void* row_of, std::int64_t
   const Weight w0 = static_cast<Weight>(row[kW0]), w1 = static_cast<Weight>(row[kW1]);
   const auto left_out = [&](int column) { return o.rows && row[column] == A(0); };
   V guided[kStrip];
-  A remembered[kStrip];
+  A remembered[kStrip], drawn[kStrip];
   S sums[kApart ? kStrip : 1];
   for (std::int64_t i = begin; i < end; i += kStrip) {
     const std::int64_t n = std::min(kStrip, end - i);
@@ -125,6 +140,10 @@ FLOWMATCH_INLINE void strips(const Operands& o, const void* row_of, std::int64_t
         if (left_out(kB1 + k)) continue;
         const A b = E::coefficient(row[kB1 + k], o.rounding);
         const A* h = static_cast<const A*>(o.h[k]) + i;
+        if (k == 0 && o.keyed) {
+          draw(o, i, n, drawn);
+          h = drawn;
+        }
         FLOWMATCH_IVDEP
         for (std::int64_t j = 0; j < n; ++j) sum[j] = E::accumulate(sum[j], b, h[j]);
       }

@@ -17,6 +17,7 @@
 #include "cuda_launch.h"
 #include "cuda_memory.h"
 #include "fused_step_cuda.h"
+#include "keyed_noise.h"
 
 namespace flowmatch_kernels {
 namespace {
@@ -39,23 +40,52 @@ constexpr int blocks_at_once() {
 // for v before it asked for u (bfloat16 v, sm_90), and used 48 registers where 32 are enough.
 template <bool kGuided, int kTerms, bool kStrength>
 struct Known {
-  static constexpr bool kOwnRows = false;
+  static constexpr bool kOwnRows = false, kDrawn = false;
   __device__ __forceinline__ explicit Known(const Operands&) {}
   __device__ __forceinline__ constexpr bool u() const { return kGuided; }
   __device__ __forceinline__ constexpr bool strength() const { return kStrength; }
   __device__ __forceinline__ constexpr bool h(int k) const { return k < kTerms; }
 };
-// Asked of the operands, where elements are moved one by one, or have rows of their own: the same branch for every
-// thread.
-template <bool kOwnRows_>
+// Asked of the operands, where elements are moved one by one, have rows of their own, or h1 is noise: the same branch
+// for every thread. The latter two are kernels of their own, so that the others cost nothing more.
+template <bool kOwnRows_, bool kDrawn_ = false>
 struct Tested {
-  static constexpr bool kOwnRows = kOwnRows_;  // a kernel of its own: one row for all elements costs nothing more
+  static constexpr bool kOwnRows = kOwnRows_;  // with kDrawn there may be some, or one row for all elements
+  static constexpr bool kDrawn = kDrawn_;      // h1 is noise
   const Operands& o;
   __device__ __forceinline__ explicit Tested(const Operands& operands) : o(operands) {}
   __device__ __forceinline__ bool u() const { return o.u != nullptr; }
   __device__ __forceinline__ bool strength() const { return o.strength != nullptr; }
   __device__ __forceinline__ bool h(int k) const { return o.h[k] != nullptr; }
 };
+
+// Elements [element, element + kSize) of the noise of one sample, in A. They are of one counter, of which a thread
+// makes what it needs: kSize 4 is on a boundary of four.
+template <class A, int kSize>
+__device__ __forceinline__ Vector<A, kSize> noise(const Operands& o, std::int64_t sample, std::int64_t element) {
+  std::int64_t key[3];
+#pragma unroll
+  for (int k = 0; k < 3; ++k) key[k] = LoadConstant{}(static_cast<const std::int64_t*>(o.h[0]) + 3 * sample + k);
+  const std::int64_t block = element / 4;
+  const Counter with = counter(key, 0, block);
+  const Words words = philox(static_cast<std::uint32_t>(block), with.c1, with.c2, with.c3, with.k0, with.k1);
+  Vector<A, kSize> z;
+  if constexpr (kSize == 4) {
+    float drawn[4];
+    normals(words.w[0], words.w[1], drawn[0], drawn[1]);
+    normals(words.w[2], words.w[3], drawn[2], drawn[3]);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) z[j] = drawn[j];
+  } else {
+    static_assert(kSize <= 2);
+    const bool later = element % 4 >= 2;
+    float drawn[2];
+    normals(later ? words.w[2] : words.w[0], later ? words.w[3] : words.w[1], drawn[0], drawn[1]);
+    z[0] = kSize == 2 || element % 2 == 0 ? drawn[0] : drawn[1];
+    if constexpr (kSize == 2) z[1] = drawn[1];
+  }
+  return z;
+}
 
 // Elements [i, i + kSize). All of their operands are read before any is written: out may be base, and history one of h.
 template <class E, class Present, int kSize>
@@ -72,7 +102,17 @@ __device__ __forceinline__ void step(const Operands& o, const Divisor& divisor, 
   if (present.u()) u = Velocities::from(o.u, i, LoadLast{});
   const auto base = Vector<typename E::B, kSize>::from(o.base, i, Load{});
   History h1, h2, h3;
-  if (present.h(0)) h1 = History::from(o.h[0], i, Load{});
+  const bool own_rows = Present::kOwnRows && (!Present::kDrawn || o.rows);
+  const auto sample_of = [&](std::int64_t element) {
+    const std::int64_t part = divisor.quotient(element);
+    return own_rows ? static_cast<std::uint32_t>(part) / o.rows : part;  // `launch` has rows fit 32 bits
+  };
+  if constexpr (Present::kDrawn) {
+    const std::int64_t sample = sample_of(i);
+    h1 = noise<A, kSize>(o, sample, i - sample * o.sample);
+  } else {
+    if (present.h(0)) h1 = History::from(o.h[0], i, Load{});
+  }
   if (present.h(1)) h2 = History::from(o.h[1], i, Load{});
   if (present.h(2)) h3 = History::from(o.h[2], i, Load{});
   Vector<typename E::O, kSize> strength;
@@ -92,7 +132,7 @@ __device__ __forceinline__ void step(const Operands& o, const Divisor& divisor, 
   const auto h0_at = [&](int j) { return static_cast<A>(widen(h0[j])); };
   const A a = row[kA];
   Vector<typename E::S, kSize> sum;
-  const auto left_out = [&](Column column) { return Present::kOwnRows && row[column] == A(0); };
+  const auto left_out = [&](Column column) { return own_rows && row[column] == A(0); };
   const auto coefficient = [&](Column column) {
     return Present::kOwnRows ? E::coefficient(row[column], o.rounding) : row[column];
   };
@@ -141,11 +181,7 @@ __device__ __forceinline__ void step(const Operands& o, const Divisor& divisor, 
   for (int j = 0; j < kSize; ++j) out[j] = E::stored(sum[j]);
 
   out.to(o.out, i, Store{});
-  if (o.trajectory) {
-    std::int64_t sample = divisor.quotient(i);
-    if (Present::kOwnRows) sample = static_cast<std::uint32_t>(sample) / o.rows;  // `launch` has them fit 32 bits
-    out.to(o.trajectory, trajectory_index(o, i, sample), StoreLast{});
-  }
+  if (o.trajectory) out.to(o.trajectory, trajectory_index(o, i, sample_of(i)), StoreLast{});
   if (o.history) {
     History remembered;
 #pragma unroll
@@ -168,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<typename E::B, (Prese
 
   // Asked for first, so that the row is under way while the operands' addresses are computed.
   const A* row_of = static_cast<const A*>(o.row);
-  if (Present::kOwnRows) row_of += divisor.quotient(thread * kSize) * kColumns;
+  if (Present::kOwnRows && (!Present::kDrawn || o.rows)) row_of += divisor.quotient(thread * kSize) * kColumns;
   A row[kColumns];
 #pragma unroll
   for (int k = 0; k < kColumns; k += kRowWord) {
@@ -178,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<typename E::B, (Prese
   }
 #pragma unroll
   for (int k = kB0; k <= kB3 && !Present::kOwnRows; ++k) row[k] = E::coefficient(row[k], o.rounding);
-  // With rows of their own no element is left over: `fits` has each row cover whole vectors.
+  // With rows of their own, or noise, no element is left over: `fits` has each row, or sample, cover whole vectors.
   if (Present::kOwnRows || kSize == 1 || thread < vectors) {
     step<E, Present, kSize>(o, divisor, row, thread * kSize);
   } else {
@@ -198,9 +234,10 @@ bool fits(const Operands& o) {
   const auto velocity = [&](const void* address) { return aligned(address, sizeof(typename E::V)); };
   const auto history = [&](const void* address) { return aligned(address, sizeof(typename E::A)); };
   return result(o.out) && result(o.strength) && aligned(o.base, sizeof(typename E::B)) && velocity(o.v) &&
-         velocity(o.u) && history(o.h[0]) && history(o.h[1]) && history(o.h[2]) && history(o.history) &&
+         velocity(o.u) && (o.keyed || history(o.h[0])) && history(o.h[1]) && history(o.h[2]) && history(o.history) &&
          reinterpret_cast<std::uintptr_t>(o.row) % kAccess == 0 && result(o.trajectory) &&
-         (!o.trajectory || o.sample % kSize == 0) && (!o.rows || o.span() % kSize == 0);
+         (!o.trajectory || o.sample % kSize == 0) && (!o.rows || o.span() % kSize == 0) &&
+         (!o.keyed || o.sample % 4 == 0);
 }
 
 template <class E, class Present, int kSize>
@@ -210,7 +247,7 @@ void launch(const Operands& o, cudaStream_t stream) {
     throw std::invalid_argument("fused_step: " + std::to_string(o.numel / o.span()) + " rows are too many");
   }
   // Of an element: its row, with rows of their own, or its sample.
-  Divisor divisor(static_cast<std::uint64_t>(o.rows ? o.span() : o.trajectory ? o.sample : 1));
+  Divisor divisor(static_cast<std::uint64_t>(o.rows ? o.span() : o.trajectory || o.keyed ? o.sample : 1));
   void* arguments[] = {const_cast<Operands*>(&o), &divisor};
   launch_blocks(&fused_step_kernel<E, Present, kSize>, blocks_for(threads), arguments, stream, "fused_step", o.numel);
 }
@@ -239,13 +276,27 @@ void launch_terms(const Operands& o, cudaStream_t stream) {
 }
 
 // Two kernels for a set of dtypes, with vectors as for history terms: what else is there they ask.
+template <class E, class Present>
+void launch_tested(const Operands& o, cudaStream_t stream) {
+  constexpr int kSize = kAccess / sizeof(typename E::A);
+  fits<E, kSize>(o) ? launch<E, Present, kSize>(o, stream) : launch<E, Present, 1>(o, stream);
+}
+
 template <class E>
 void launch_own_rows(const Operands& o, cudaStream_t stream) {
   if constexpr (E::kSumFirst) {
     throw std::invalid_argument("fused_step: sum_first does not go with rows of their own");
   } else {
-    constexpr int kSize = kAccess / sizeof(typename E::A);
-    fits<E, kSize>(o) ? launch<E, Tested<true>, kSize>(o, stream) : launch<E, Tested<true>, 1>(o, stream);
+    launch_tested<E, Tested<true>>(o, stream);
+  }
+}
+
+template <class E>
+void launch_drawn(const Operands& o, cudaStream_t stream) {
+  if constexpr (!E::kHasStrength) {
+    throw std::invalid_argument("fused_step: h1 of keys needs out of base's dtype, and no sum_first");
+  } else {
+    launch_tested<E, Tested<true, true>>(o, stream);
   }
 }
 
@@ -256,6 +307,7 @@ void fused_step_cuda(const Operands& o, Dtypes dtypes, int device, void* stream)
   const DeviceGuard guard(device, "fused_step");
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   const auto chosen = [&]<class E>(E) {
+    if (o.keyed) return launch_drawn<E>(o, on);
     if (o.rows) return launch_own_rows<E>(o, on);
     o.u ? launch_terms<E, true>(o, on) : launch_terms<E, false>(o, on);
   };

@@ -19,7 +19,8 @@ namespace flowmatch_kernels {
 // What a draw writes and reads. Every tensor is contiguous.
 struct NoiseOperands {
   void* out;                 // T[samples, elements]
-  const std::int64_t* keys;  // [samples, 3]: the bits of the seed, the index of the sample, the stream
+  const std::int64_t* keys;  // [samples, 3]: the bits of the seed, the index of the sample, the stream; from bit 16 on
+                             // of the stream the evaluation, to which the one below is joined
   std::int64_t samples;
   std::int64_t elements;  // of one sample
   std::int64_t evaluation;

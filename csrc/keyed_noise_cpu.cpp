@@ -66,33 +66,41 @@ void philox_each(Strip& s, std::int64_t n) {
 }
 #endif
 
+// The normals of counters [i, i + n), n at most kStrip: four for each.
+template <void kPhilox(Strip&, std::int64_t)>
+FLOWMATCH_INLINE void draw(const NoiseOperands& o, std::int64_t i, std::int64_t n, Strip& s, float* in_order) {
+  float z[4][kStrip];
+  const std::int64_t blocks = blocks_of(o.elements);
+  for (std::int64_t done = 0, run; done < n; done += run) {  // of counters of one sample
+    const std::int64_t b = (i + done) / blocks, block = (i + done) - b * blocks;
+    run = std::min(n - done, blocks - block);
+    for (std::int64_t j = 0; j < run; ++j) {
+      const Counter with = counter(o.keys + 3 * b, o.evaluation, block + j);
+      s.c[0][done + j] = static_cast<std::uint32_t>(block + j);
+      s.c[1][done + j] = with.c1;
+      s.c[2][done + j] = with.c2;
+      s.c[3][done + j] = with.c3;
+      s.k[0][done + j] = with.k0;
+      s.k[1][done + j] = with.k1;
+    }
+  }
+  kPhilox(s, n);
+  for (int k = 0; k < 4; k += 2) {
+    for (std::int64_t j = 0; j < n; ++j) normals(s.c[k][j], s.c[k + 1][j], z[k][j], z[k + 1][j]);
+  }
+  for (std::int64_t j = 0; j < n; ++j) {
+    for (int k = 0; k < 4; ++k) in_order[4 * j + k] = z[k][j];
+  }
+}
+
 template <class T, void kPhilox(Strip&, std::int64_t)>
 FLOWMATCH_INLINE void strips(const NoiseOperands& o, std::int64_t begin, std::int64_t end) {
   Strip s;
-  float z[4][kStrip], in_order[4 * kStrip];
+  float in_order[4 * kStrip];
   const std::int64_t blocks = blocks_of(o.elements);
   for (std::int64_t i = begin; i < end; i += kStrip) {
     const std::int64_t n = std::min(kStrip, end - i);
-    for (std::int64_t done = 0, run; done < n; done += run) {  // of counters of one sample
-      const std::int64_t b = (i + done) / blocks, block = (i + done) - b * blocks;
-      run = std::min(n - done, blocks - block);
-      for (std::int64_t j = 0; j < run; ++j) {
-        const Counter with = counter(o.keys + 3 * b, o.evaluation, block + j);
-        s.c[0][done + j] = static_cast<std::uint32_t>(block + j);
-        s.c[1][done + j] = with.c1;
-        s.c[2][done + j] = with.c2;
-        s.c[3][done + j] = with.c3;
-        s.k[0][done + j] = with.k0;
-        s.k[1][done + j] = with.k1;
-      }
-    }
-    kPhilox(s, n);
-    for (int k = 0; k < 4; k += 2) {
-      for (std::int64_t j = 0; j < n; ++j) normals(s.c[k][j], s.c[k + 1][j], z[k][j], z[k + 1][j]);
-    }
-    for (std::int64_t j = 0; j < n; ++j) {
-      for (int k = 0; k < 4; ++k) in_order[4 * j + k] = z[k][j];
-    }
+    draw<kPhilox>(o, i, n, s, in_order);
     for (std::int64_t done = 0, run; done < n; done += run) {
       const std::int64_t b = (i + done) / blocks, block = (i + done) - b * blocks;
       run = std::min(n - done, blocks - block);
@@ -103,7 +111,32 @@ FLOWMATCH_INLINE void strips(const NoiseOperands& o, std::int64_t begin, std::in
   }
 }
 
+// Elements [begin, begin + size): of whole counters, of which those at a sample's end may have fewer than four.
+template <void kPhilox(Strip&, std::int64_t)>
+FLOWMATCH_INLINE void elements(const NoiseOperands& o, std::int64_t begin, std::int64_t size, float* z) {
+  Strip s;
+  float in_order[4 * kStrip];
+  const bool whole = o.elements % 4 == 0;  // then a strip goes on from one sample to the next
+  for (std::int64_t done = 0, run; done < size; done += run) {
+    const std::int64_t b = (begin + done) / o.elements, element = (begin + done) - b * o.elements, skip = element % 4;
+    const std::int64_t left = whole ? size - done : std::min(size - done, o.elements - element);
+    const std::int64_t n = std::min(kStrip, blocks_of(skip + left));
+    draw<kPhilox>(o, b * blocks_of(o.elements) + element / 4, n, s, in_order);
+    run = std::min(left, 4 * n - skip);
+    std::memcpy(z + done, in_order + skip, run * sizeof(float));
+  }
+}
+
 #if defined(__x86_64__)
+void elements_sse2(const NoiseOperands& o, std::int64_t begin, std::int64_t size, float* z) {
+  elements<philox_sse2>(o, begin, size, z);
+}
+FLOWMATCH_AVX2 void elements_avx2(const NoiseOperands& o, std::int64_t begin, std::int64_t size, float* z) {
+  elements<philox_avx2>(o, begin, size, z);
+}
+FLOWMATCH_AVX512 void elements_avx512(const NoiseOperands& o, std::int64_t begin, std::int64_t size, float* z) {
+  elements<philox_avx512>(o, begin, size, z);
+}
 template <class T>
 void sse2(const NoiseOperands& o, std::int64_t begin, std::int64_t end) {
   strips<T, philox_sse2>(o, begin, end);
@@ -129,6 +162,19 @@ void with_instruction_set(const NoiseOperands& o, std::int64_t begin, std::int64
 }
 
 }  // namespace
+
+void keyed_noise_elements(const std::int64_t* keys, std::int64_t elements_of_sample, std::int64_t begin,
+                          std::int64_t size, float* z) {
+  const NoiseOperands o{.out = nullptr, .keys = keys, .samples = 0, .elements = elements_of_sample, .evaluation = 0};
+#if defined(__x86_64__)
+  const int level = instruction_set_level();
+  return level == 2   ? elements_avx512(o, begin, size, z)
+         : level == 1 ? elements_avx2(o, begin, size, z)
+                      : elements_sse2(o, begin, size, z);
+#else
+  return elements<philox_each>(o, begin, size, z);
+#endif
+}
 
 void keyed_noise_cpu(const NoiseOperands& o, Dtype dtype, std::int64_t begin, std::int64_t end, int level) {
   switch (dtype) {

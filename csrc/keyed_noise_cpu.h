@@ -10,4 +10,8 @@ namespace flowmatch_kernels {
 // machine that is not beyond `level`.
 void keyed_noise_cpu(const NoiseOperands& o, Dtype dtype, std::int64_t begin, std::int64_t end, int level = kWidest);
 
+// Elements [begin, begin + size) of the noise [samples, elements] that keys draw, in float32.
+void keyed_noise_elements(const std::int64_t* keys, std::int64_t elements, std::int64_t begin, std::int64_t size,
+                          float* z);
+
 }  // namespace flowmatch_kernels

@@ -34,10 +34,10 @@ void launch_cpu(const Operands& o, Dtypes dtypes) {
     throw std::invalid_argument("fused_step: " + *found);
   }
   const auto part = [&](std::int64_t begin, std::int64_t end) { fused_step_cpu(o, dtypes, begin, end); };
-  if (o.numel <= kGrain) {
+  if (o.numel <= grain(o)) {
     part(0, o.numel);
   } else {
-    torch::stable::parallel_for(0, o.numel, kGrain, part);
+    torch::stable::parallel_for(0, o.numel, grain(o), part);
   }
 }
 

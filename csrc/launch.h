@@ -11,6 +11,12 @@ namespace flowmatch_kernels {
 // Elements below which a second thread, or giving up Python's lock, costs more than it saves.
 constexpr std::int64_t kGrain = 32768;
 
+// The same of counters of keyed noise: 20 us of work.
+constexpr std::int64_t kGrainCounters = 2048;
+
+// Elements of a step below which it is.
+inline std::int64_t grain(const Operands& o) { return o.keyed ? 4 * kGrainCounters : kGrain; }
+
 const char* name_of(Dtype dtype);
 
 // How many rows of their own each sample of a state has, where R rows cover it; none where R is no product of its first

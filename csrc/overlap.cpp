@@ -42,7 +42,8 @@ std::optional<std::string> overlap(const Operands& o, Dtypes dtypes, const void*
   add(kBase, o.base, n * B);
   add(kV, o.v, n * V);
   add(kU, o.u, n * V);
-  for (int k = 0; k < 3; ++k) add(static_cast<Operand>(kH1 + k), o.h[k], n * A);
+  add(kH1, o.h[0], o.keyed ? n / o.sample * 3 * sizeof(std::int64_t) : n * A);
+  for (int k = 1; k < 3; ++k) add(static_cast<Operand>(kH1 + k), o.h[k], n * A);
   add(kStrength, o.strength, n * B);
   add(kCoefficients, coefficients, rows * kColumns * A);
   for (int w = 0; w < written; ++w) {
@@ -50,8 +51,9 @@ std::optional<std::string> overlap(const Operands& o, Dtypes dtypes, const void*
     for (int k = w + 1; k < count; ++k) {
       const Region& other = regions[k];
       if (out.begin + out.bytes <= other.begin || other.begin + other.bytes <= out.begin) continue;
-      const bool named = out.name == kOut ? other.name == kBase && dtypes.out == dtypes.base
-                                          : out.name == kHistory && other.name >= kH1 && other.name <= kH3;
+      const bool named = out.name == kOut
+                             ? other.name == kBase && dtypes.out == dtypes.base
+                             : out.name == kHistory && other.name >= (o.keyed ? kH2 : kH1) && other.name <= kH3;
       if (!named || out.begin != other.begin) return sentence(out, other);
     }
   }

@@ -9,9 +9,6 @@
 namespace flowmatch_kernels {
 namespace {
 
-// Counters below which a second thread costs more than it saves: 20 us of work.
-constexpr std::int64_t kGrainCounters = 2048;
-
 // By addresses, unchecked: flowmatch_kernels.ops.native.keyed_noise_ has what checks them.
 NoiseOperands operands(std::uintptr_t out, std::uintptr_t keys, std::int64_t samples, std::int64_t elements,
                        std::int64_t evaluation) {

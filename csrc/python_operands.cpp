@@ -103,6 +103,13 @@ PyObject* fused_step_python(PyObject*, PyObject* operands) {
     if (strength.seen && (sum_first || dtypes.out != dtypes.base || strength.dtype != dtypes.base)) {
       refuse(PyExc_ValueError, kStrength, " must be of base's dtype, and needs out of that dtype and no sum_first");
     }
+    const bool keyed = h1.seen && h1.int64;
+    if (keyed && (sum_first || dtypes.out != dtypes.base)) {
+      refuse(PyExc_ValueError, kH1, " of keys needs out of base's dtype and no sum_first");
+    }
+    if (keyed && (!base.ndim || h1.ndim != 2 || h1.shape[0] != base.shape[0] || h1.shape[1] != 3)) {
+      refuse(PyExc_ValueError, kH1, " of keys must be [B, 3]");
+    }
     const std::int64_t numel = base.numel(), slot = integer(field(kSlot));
     const std::int64_t row_bytes = kColumns * size_of(arithmetic_of(dtypes.base));
     const bool own_rows = coefficients.ndim == 3;
@@ -126,12 +133,13 @@ PyObject* fused_step_python(PyObject*, PyObject* operands) {
                      .trajectory = trajectory.memory,
                      .history = history.memory,
                      .numel = numel,
-                     .sample = trajectory.seen || own_rows ? numel / base.shape[0] : numel,
+                     .sample = trajectory.seen || own_rows || keyed ? numel / base.shape[0] : numel,
                      .slots = slots,
                      .slot = slot,
                      .guidance = static_cast<Guidance>(integer(field(kGuidance))),
                      .rounding = rounding,
                      .sum_first = sum_first,
+                     .keyed = keyed,
                      .rows = *rows_each,
                      .strength = strength.memory};
     const std::int64_t rows = coefficients.numel() / kColumns;
@@ -145,7 +153,7 @@ PyObject* fused_step_python(PyObject*, PyObject* operands) {
     }
     if (base.device != View::kHost) refuse(PyExc_ValueError, kBase, " must be on the CPU or on CUDA");
     std::optional<pybind11::gil_scoped_release> released;  // worth its cost only for a large state
-    if (numel > kGrain) released.emplace();
+    if (numel > grain(o)) released.emplace();
     launch_cpu(o, dtypes);
     released.reset();
     Py_RETURN_NONE;

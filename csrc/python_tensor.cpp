@@ -5,6 +5,7 @@ namespace {
 
 PyObject* tensor_type;      // torch.Tensor
 PyObject* torch_dtypes[4];  // torch.float32, ... in the order of Dtype
+PyObject* torch_int64;
 const dlpack::ExchangeApi* api;
 
 bool is(PyObject* tensor, PyObject* method) {
@@ -61,6 +62,7 @@ bool truth(PyObject* object) {
 void find_torch(const pybind11::module_& torch) {
   const char* const names[] = {"float32", "float64", "bfloat16", "float16"};
   for (int k = 0; k < 4; ++k) torch_dtypes[k] = pybind11::object(torch.attr(names[k])).release().ptr();
+  torch_int64 = pybind11::object(torch.attr("int64")).release().ptr();
   const pybind11::object tensor = torch.attr("Tensor");
   tensor_type = pybind11::object(tensor).release().ptr();
   if (!pybind11::hasattr(tensor, dlpack::kAttribute)) return;
@@ -93,6 +95,7 @@ View::View(PyObject* tensor) {
   seen = true;
   memory = static_cast<char*>(raw.data) + raw.byte_offset;
   dtype = dtype_of(raw);
+  int64 = raw.code == dlpack::kInt && raw.bits == 64;
   const bool gpu = raw.device_type == dlpack::kCuda || raw.device_type == dlpack::kRocm;
   device = raw.device_type == dlpack::kCpu ? kHost : gpu ? raw.device_id : kOther;
   ndim = raw.ndim, shape = raw.shape, strides = raw.strides;
@@ -106,6 +109,7 @@ void View::by_attributes(PyObject* tensor) {
     for (int k = 0; k < 4; ++k) {
       if (its_dtype.ptr() == torch_dtypes[k]) dtype = static_cast<Dtype>(k);
     }
+    int64 = its_dtype.ptr() == torch_int64;
     const bool on_host = x.attr("is_cpu").cast<bool>(), on_gpu = x.attr("is_cuda").cast<bool>();
     device = on_host ? kHost : on_gpu ? x.attr("get_device")().cast<int>() : kOther;
     for (const char* name : {"size", "stride"}) {

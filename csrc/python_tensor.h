@@ -82,7 +82,8 @@ struct View {
   bool plain = false;  // of type torch.Tensor itself, no subclass
   void* memory = nullptr;
   std::optional<Dtype> dtype;  // none: another than the four
-  int device = 0;              // kHost, kOther, or the index of a CUDA or ROCm device
+  bool int64 = false;
+  int device = 0;  // kHost, kOther, or the index of a CUDA or ROCm device
   int ndim = 0;
   const std::int64_t* shape = nullptr;
   const std::int64_t* strides = nullptr;  // in elements

@@ -140,7 +140,7 @@ class Rows : public TableRows {
     o.out = state_of(out.get()).block.memory();
     o.base = state_of(base).block.memory();
     std::optional<pybind11::gil_scoped_release> released;  // worth its cost only for a large state
-    if (numel_ > kGrain) released.emplace();
+    if (numel_ > grain(o)) released.emplace();
     launch_cpu(o, made->dtypes);
     released.reset();
     return out.release();
@@ -271,6 +271,8 @@ PyMethodDef kMethods[] = {
         "time_steps", "time_steps(count)\n--\n\nA copy of the first times, [count]."),
     define<Rows, 1, [](Rows& rows, PyObject* const* p) { return rows.history(integer(p[0])); }>(
         "history", "history(k)\n--\n\nA history buffer."),
+    define<Rows, 2, [](Rows& rows, PyObject* const* p) { return drawn(rows, p); }>(
+        "draw", "draw(k, keys)\n--\n\nRows that read history buffer k read the noise of these keys instead."),
     define<Rows, 2, [](Rows& rows, PyObject* const* p) { return PyBool_FromLong(rows.owns(p[0], p[1])); }>(
         "owns", "owns(state, v)\n--\n\nWhether v lies in the state's memory."),
     {nullptr, nullptr, 0, nullptr}};

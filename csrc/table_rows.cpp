@@ -10,6 +10,7 @@ TableRows::TableRows(std::vector<std::int64_t> shape, Dtype dtype, int device, P
                      std::int64_t slots, int rounding, int guidance, bool sum_first, PyObject* strength)
     : coefficients_(Py_NewRef(coefficients)),
       strength_tensor_(Py_NewRef(strength)),
+      keys_tensor_(Py_NewRef(Py_None)),
       shape_(std::move(shape)),
       dtype_(dtype),
       device_(device),
@@ -49,6 +50,17 @@ bool TableRows::fits(const View& view) const {
          view.ndim == static_cast<int>(shape_.size()) && std::equal(shape_.begin(), shape_.end(), view.shape);
 }
 
+void TableRows::draw(std::int64_t number, PyObject* keys) {
+  const View view(keys);
+  if (!view.seen || !view.int64 || view.device != device_ || view.ndim != 2 || view.shape[0] != shape_[0] ||
+      view.shape[1] != 3 || !view.contiguous()) {
+    raise(PyExc_ValueError, "Rows: wanted keys, int64 [B, 3], contiguous, on the states' device");
+  }
+  history_.at(number) = static_cast<char*>(view.memory);
+  keys_tensor_ = Object(Py_NewRef(keys));
+  noise_ = number;
+}
+
 bool TableRows::usable(PyObject* v, const View& view) const {
   return fits(view) && dispatch({dtype_, *view.dtype, dtype_}, rounding_, sum_first_, [](auto) {}) &&
          view.contiguous() && !lazy(v);
@@ -83,9 +95,16 @@ std::optional<TableRows::Row> TableRows::row(PyObject* v, PyObject* u, std::int6
              .guidance = guidance_,
              .rounding = rounding_,
              .sum_first = sum_first_,
+             .keyed = false,
              .rows = own_rows_,
              .strength = strength_};
-  for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(read); ++k) o.h[k] = buffer(PyTuple_GET_ITEM(read, k));
+  for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(read); ++k) {
+    const std::int64_t term = integer(PyTuple_GET_ITEM(read, k));
+    o.h[k] = history_.at(term);
+    if (term != noise_) continue;
+    if (k) raise(PyExc_ValueError, "Rows: noise is drawn as h1 alone");
+    o.keyed = true;
+  }
   return Row{o, {dtype_, *first.dtype, dtype_}, commit};
 }
 

@@ -13,6 +13,9 @@ class TableRows {
  public:
   std::int64_t slot() const { return slot_; }  // of base
 
+  // From now on a row that reads history buffer `number` reads what these keys draw, int64 [B, 3].
+  void draw(std::int64_t number, PyObject* keys);
+
  protected:
   TableRows(std::vector<std::int64_t> shape, Dtype dtype, int device, PyObject* coefficients, std::int64_t slots,
             int rounding, int guidance, bool sum_first, PyObject* strength);
@@ -34,7 +37,7 @@ class TableRows {
 
   void took(const Row& row) { slot_ = row.operands.slot, at_base_ = row.commit; }
 
-  Object coefficients_, strength_tensor_;
+  Object coefficients_, strength_tensor_, keys_tensor_;
   char *rows_, *strength_ = nullptr;  // their memory
   std::vector<std::int64_t> shape_;
   Dtype dtype_;
@@ -46,6 +49,7 @@ class TableRows {
   bool sum_first_;
   char* trajectory_ = nullptr;  // [B, slots, *x_dims]; null: no row writes it
   std::vector<char*> history_;
+  std::int64_t noise_ = -1;  // the history buffer that is drawn; none: -1
   std::int64_t slot_ = 0;
   bool at_base_ = true;  // the state is base, and not one within a step
 
@@ -53,5 +57,11 @@ class TableRows {
   bool usable(PyObject* v, const View& view) const;
   char* buffer(PyObject* number) const { return history_.at(integer(number)); }
 };
+
+// draw(k, keys) of Python.
+inline PyObject* drawn(TableRows& rows, PyObject* const* p) {
+  rows.draw(integer(p[0]), p[1]);
+  return Py_NewRef(Py_None);
+}
 
 }  // namespace flowmatch_kernels

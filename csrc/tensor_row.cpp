@@ -116,6 +116,7 @@ class TensorRows : public TableRows {
     key = key * 4 + static_cast<int>(rounding_);
     key = key * 4 + form(o);
     key = key * 2 + (o.rows != 0);
+    key = key * 2 + o.keyed;
     return key * 2 + sum_first_;
   }
 
@@ -156,10 +157,14 @@ class TensorRows : public TableRows {
     const void* const pointers[] = {o.out,  o.base, o.v,          o.u,       o.h[0],    o.h[1],
                                     o.h[2], rows_,  o.trajectory, o.history, o.strength};
     std::uintptr_t addresses = 0;
-    for (const void* pointer : pointers) addresses |= pointer == rows_ ? 0 : reinterpret_cast<std::uintptr_t>(pointer);
-    const std::int64_t sample = o.trajectory ? o.sample : o.numel;
+    for (const void* pointer : pointers) {
+      const bool scalar = pointer == rows_ || (o.keyed && pointer == o.h[0]);
+      addresses |= scalar ? 0 : reinterpret_cast<std::uintptr_t>(pointer);
+    }
+    const std::int64_t sample = o.trajectory || o.keyed ? o.sample : o.numel;
     const std::int64_t span = o.rows ? o.span() : o.numel;
-    const Compiled* const kernel = compiled(key, addresses % 16 == 0, o.rows ? span : sample);
+    const bool aligned = addresses % 16 == 0 && (!o.keyed || sample % 4 == 0);
+    const Compiled* const kernel = compiled(key, aligned, o.rows ? span : sample);
     if (!kernel) return false;
     const Object stream(PyObject_CallNoArgs(kernel->field(Compiled::kStream)));
     if (stream.get() == Py_None) {
@@ -249,7 +254,10 @@ class TensorRows : public TableRows {
     Object(PyObject_CallFunctionObjArgs(fused_step_.get(), operands.get(), last, nullptr));
   }
 
-  PyObject* history(PyObject* number) const { return PyTuple_GET_ITEM(history_tensors_.get(), integer(number)); }
+  PyObject* history(PyObject* number) const {
+    const std::int64_t k = integer(number);
+    return k == noise_ ? keys_tensor_.get() : PyTuple_GET_ITEM(history_tensors_.get(), k);
+  }
 
   Object times_, trajectory_tensor_, history_tensors_, empty_like_, launch_, fused_step_, changed_;
   LaunchCuda* launch_cuda_ = nullptr;
@@ -277,6 +285,8 @@ PyMethodDef kMethods[] = {
            [](TensorRows& rows, PyObject* const* p) { return rows.step(p[1], p[2], p[3], integer(p[4]), p[5]); }>(
         "step",
         "step(state, base, v, u, row, evaluation)\n--\n\nThe next state; None where a velocity is no dense tensor."),
+    define<TensorRows, 2, [](TensorRows& rows, PyObject* const* p) { return drawn(rows, p); }>(
+        "draw", "draw(k, keys)\n--\n\nRows that read history buffer k read the noise of these keys instead."),
     define<TensorRows, 0, [](TensorRows& rows, PyObject* const*) { return PyLong_FromLongLong(rows.slot()); }>(
         "slot", "slot()\n--\n\nThe slot of base."),
     {nullptr, nullptr, 0, nullptr}};

@@ -13,7 +13,7 @@ from torch import Tensor
 from .arguments import check_dense, elsewhere, shown
 from .ops import dispatch
 from .ops.fused_step import VELOCITY_DTYPES, arithmetic_dtype
-from .ops.keyed_noise import INDEXES, STREAMS
+from .ops.keyed_noise import EVALUATIONS, INDEXES, STREAMS, at_evaluations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,10 +269,15 @@ def drawn(
     return dispatch.keyed_noise(found, x_dims, dtype, 0, backend, out)
 
 
+#: Steps whose keys are made at once: 24 bytes of each sample for each.
+_STEPS_AT_ONCE = 16
+
+
 class StepNoise:
     """The noise that a stochastic solver adds: of each step a draw of its own, or what the user gave.
 
     Drawn in the arithmetic dtype, float32 unless the state is float64. By keys, step k is the draw `evaluation` k + 1.
+    Then the fused step may draw it itself, by `keys`.
 
     Args:
         source: What `source` returned.
@@ -297,6 +302,18 @@ class StepNoise:
         self._source, self._given, self._shape, self._dtype, self._device = source, given, shape, dtype, device
         self._backend, self._stored = backend, stored
         self._keys = keys(source, shape[0], device) if given is None and is_keyed(source) else None  # type: ignore[arg-type]
+
+        self._keys_at: tuple[Tensor, ...] = ()
+        self._first = 0
+
+    def keys(self, step: int) -> Tensor | None:
+        """What the fused step draws the noise of a step by, [B, 3]; None: it has to be drawn here."""
+        if self._keys is None or self._stored is not None:
+            return None
+        if not 0 <= step - self._first < len(self._keys_at):
+            self._first = step
+            self._keys_at = at_evaluations(self._keys, step + 1, max(1, min(_STEPS_AT_ONCE, EVALUATIONS - 1 - step)))
+        return self._keys_at[step - self._first]
 
     def __call__(self, step: int, out: Tensor | None) -> Tensor:
         """The noise of a step, contiguous, as the state's memory lies; in `out`, where it is given."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .base import StepFn
+from .noise import StepNoise
 from .ops import dispatch, native, reference, subclasses
 from .ops.dispatch import Backend
 from .ops.fused_step import Operands, arithmetic_dtype, dense
@@ -149,9 +150,9 @@ class Functional:
         """The k-th time of the table, [B, 1, ..., 1]."""
         return self._times[k]
 
-    def draw(self, buffer: int, noise: Callable[[Tensor | None], Tensor]) -> None:
-        """Fills a history buffer with noise."""
-        self._history[buffer] = noise(None)
+    def draw(self, buffer: int, noise: StepNoise, step: int) -> None:
+        """Has the next step read the noise of this one, by its number, in the place of a history buffer."""
+        self._history[buffer] = noise(step, None)
 
     def evaluate(self, step_fn: StepFn, state: Any, time: int) -> Any:
         """v = step_fn(x=state, t=time). A write to x is a write to the state, and shows in the trajectory.
@@ -262,6 +263,7 @@ class _Fresh:
         self._history = tuple(
             torch.empty(shape, dtype=arithmetic_dtype(dtype), device=device) for _ in range(table.buffers)
         )
+        self._by_keys: tuple[int, StepNoise, int] | None = None  # what `draw` had, where the kernel draws
         self._trajectory = None
         if setting.return_all_steps:
             self._trajectory = torch.empty((shape[0], table.steps + 1, *shape[1:]), dtype=dtype, device=device)
@@ -285,8 +287,16 @@ class _Fresh:
     def time(self, k: int) -> Tensor:
         return self._times[k]
 
-    def draw(self, buffer: int, noise: Callable[[Tensor | None], Tensor]) -> None:
-        noise(self._history[buffer])
+    def draw(self, buffer: int, noise: StepNoise, step: int) -> None:
+        keys = noise.keys(step)
+        if keys is None:
+            noise(step, self._history[buffer])
+        else:
+            self._by_keys = buffer, noise, step
+            self._draw(buffer, keys)
+
+    def _draw(self, buffer: int, keys: Tensor) -> None:
+        raise NotImplementedError
 
     def owns(self, state: Tensor, v: Any) -> bool:
         return _shares_storage(state, v)
@@ -315,6 +325,9 @@ class _Fresh:
 
     def functional(self) -> Functional:
         """What goes on from here."""
+        if self._by_keys is not None:
+            buffer, noise, step = self._by_keys
+            noise(step, self._history[buffer])
         return _functional(self._setting, self._grid, self._trajectory, self.slot(), self._history)
 
 
@@ -331,6 +344,7 @@ class Fresh(_Fresh):
             *(_empty_like(), backend.load_launch(), partial(_by_operands, backend.load()), changed),
         )
         self.evaluate, self.step, self.slot = made.evaluate, made.step, made.slot  # type: ignore[method-assign]
+        self._draw = made.draw  # type: ignore[method-assign]
 
 
 class FreshInPython(_Fresh):
@@ -340,6 +354,10 @@ class FreshInPython(_Fresh):
         super().__init__(setting)
         self._fused_step_, self._empty_like = setting.backend.load(), _empty_like()
         self._slot, self._at_base = 0, True  # base's; the state is base, and not one within a step
+        self._read = list(self._history)
+
+    def _draw(self, buffer: int, keys: Tensor) -> None:
+        self._read[buffer] = keys
 
     def slot(self) -> int:
         return self._slot
@@ -362,7 +380,7 @@ class FreshInPython(_Fresh):
         trajectory = self._trajectory if commit else None
         history = None if write is None else self._history[write]
         rest = (setting.rounding, setting.guidance, table.sum_first, setting.strength, trajectory, slot, history)
-        h1, h2, h3 = terms(self._history, evaluation.read)
+        h1, h2, h3 = terms(self._read, evaluation.read)
         self._fused_step_(Operands(out, base, v, u, h1, h2, h3, table.coefficients, row, *rest))
         self._slot, self._at_base = slot, commit
         return out
@@ -381,6 +399,7 @@ class Counted:
             *(velocities.shape, native.DTYPES[velocities.dtype], table.coefficients, table.times),
             *(slots, table.buffers, setting.rounding, setting.guidance, table.sum_first, setting.strength, deferred),
         )
+        self._by_keys: tuple[int, StepNoise, int] | None = None
         # In C++ alone:
         self.empty, self.tensor, self.time, self.owns = made.empty, made.tensor, made.time, made.owns
         self.evaluate, self.step, self.result = made.evaluate, made.step, made.tensor
@@ -389,8 +408,13 @@ class Counted:
         state = self._rows.start(noise)
         return self._rows.start(self._rows.empty().copy_(noise)) if state is None else state
 
-    def draw(self, buffer: int, noise: Callable[[Tensor | None], Tensor]) -> None:
-        noise(self._rows.history(buffer))
+    def draw(self, buffer: int, noise: StepNoise, step: int) -> None:
+        keys = noise.keys(step)
+        if keys is None:
+            noise(step, self._rows.history(buffer))
+        else:
+            self._by_keys = buffer, noise, step
+            self._rows.draw(buffer, keys)
 
     def prepare(self, base: Any, v: Any, u: Any, row: int) -> tuple[Any, Any, Tensor, Tensor | None]:
         return _prepare(self, self._setting.velocities, base, v, u, row)
@@ -410,6 +434,9 @@ class Counted:
     def functional(self) -> Functional:
         """What goes on from here."""
         table, rows = self._setting.table, self._rows
+        if self._by_keys is not None:
+            buffer, noise, step = self._by_keys
+            noise(step, rows.history(buffer))
         trajectory = rows.slots() if self._setting.return_all_steps else None
         history = [rows.history(k) for k in range(table.buffers)]
         return _functional(self._setting, rows.time_steps(len(table.times)), trajectory, rows.slot(), history)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from . import tracing
 from .base import StepFn
 from .hooks import Hooks
 from .log_probs import LogProbs
+from .noise import StepNoise
 from .ops import dispatch
 from .ops.fused_step import WEIGHTED
 from .rows import Setting, rows_for
@@ -67,19 +67,19 @@ def integrate(
     return Integrated(rows, state, step)
 
 
-def noisy(model: Model, table: Table, noise: Callable[[int, Tensor | None], Tensor]) -> Model:
-    """The model, after each call of which the noise of the step is drawn.
+def noisy(model: Model, table: Table, noise: StepNoise) -> Model:
+    """The model, after each call of which the rows are given the noise of the step, or its keys.
 
     Args:
         model: Evaluates the velocity.
         table: Of a solver that adds noise.
-        noise: (row, memory) -> the noise; see `noise.StepNoise`.
+        noise: Of each step.
     """
 
     def evaluate(rows: Any, state: Any, time: int, row: int) -> tuple[Any, Any]:
         velocities = model(rows, state, time, row)
         if table.noise in table.evaluations[row].read:
-            rows.draw(table.noise, functools.partial(noise, row))
+            rows.draw(table.noise, noise, row)
         return velocities
 
     return evaluate
@@ -94,7 +94,7 @@ def solve(
     return_all_steps: bool = False,
     strength: Tensor | None = None,
     hooks: Hooks | None = None,
-    noise: Callable[[int, Tensor | None], Tensor] | None = None,
+    noise: StepNoise | None = None,
     backend: str = "auto",
 ) -> Integrated:
     """Integrates from a given start, for who has a table of its own; unchecked, without guidance.

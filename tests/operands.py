@@ -9,7 +9,7 @@ from flowmatch_kernels.ops import reference
 from flowmatch_kernels.ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, WEIGHTED
 
 INTEGERS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16}
-INTEGERS[torch.float16] = torch.int16
+INTEGERS |= {torch.float16: torch.int16, torch.int64: torch.int64}
 #: torch.manual_seed keeps the stack of its call for each kind of device that there is not: 0.5 ms under pytest.
 manual_seed = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
 LAYOUTS = ("contiguous", "misaligned", "sliced", "transposed", "channels_last", "expanded")

@@ -28,7 +28,7 @@ from operands import (
     values,
 )
 
-from flowmatch_kernels.ops import native, reference
+from flowmatch_kernels.ops import native, reference, reference_noise
 from flowmatch_kernels.ops.fused_step import (
     EXACT,
     PROMOTE,
@@ -509,6 +509,32 @@ def test_sum_first_and_out_of_the_velocity_dtype(numel, aligned):
         assert triton_cases.failures(registered, case) == []
 
 
+@pytest.mark.parametrize(
+    "numel, aligned", [(0, False), (1, False), (31, False), (1024, True), (1025, True), (40_000, True)]
+)
+def test_noise_by_keys(numel, aligned):
+    def registered(o):
+        torch.ops.flowmatch_kernels.fused_step_(*o)
+
+    for case in triton_cases.keyed(numel, aligned):
+        assert triton_cases.failures(native.fused_step_, case) == []
+        assert triton_cases.failures(registered, case) == []
+
+
+def test_noise_by_keys_is_a_draw_that_is_read():
+    """The definition's own: keys give what the values that they draw give."""
+    for case in triton_cases.keyed(1028, False):
+        by_keys, _ = triton_cases.operands(case)
+        x_dims, arithmetic = by_keys.base.shape[1:], arithmetic_dtype(case.state)
+        drawn = reference_noise.keyed_noise(by_keys.h1, x_dims, arithmetic)
+        by_values = triton_cases.copied(by_keys)._replace(h1=drawn)
+        reference.fused_step_(by_keys)
+        reference.fused_step_(by_values)
+        for name in ("out", "trajectory", "history"):
+            got, wanted = getattr(by_keys, name), getattr(by_values, name)
+            assert got is None or triton_cases.differing(got, wanted) == 0, f"{name} [{case}]"
+
+
 @pytest.mark.parametrize("dt", [0.1, -0.0343, 1 / 3])
 @pytest.mark.parametrize(
     "state, velocity", [*itertools.product([torch.float32, torch.bfloat16, torch.float16], repeat=2)]
@@ -650,7 +676,7 @@ def check_instruction_set(instruction_set, parts):
     ):
         for seed, combination in itertools.islice(enumerate(combinations()), turn % parts, None, parts):
             compare(shape, state, velocity, rounding, combination, in_place=bool(seed % 2), seed=seed)
-    special = triton_cases.special(1025, False)
+    special = [*triton_cases.special(1025, False), *triton_cases.keyed(1025, False), *triton_cases.keyed(1028, True)]
     failed = [failure for case in special for failure in triton_cases.failures(native.fused_step_, case)]
     assert failed == [], instruction_set
 

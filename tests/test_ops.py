@@ -266,6 +266,22 @@ def test_gradcheck(guidance, terms):
     assert torch.autograd.gradgradcheck(step, inputs)
 
 
+@pytest.mark.parametrize("guidance, terms", [(None, 1), (FROM_UNGUIDED, 3)])
+def test_derivative_of_noise_by_keys(guidance, terms):
+    """Keys have none; the other operands have theirs."""
+    names = operands(torch.float64, guidance=guidance, terms=terms) | {"h1": torch.arange(6).view(2, 3)}
+    torch.library.opcheck(OP.default, tuple(names.values()))
+    differentiable = [k for k in ("base", "v", "u", "h2", "h3") if names[k] is not None]
+    inputs = tuple(names[k].requires_grad_() for k in differentiable)
+
+    def step(*inputs):
+        return OP(**(names | dict(zip(differentiable, inputs, strict=True))))
+
+    assert torch.autograd.gradcheck(step, inputs)
+    assert torch.autograd.gradgradcheck(step, inputs)
+    torch.library.opcheck(OP.default, tuple(names.values()))
+
+
 @pytest.mark.parametrize("guidance", FORMS)
 def test_gradient_equals_the_expression(guidance):
     """Through a narrower, guided and expanded velocity: each gradient has its operand's shape and dtype."""
@@ -340,6 +356,11 @@ BAD = {
     "h1 dtype": lambda: {"h1": torch.zeros(SHAPE, dtype=torch.bfloat16)},
     "h2 shape": lambda: {"h2": torch.zeros(2, 5, 3)},
     "h3 not contiguous": lambda: {"h3": torch.zeros(5, 3, 2).transpose(0, 2)},
+    "h1 keys of another batch": lambda: {"h1": torch.zeros(3, 3, dtype=torch.int64)},
+    "h1 keys of two columns": lambda: {"h1": torch.zeros(2, 2, dtype=torch.int64)},
+    "h1 keys of the state's shape": lambda: {"h1": torch.zeros(SHAPE, dtype=torch.int64)},
+    "h1 keys not contiguous": lambda: {"h1": torch.zeros(3, 2, dtype=torch.int64).t()},
+    "h1 keys beside sum_first": lambda: {"h1": torch.zeros(2, 3, dtype=torch.int64), "sum_first": True},
     "h2 without h1": lambda: {"h1": None},
     "h3 without h2": lambda: {"h2": None},
     "coefficients dtype": lambda: {"coefficients": torch.zeros(3, 8, dtype=torch.float64)},
@@ -479,6 +500,11 @@ def pooled(replace):
     return names | replace(lambda k, shape=SHAPE: pool[k : k + math.prod(shape)].view(shape), pool)
 
 
+def keys_at(pool):
+    """The pool's first 48 bytes as keys of noise, each (0, 0, 0): any bits are not an index below 2^48."""
+    return pool[:12].zero_().view(torch.int64).view(2, 3)
+
+
 TRAJECTORY = (2, 4, *SHAPE[1:])  # slot 2 of it: elements 30 to 44, and 90 to 104
 LAST_OF_SLOT = 104
 #: (what is written, what it overlaps, bytes from the other's begin): operands, of windows on one buffer.
@@ -491,6 +517,8 @@ OVERLAPS = {
     ("out", "v", -8): lambda at, pool: {"base": at(0), "out": at(0), "v": at(2)},
     ("out", "u", 0): lambda at, pool: {"u": at(0), "out": at(0)},
     ("out", "h1", 0): lambda at, pool: {"h1": at(0), "out": at(0)},
+    ("out", "h1", 44): lambda at, pool: {"h1": keys_at(pool), "out": at(11)},
+    ("history", "h1", 0): lambda at, pool: {"h1": keys_at(pool), "history": at(0)},
     ("out", "h2", 0): lambda at, pool: {"h2": at(0), "out": at(0)},
     ("out", "h3", -60): lambda at, pool: {"h3": at(15), "out": at(0)},
     ("out", "coefficients", -4): lambda at, pool: {"coefficients": at(1, (3, 8)), "out": at(0)},
@@ -530,6 +558,7 @@ MAY_OVERLAP = {
         "base": at(0), "v": at(1), "u": at(2), "h1": at(3), "h2": at(3), "h3": at(5), "coefficients": at(6, (3, 8)),
     },
     "neighbours": lambda at, pool: {"base": at(0), "out": at(30), "v": at(60), "history": at(90), "h1": at(120)},
+    "out after the keys": lambda at, pool: {"h1": keys_at(pool), "out": at(12)},
     "base before the slot": lambda at, pool: {"trajectory": at(0, TRAJECTORY), "base": at(0)},
     "v after the slot": lambda at, pool: {"trajectory": at(0, TRAJECTORY), "v": at(LAST_OF_SLOT + 1)},
     "v strided over out": lambda at, pool: {"out": at(0), "base": at(0), "v": at(0, (5, 3, 2)).transpose(0, 2)},

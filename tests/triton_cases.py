@@ -65,10 +65,13 @@ class Case(NamedTuple):
     """Is b0*h0 multiplied by a tensor?"""
     own_rows: bool = False
     """Has each sample its row of coefficients, or each of its tokens?"""
+    keyed: bool = False
+    """Is h1 noise, drawn by keys?"""
 
     def __str__(self) -> str:
         items = self._asdict().items()
-        named = [(name, value) for name, value in items if name != "own_rows" or value]  # which are the operands' seed
+        later = "own_rows", "keyed"  # than the seeds of the operands, which these words are
+        named = [(name, value) for name, value in items if name not in later or value]
         return " ".join(f"{name}={value}".replace("torch.", "") for name, value in named)
 
 
@@ -110,6 +113,15 @@ def own_rows(numel: int, aligned: bool) -> Iterator[Case]:
     for k, ((state, velocity), rounding, j) in enumerate(product(TAKEN, (EXACT, ROUNDED), range(2))):
         operands = (None, *FORMS)[(k + j) % 4], (k // 3 + j) % 4, k % 2 == 0, k % 4 > 1
         yield Case(state, velocity, *operands, rounding, numel, aligned, taken=True, own_rows=True)
+
+
+def keyed(numel: int, aligned: bool) -> Iterator[Case]:
+    """h1 is noise, for each pair of dtypes, with rows of their own and without: 72 sets of operands."""
+    for k, ((state, velocity), j) in enumerate(product(PAIRS, range(8))):
+        switches = (k % 2 == 0, (k // 2 + j // 4) % 2 == 0)
+        form, terms, rounding = (None, *FORMS)[(k // 3 + j) % 4], 1 + (k + j) % 3, (k + k // 8) % 3
+        case = Case(state, velocity, form, terms, *switches, rounding, numel, aligned, keyed=True)
+        yield case._replace(strength=(k + j) % 3 == 0, own_rows=j % 2 == 1)
 
 
 def eighth(cases: Iterable[Case], turn: int) -> list[Case]:
@@ -196,6 +208,11 @@ def operands(case: Case) -> tuple[Operands, dict[str, Guarded]]:
         return buffer(name, dtype).copy_(values(shape, dtype, generator))
 
     h = [read(f"h{k}", arithmetic) if k <= case.terms else None for k in (1, 2, 3)]
+    if case.keyed:  # the index passes 2^32; the evaluation is joined to the stream
+        index = torch.arange(shape[0]) + choose.choice([0, (1 << 32) - 2, (1 << 48) - shape[0]])
+        seed_bits, stream = choose.randrange(-(1 << 63), 1 << 63), choose.randrange(1 << 32)
+        h[0] = torch.stack([torch.full_like(index, seed_bits), index, torch.full_like(index, stream)], dim=1)
+        buffers.pop("h1")
     rows, slots = choose.randint(1, 5), choose.randint(1, 5)
     row = choose.randrange(rows)
     # A wrong row shows: the others are NaN.
@@ -216,7 +233,7 @@ def operands(case: Case) -> tuple[Operands, dict[str, Guarded]]:
         held, left_out = (torch.rand(2, each, len(COLUMNS), generator=generator) < 0.25).unbind()
         coefficients[row, :, 1:5] = torch.where(left_out[:, 1:5], 0.0, coefficients[row, :, 1:5])
         coefficients[row] = torch.where(held[:, :1], torch.tensor(HELD, dtype=arithmetic), coefficients[row])
-        h = [None if x is None else x.view(shape) for x in h]
+        h = [x if x is None or (case.keyed and k == 0) else x.view(shape) for k, x in enumerate(h)]
     out = case.velocity if case.taken else case.state
     result = Operands(
         out=buffer("out", out).fill_(torch.nan),
@@ -236,7 +253,7 @@ def operands(case: Case) -> tuple[Operands, dict[str, Guarded]]:
         slot=choose.randrange(slots) if case.trajectory else 0,
         history=buffer("history", arithmetic).fill_(torch.nan) if case.history else None,
     )
-    if case.terms and case.history and choose.random() < 0.5:  # the oldest velocity gives way to the newest
+    if case.terms > case.keyed and case.history and choose.random() < 0.5:  # the oldest gives way to the newest
         buffers.pop("history")
         result = result._replace(history=h[case.terms - 1])
     if choose.random() < 0.25 and not case.taken:

@@ -31,6 +31,7 @@ from triton_cases import (
     eighth,
     failures,
     half,
+    keyed,
     own_rows,
     quarter,
     special,
@@ -132,6 +133,11 @@ def test_sum_first_and_out_of_the_velocity_dtype_full(numel: int, aligned: bool)
 @pytest.mark.parametrize(("numel", "aligned"), [(31, False), (1024, True)])
 def test_rows_of_their_own(numel: int, aligned: bool) -> None:
     check(half(own_rows(numel, aligned), aligned))
+
+
+@pytest.mark.parametrize(("numel", "aligned"), [(31, False), (1024, True), (1028, False)])
+def test_noise_by_keys(numel: int, aligned: bool) -> None:
+    check(half(keyed(numel, aligned), aligned))
 
 
 @every_pair

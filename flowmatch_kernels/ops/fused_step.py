@@ -22,6 +22,11 @@ bfloat16 and float16: S is then the dtype that base's and out's promote to, and 
 Strength. With `strength`, a tensor of the state's dtype, b0*h0 is multiplied by it, element by element, and rounded to
 S before it is added. It does not go with out of v's dtype, nor with `sum_first`.
 
+Noise. h1 may be keys instead of values: int64 [B, 3], a row of `ops.keyed_noise` for each sample, whose third column
+holds the evaluation too (`keyed_noise.at_evaluations`). h1 is then the noise that they draw, in A: the kernel makes it
+and no memory holds it. The bits are those of a step that reads what `keyed_noise` has drawn in A. It does not go with
+out of v's dtype, nor with `sum_first`.
+
 Sum first. With `sum_first`, base, v and out being of one dtype, the terms are added before they are multiplied, from
 the oldest on, as torchdiffeq does; a and c are the factors, and history is h0:
 
@@ -93,7 +98,7 @@ class Operands(NamedTuple):
     u: Tensor | None
     """V, as v; with guidance."""
     h1: Tensor | None
-    """A, [B, *x_dims], contiguous; h2 and h3 likewise. They fill up from h1."""
+    """A, [B, *x_dims], contiguous; h2 and h3 likewise. They fill up from h1. Or h1 is keys, int64 [B, 3]."""
     h2: Tensor | None
     h3: Tensor | None
     coefficients: Tensor
@@ -167,6 +172,11 @@ def double(x: Tensor) -> Tensor:
     return x.double() if x.device.type in FLOAT64_DEVICES else x.cpu().double()
 
 
+def is_keys(h1: Tensor | None) -> bool:
+    """Whether the operand h1 is keys of noise, and not values."""
+    return h1 is not None and h1.dtype == torch.int64
+
+
 def dense(v: Tensor) -> Tensor:
     """v as contiguous memory that holds its values: v itself, most often, else one copy.
 
@@ -195,6 +205,16 @@ def check_operands(operands: Operands) -> None:
         raise ValueError(f"strength needs out of base's dtype {base.dtype} and no sum_first")
     if (h2 is not None and h1 is None) or (h3 is not None and h2 is None):
         raise ValueError("history terms fill up from h1: h2 needs h1, h3 needs h2")
+    keyed = is_keys(h1)
+    if h1 is not None and keyed:
+        if sum_first or out.dtype != base.dtype:
+            raise ValueError(f"h1 of keys needs out of base's dtype {base.dtype} and no sum_first")
+        if base.dim() == 0 or h1.shape != (base.shape[0], 3) or not h1.is_contiguous():
+            raise ValueError(
+                f"h1 of keys must be contiguous, [B, 3] for a state {list(base.shape)}, got {list(h1.shape)}"
+            )
+        if h1.device != base.device:
+            raise ValueError(f"h1 must be on base's device {base.device}, got {h1.device}")
     if guidance not in (WEIGHTED, FROM_UNGUIDED, FROM_GUIDED):
         raise ValueError(f"guidance must be {WEIGHTED}, {FROM_UNGUIDED} or {FROM_GUIDED}, got {guidance}")
     shape, device = base.shape, base.device
@@ -203,7 +223,7 @@ def check_operands(operands: Operands) -> None:
         ("out", out, out.dtype),
         ("v", v, v.dtype),
         ("u", u, v.dtype),
-        ("h1", h1, arithmetic),
+        ("h1", None if keyed else h1, arithmetic),
         ("h2", h2, arithmetic),
         ("h3", h3, arithmetic),
         ("history", history, arithmetic),
@@ -316,7 +336,7 @@ def check_overlap(operands: Operands) -> None:
     for name, velocity in (("v", v), ("u", u)):
         if velocity is not None and velocity.is_contiguous():  # else it is copied first
             add(name, velocity)
-    add("h1", h1)
+    add("h1", h1, 0, h1.numel() if h1 is not None and is_keys(h1) else numel)
     add("h2", h2)
     add("h3", h3)
     add("strength", strength)
@@ -326,6 +346,7 @@ def check_overlap(operands: Operands) -> None:
             if end <= its_begin or its_end <= begin:
                 continue
             allowed = other in _MAY_BE[name][0] and (other != "base" or out.dtype == base.dtype)
+            allowed = allowed and not (other == "h1" and is_keys(h1))
             if begin != its_begin or not allowed:
                 raise ValueError(
                     f"{name} overlaps {other}: it begins {abs(begin - its_begin)} bytes "
@@ -361,7 +382,7 @@ def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
     ctx.save_for_backward(coefficients, strength)
     ctx.row, ctx.guidance, ctx.sum_first = row, guidance, sum_first
     ctx.dtypes = base.dtype, v.dtype
-    ctx.present = u is not None, h1 is not None, h2 is not None, h3 is not None
+    ctx.present = u is not None, h1 is not None and not is_keys(h1), h2 is not None, h3 is not None
 
 
 def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

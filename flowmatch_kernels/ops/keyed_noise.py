@@ -46,7 +46,8 @@ KEYED_NOISE = (
     "keyed_noise(Tensor keys, SymInt[] x_dims, ScalarType dtype, int evaluation=0, str backend='auto') -> Tensor"
 )
 
-#: The columns of a row of keys, int64: the bits of the seed, the sample's index, the stream.
+#: The columns of a row of keys, int64: the bits of the seed, the sample's index, the stream; and the evaluation from
+#: the stream's bit 16 on, which the op's argument is joined to by `or`.
 COLUMNS = ("seed", "index", "stream")
 
 #: What the counter has room for: all are below.
@@ -81,6 +82,25 @@ def check(keys: Tensor, x_dims: Sequence[int], dtype: torch.dtype, evaluation: i
         elements *= size
     if elements >= ELEMENTS:
         raise ValueError(f"a sample must have fewer than 2^50 elements, got {elements}")
+
+
+def at_evaluations(keys: Tensor, first: int, count: int) -> tuple[Tensor, ...]:
+    """The keys of the draws `first` to first + count - 1, each [B, 3], as the fused step takes them.
+
+    Args:
+        keys: int64, [B, 3].
+        first: An evaluation.
+        count: How many.
+
+    Raises:
+        ValueError: an evaluation is not in [0, 2^16).
+    """
+    if not 0 <= first <= first + count <= EVALUATIONS:
+        raise ValueError(f"evaluation must be in [0, {EVALUATIONS}), got {first} to {first + count - 1}")
+    evaluations = torch.arange(first, first + count, device=keys.device) << 16
+    joined = keys.expand(count, *keys.shape).clone()
+    joined.select(2, COLUMNS.index("stream")).bitwise_or_(evaluations.view(count, 1))
+    return joined.unbind()
 
 
 library.define(KEYED_NOISE, tags=(torch.Tag.pt2_compliant_tag,))

@@ -8,7 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .fused_step import FROM_UNGUIDED, PROMOTE, ROUNDED, WEIGHTED, Operands, arithmetic_dtype, check_overlap, covered
+from . import reference_noise
+from .fused_step import (
+    FROM_UNGUIDED,
+    PROMOTE,
+    ROUNDED,
+    WEIGHTED,
+    Operands,
+    arithmetic_dtype,
+    check_overlap,
+    covered,
+    is_keys,
+)
 
 #: Tensor.copy_, which asks for the device even of a FakeTensor, without that question.
 copy_ = torch.ops.aten.copy_.default
@@ -83,7 +94,10 @@ def _result(o: Operands) -> tuple[Tensor, Tensor, Columns]:
     sizes = covered(o.base.shape, o.coefficients.shape[1]) if o.coefficients.dim() == 3 else None
     columns = Columns.of(o.coefficients, o.row, o.base.dim(), sizes)
     h0 = velocity(o.v, o.u, columns, o.guidance)
-    terms = h0, o.h1, o.h2, o.h3
+    h1 = o.h1
+    if h1 is not None and is_keys(h1):
+        h1 = reference_noise.keyed_noise(h1, o.base.shape[1:], arithmetic_dtype(o.base.dtype))
+    terms = h0, h1, o.h2, o.h3
     return combine(o.base, terms, columns, o.rounding, o.sum_first, o.out.dtype, o.strength), h0, columns
 
 

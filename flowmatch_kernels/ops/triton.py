@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 
 from . import cuda_driver
-from .fused_step import FROM_UNGUIDED, PROMOTE, ROUNDED, WEIGHTED, Operands, check_overlap, dense
+from .fused_step import FROM_UNGUIDED, PROMOTE, ROUNDED, WEIGHTED, Operands, check_overlap, dense, is_keys
 from .triton_launcher import Launcher
+from .triton_normals import normals, words
 
 #: Elements of a block without 16-byte accesses, and threads of every block.
 _SCALAR_BLOCK = 512
@@ -182,6 +183,32 @@ def _trajectory_offset(start, sample, slots, slot, BLOCK: tl.constexpr):
     return (start + slot * sample + first * stride) + (q.to(tl.int64) * stride + tl.arange(0, BLOCK))
 
 
+@triton.jit
+def drawn(keys, start, numel, sample, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """Normals of this block's elements by keys [numel / sample, 3]: `ops.keyed_noise`, evaluation 0.
+
+    A thread makes what it needs: of a counter's four normals with VECTOR 4 or 8 all, with 2 two, with 1 one. So none
+    goes through shared memory.
+    """
+    sample = sample.to(tl.int64)
+    # Elements for which a thread computes one counter.
+    EACH: tl.constexpr = 4 if VECTOR > 2 else VECTOR
+    first, q = _quotients(start // EACH, sample // EACH, BLOCK // EACH)
+    q = q.to(tl.int64)
+    i = start + tl.arange(0, BLOCK // EACH) * EACH
+    within = i < numel
+    number = first + tl.where(within, q, 0)
+    element = i - number * sample
+    w0, w1, w2, w3 = words(keys + number * 3, element // 4, 0, within)
+    if EACH == 4:
+        z0, z1 = normals(w0, w1)
+        z2, z3 = normals(w2, w3)
+        return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+    later = element % 4 >= 2
+    z0, z1 = normals(tl.where(later, w2, w0), tl.where(later, w3, w1))
+    return tl.interleave(z0, z1) if EACH == 2 else tl.where(element % 2 == 0, z0, z1)
+
+
 @triton.jit(do_not_specialize=_RUNTIME_ARGUMENTS)
 def fused_step_kernel(
     out,
@@ -218,13 +245,14 @@ def fused_step_kernel(
         out: OUT[numel]; may be base.
         base: B[numel]; S is the dtype that B and OUT promote to, most often both.
         v, u: V[numel]; u may be None.
-        h1, h2, h3: A[numel], or None; A is the coefficients' dtype.
+        h1, h2, h3: A[numel], or None; A is the coefficients' dtype. Or h1 is keys of noise, int64[numel / sample, 3].
         coefficients: A[rows, 8], or with rows of their own A[rows, numel / span, 8].
         trajectory: OUT[numel / sample, slots, sample], or None.
         history: A[numel], or None; may be one of h1..h3.
         strength: OUT[numel], or None.
         row, slot: Which row of coefficients, the first of several, and which slot of the trajectory.
-        numel, sample, slots: Elements of the state, elements of one sample, slots of the trajectory.
+        numel, sample, slots: Elements of the state, elements of one sample, slots of the trajectory. With keys and
+            VECTOR more than 1, sample is a multiple of four.
         span: With rows of their own, the elements that each covers: with VECTOR more than 1 a multiple of it.
         rounding: What products b_k*h_k are rounded to: PROMOTE, EXACT or ROUNDED.
         guidance: How u and v are combined: WEIGHTED, FROM_UNGUIDED or FROM_GUIDED.
@@ -266,7 +294,10 @@ def fused_step_kernel(
     if strength is not None:
         factor = tl.load(_elements(strength, offset, VECTOR), mask)
     if h1 is not None:
-        h1_ = tl.load(_elements(h1, offset, VECTOR), mask)
+        if h1.dtype.element_ty == tl.int64:
+            h1_ = drawn(h1, start, numel, sample, VECTOR, BLOCK).to(A)
+        else:
+            h1_ = tl.load(_elements(h1, offset, VECTOR), mask)
         b1 = tl.load(row_of + 2)
     if h2 is not None:
         h2_ = tl.load(_elements(h2, offset, VECTOR), mask)
@@ -334,8 +365,13 @@ def block(vector: int) -> int:
 
 
 def elements_per_access(dtypes: list[torch.dtype | None]) -> int:
-    """16 bytes over the widest dtype of the operands: the coefficients', which do not count, then theirs."""
-    return 16 // max(dtype.itemsize for dtype in dtypes[1:] if dtype is not None)
+    """16 bytes over the widest dtype of the operands: the coefficients', which do not count, then theirs.
+
+    Keys count as what they draw, which has the coefficients' dtype.
+    """
+    arithmetic, *others = dtypes
+    widths = [arithmetic if dtype == torch.int64 else dtype for dtype in others]
+    return 16 // max(dtype.itemsize for dtype in widths if dtype is not None)
 
 
 _launcher = Launcher(fused_step_kernel, _LAUNCH_OPTIONS)
@@ -383,21 +419,25 @@ def launch(o: Operands, key: int | None = None) -> None:
     if own_rows:
         R = coefficients.shape[1]
         span, row = numel // R, row * R
+    keyed = is_keys(h1)
+    if trajectory is not None or keyed:
+        sample = numel // base.shape[0]
     if trajectory is not None:
-        sample, slots = numel // base.shape[0], trajectory.shape[1]
+        slots = trajectory.shape[1]
     for optional in (u, h1, h2, h3, trajectory, history, strength):
         if optional is None:
             dtypes.append(None)
         else:
             dtypes.append(optional.dtype)
-            addresses |= optional.data_ptr()
+            addresses |= 0 if keyed and optional is h1 else optional.data_ptr()
     operands: object = (*dtypes, rounding, guidance, sum_first, own_rows)
     vector = _vectors.get(operands)
     if vector is None:
         vector = _vectors[operands] = elements_per_access(dtypes)
     if key is not None:
         _vectors_of_keys[key], operands = vector, key
-    if addresses % 16 or (span if own_rows else sample) % vector:  # numel is a multiple of both, and sample of span
+    # numel is a multiple of sample and of span, and sample of span.
+    if addresses % 16 or (span if own_rows else sample) % vector or (keyed and sample % 4):
         vector = 1
     block_size = block(vector)
     variant, blocks = (operands, vector), -(-numel // block_size)
@@ -420,7 +460,8 @@ def compiled(key: int, device: int, aligned: bool, sample: int) -> tuple[Any, ..
     Args:
         key: Equal for two launches only where `launch` would launch the same kernel for both, but for alignments.
         device: The index of the operands' device, -1 for the CPU.
-        aligned: The operands' addresses, but for the coefficients', are multiples of 16.
+        aligned: The operands' addresses, but for the coefficients' and keys', are multiples of 16; and with keys a
+            sample's elements a multiple of four.
         sample: The kernel's argument, or its `span` where it has one.
 
     Returns:

@@ -26,6 +26,7 @@ from triton_cases import (
     differing,
     failures,
     half,
+    keyed,
     operands,
     own_rows,
     special,
@@ -41,6 +42,7 @@ from flowmatch_kernels.ops.fused_step import (
     Operands,
     arithmetic_dtype,
     dense,
+    is_keys,
 )
 
 _host = host_cuda.load()
@@ -69,6 +71,8 @@ def step(o: Operands) -> None:
     if o.coefficients.dim() == 3:
         R, sample = o.coefficients.shape[1], numel // o.base.shape[0]
         rows = R // o.base.shape[0]
+    if is_keys(o.h1):
+        sample = numel // o.base.shape[0]
     v, u = dense(o.v), None if o.u is None else dense(o.u)
     tensors = (o.out, o.base, v, u, o.h1, o.h2, o.h3, o.coefficients)
     _host.fused_step_cuda(
@@ -76,7 +80,7 @@ def step(o: Operands) -> None:
         *(o.row * R, *(native.DTYPES[x.dtype] for x in (o.base, v, o.out)), o.rounding, o.guidance, o.sum_first),
         *(0 if o.trajectory is None else o.trajectory.data_ptr(), slots, o.slot),
         *(0 if x is None else x.data_ptr() for x in (o.history, o.strength)),
-        *(numel, sample, 0, 0, rows),
+        *(numel, sample, 0, 0, rows, is_keys(o.h1)),
     )
 
 
@@ -131,6 +135,14 @@ def test_rows_of_their_own(double) -> None:
     assert len({launch.kernel for launch in double.launches}) == 20
     check([*own_rows(1024, True), *own_rows(3072, True), *own_rows(1025, False)])
     assert len({launch.kernel for launch in double.launches}) == 40
+
+
+def test_noise_by_keys(double) -> None:
+    """A thread moves vectors where samples are whole fours: two kernels for each set of dtypes."""
+    check(keyed(31, False))
+    assert len({launch.kernel for launch in double.launches}) == 14
+    check([*keyed(1024, True), *keyed(3072, True), *keyed(1028, False), *keyed(1028, True)])
+    assert len({launch.kernel for launch in double.launches}) == 28
 
 
 @pytest.mark.full

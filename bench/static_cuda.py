@@ -139,7 +139,7 @@ def picked(specialisation: Specialisation) -> tuple[str, int]:
     vector = 16 // widest if specialisation.aligned else 1
     flags = [str(flag).lower() for flag in (specialisation.guided, specialisation.strength)]
     known = vector > 1 and not (specialisation.strength and specialisation.terms)
-    present = f"Known<{flags[0]}, {specialisation.terms}, {flags[1]}>" if known else "Tested<false>"
+    present = f"Known<{flags[0]}, {specialisation.terms}, {flags[1]}>" if known else "Tested<false, false>"
     vector = vector if known else 1
     state, velocity = _TYPES[specialisation.state], _TYPES[specialisation.velocity]
     to_velocity = specialisation.rounding != PROMOTE or state == velocity

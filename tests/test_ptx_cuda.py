@@ -12,7 +12,7 @@ import log_prob_operands
 import pytest
 import torch
 from ptx import cases, cuda_runtime
-from triton_cases import own_rows, special
+from triton_cases import keyed, own_rows, special
 
 from flowmatch_kernels.ops import dispatch, native, reference_log_prob
 
@@ -35,7 +35,7 @@ def cuda(half: cuda_runtime.CudaHalf, request: pytest.FixtureRequest) -> Iterato
 
 def test_every_kernel_is_registered(cuda: cuda_runtime.CudaHalf) -> None:
     """The host's code knows as many kernels as there are in the PTX."""
-    assert cuda.double.double_kernel_count() == len(cuda.names()) == 284 + 8 + 18  # of fused_step, noise, log_prob
+    assert cuda.double.double_kernel_count() == len(cuda.names()) == 312 + 8 + 18  # of fused_step, noise, log_prob
 
 
 def test_steps(cuda: cuda_runtime.CudaHalf) -> None:
@@ -61,6 +61,13 @@ def test_rows_of_their_own(cuda: cuda_runtime.CudaHalf) -> None:
     assert len(kernels) == 40, "vectors and single elements, of each set of dtypes"
 
 
+def test_noise_by_keys(cuda: cuda_runtime.CudaHalf) -> None:
+    for numel, aligned in [(31, False), (1024, True), (3072, True)]:
+        assert cases.failed(cuda.fused_step_, keyed(numel, aligned)) == []
+    kernels = {launch.name for launch in cuda.launches}
+    assert len(kernels) == 28, "vectors and single elements, of each set of dtypes"
+
+
 def test_one_operand_off_its_boundary(cuda: cuda_runtime.CudaHalf) -> None:
     """Each of nine operands alone, by one element and by half a 16-byte access: elements are moved singly."""
     off = cases.off_boundary()
@@ -83,14 +90,16 @@ def test_sample(cuda: cuda_runtime.CudaHalf, monkeypatch: pytest.MonkeyPatch) ->
     of = dispatch.BACKENDS["cuda"]
     served = of._replace(devices=("cuda", "cpu"), unavailable=lambda device_type: None, load=lambda: cuda.fused_step_)
     monkeypatch.setitem(dispatch.BACKENDS, "cuda", served)
-    loops, failed = [*cases.LOOPS, *cases.STOCHASTIC_LOOPS, *cases.OWN_LOOPS, *cases.MORE_LOOPS], []
+    loops = [*cases.LOOPS, *cases.STOCHASTIC_LOOPS, *cases.KEYED_LOOPS, *cases.OWN_LOOPS, *cases.MORE_LOOPS]
+    failed = []
     for loop in loops:
         before = len(cuda.launches)
         failed += cases.looped(loop, "cuda")
-        if len(cuda.launches) - before < 4:
+        launches = len(cuda.launches) - before
+        if launches < 4 or (loop.keyed and launches > 4):
             failed.append(f"not one launch an evaluation [{loop}]")
     assert not failed, "\n".join(failed)
-    assert len(loops) == 34
+    assert len(loops) == 37
 
 
 def test_rows(cuda: cuda_runtime.CudaHalf) -> None:

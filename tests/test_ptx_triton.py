@@ -15,7 +15,7 @@ import torch
 from ptx import cases
 from ptx.operand_memory import NOTHING_FIRST
 from ptx.triton_driver import ExecutingDriver, executing
-from triton_cases import own_rows, special
+from triton_cases import keyed, own_rows, special
 
 from flowmatch_kernels.ops import dispatch, triton_log_prob, triton_noise
 from flowmatch_kernels.ops import triton as backend
@@ -53,6 +53,13 @@ def test_rows_of_their_own(driver: ExecutingDriver) -> None:
     assert {launch.arguments["own_rows"] for launch in driver.launches} == {True}
 
 
+def test_noise_by_keys(driver: ExecutingDriver) -> None:
+    """One in nine sets of operands: each is a compilation. No normal goes through shared memory."""
+    for turn, (numel, aligned) in enumerate([(31, False), (1024, True)]):
+        assert cases.failed(backend.fused_step_, list(keyed(numel, aligned))[turn::9]) == []
+    assert set(accesses(driver)) == {1, 2, 4}
+
+
 def test_one_operand_off_its_boundary(driver: ExecutingDriver) -> None:
     """Each of nine operands alone, by one element and by half a 16-byte access: elements are moved singly."""
     off = cases.off_boundary()
@@ -73,10 +80,11 @@ def test_sample(driver: ExecutingDriver, monkeypatch: pytest.MonkeyPatch) -> Non
     of = dispatch.BACKENDS["triton"]
     monkeypatch.setitem(dispatch.BACKENDS, "triton", of._replace(unavailable=lambda device_type: None))
     failed = []
-    for loop in (*cases.LOOPS, *cases.STOCHASTIC_LOOPS, *cases.OWN_LOOPS[:1]):
+    for loop in (*cases.LOOPS, *cases.STOCHASTIC_LOOPS, *cases.OWN_LOOPS[:1], *cases.KEYED_LOOPS):
         before = len(driver.launches)
         failed += cases.looped(loop, "triton")
-        if len(driver.launches) - before < 4:
+        launches = len(driver.launches) - before
+        if launches < 4 or (loop.keyed and launches > 4):
             failed.append(f"not one launch an evaluation [{loop}]")
     assert not failed, "\n".join(failed)
     assert driver.by_driver == (100 if driver.arch == 90 else 0)  # the first of a kind is Triton's

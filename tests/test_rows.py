@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections.abc import Iterator
 from itertools import product
@@ -12,8 +13,8 @@ import pytest
 import torch
 from operands import assert_same_bits
 
-from flowmatch_kernels import FlowMatching, flow_matching, rows, solvers
-from flowmatch_kernels.ops import dispatch, native, reference
+from flowmatch_kernels import FlowMatching, KeyedNoise, flow_matching, noise, rows, solvers
+from flowmatch_kernels.ops import dispatch, native, reference, reference_noise
 from flowmatch_kernels.solvers import Evaluation
 
 SHAPE = (3, 5, 2)
@@ -97,6 +98,58 @@ def test_whole_loops(kind: list[Any]) -> None:
         for got, wanted in zip(*(one if all_steps else (one,) for one in found), strict=True):
             assert_same_bits(got, wanted)
     assert len(kinds) == len(solvers.SOLVERS) * 4 * 2 * 2
+
+
+def by_keys_and_by_values(backend: str, solver: str, model: Any, **options: Any) -> tuple[Any, Any]:
+    """A run whose steps are given keys, and one that is given what they draw; more steps than keys made at once."""
+    keys, steps = KeyedNoise(7, (1 << 32) - 2), 20
+    its_keys = noise.keys(keys, SHAPE[0], torch.device("cpu"))
+    start = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    drawn = torch.stack(
+        [reference_noise.keyed_noise(its_keys, SHAPE[1:], torch.float32, k + 1) for k in range(steps)], dim=1
+    )
+    fm = FlowMatching(SHAPE[1:], solver, steps, backend=backend)
+    runs = [fm.sample(SHAPE[0], model(), noise=start, step_noise=given, **options) for given in (keys, drawn)]
+    return runs[0], runs[1]
+
+
+@pytest.fixture
+def draws(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The evaluation of each draw that is not the kernel's, which plain PyTorch makes."""
+    made: list[int] = []
+
+    def draw(keys: Any, x_dims: Any, dtype: Any, evaluation: int, backend: str, out: Any = None) -> torch.Tensor:
+        made.append(evaluation)
+        values = reference_noise.keyed_noise(keys, x_dims, dtype, evaluation)
+        return values if out is None else out.copy_(values)
+
+    monkeypatch.setattr(noise.dispatch, "keyed_noise", lambda *given: draw(*given))
+    return made
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu"])
+@pytest.mark.parametrize("solver", ["sde", "renoise"])
+def test_noise_by_keys(kind: list[Any], solver: str, backend: str, draws: list[int]) -> None:
+    """The rows hand keys to the kernel; where a derivative appears, and plain PyTorch goes on, they are drawn."""
+    if backend == "cpu" and native.Rows is None:
+        pytest.skip("the extension keeps no states")
+
+    scales: list[torch.Tensor] = []
+
+    def late() -> Any:
+        scale, calls = torch.ones((), requires_grad=True), itertools.count()
+        scales.append(scale)
+        return lambda x, t: velocity(x, t) * (scale if next(calls) >= 5 else scale.detach())
+
+    for all_steps in (False, True):
+        got, wanted = by_keys_and_by_values(backend, solver, lambda: velocity, return_all_steps=all_steps)
+        for x, y in zip(*((one if all_steps else (one,)) for one in (got, wanted)), strict=True):
+            assert_same_bits(x, y)
+    assert draws == []
+    got, wanted = by_keys_and_by_values(backend, solver, late, differentiable=True)
+    assert_same_bits(got, wanted)
+    assert draws == list(range(6, 21))
+    assert_same_bits(*[torch.autograd.grad(x.sum(), scale)[0] for x, scale in zip((got, wanted), scales, strict=True)])
 
 
 def test_rows_end_with_sample(kind: list[Any]) -> None:

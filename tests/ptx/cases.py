@@ -207,6 +207,8 @@ class Loop(NamedTuple):
     """Every second velocity begins one element after a 16-byte boundary."""
     own_times: bool = False
     """Each sample has times and a weight of guidance of its own; the last is held in its first step."""
+    keyed: bool = False
+    """The noise of its steps is drawn by keys, in the kernel."""
 
     def __str__(self) -> str:
         return " ".join(map(str, self)).replace("torch.", "")
@@ -226,6 +228,11 @@ LOOPS = [
 ]
 #: Their noise is a history operand that no row writes.
 STOCHASTIC_LOOPS = [Loop("sde"), Loop("renoise", off=True)]
+KEYED_LOOPS = [
+    Loop("sde", keyed=True),
+    Loop("renoise", velocity=BF16, trajectory=True, x_dims=(7, 3), keyed=True),
+    Loop("cps", guided=True, trajectory=True, own_times=True, keyed=True),
+]
 OWN_LOOPS = [
     Loop("heun", guided=True, trajectory=True, own_times=True),
     Loop("ab2", velocity=BF16, x_dims=(7, 3), own_times=True),
@@ -308,7 +315,9 @@ def looped(loop: Loop, backend: str) -> list[str]:
     conditioned, unconditioned = models(loop)
     noise = torch.randn(5, *loop.x_dims, generator=torch.Generator().manual_seed(1)).to(loop.state)
 
-    added = torch.randn(5, 4, *loop.x_dims, generator=torch.Generator().manual_seed(2))
+    added: Any = torch.randn(5, 4, *loop.x_dims, generator=torch.Generator().manual_seed(2))
+    if loop.keyed:
+        added = KeyedNoise(7, (1 << 32) - 2)
 
     def sampled(by: str) -> Any:
         return FlowMatching(loop.x_dims, loop.solver, 4, backend=by).sample(

@@ -31,6 +31,8 @@ class Specialisation(NamedTuple):
     sum_first: bool = False
     strength: bool = False
     own_rows: bool = False
+    keyed: bool = False
+    """Is h1 noise, drawn by keys?"""
 
     @property
     def guided(self) -> bool:
@@ -52,7 +54,7 @@ class Specialisation(NamedTuple):
         return [
             self.state.itemsize,
             *[self.velocity.itemsize] * (1 + self.guided),
-            *[arithmetic] * self.terms,
+            *[arithmetic] * (self.terms - self.keyed),
             *[self.state.itemsize] * self.strength,
         ]
 

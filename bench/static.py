@@ -164,11 +164,13 @@ def compile_triton(specialisation: Specialisation, arch: str) -> Code:
     types: dict[str, str | None] = {"out": state, "base": state, "v": velocity, "coefficients": arithmetic}
     types["u"] = velocity if specialisation.guided else None
     types |= {f"h{k}": arithmetic if k <= specialisation.terms else None for k in (1, 2, 3)}
+    if specialisation.keyed:
+        types["h1"] = "i64"
     types["trajectory"] = state if specialisation.trajectory else None
     types["history"] = arithmetic if specialisation.history else None
     types["strength"] = state if specialisation.strength else None
-    widest = max(specialisation.reads + specialisation.writes)
-    vector = 16 // widest if specialisation.aligned else 1
+    held = [arithmetic_dtype(specialisation.state).itemsize] * specialisation.keyed
+    vector = 16 // max(specialisation.reads + specialisation.writes + held) if specialisation.aligned else 1
     constants: dict[str, object] = {name: None for name, type_ in types.items() if type_ is None}
     constants |= {
         "rounding": specialisation.rounding,

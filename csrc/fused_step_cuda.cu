@@ -24,7 +24,8 @@ namespace {
 
 // Blocks that a multiprocessor holds at once: 6 leave each thread 40 registers. The 64-bit operands of float64 states
 // would spill (4 bytes, sm_90): 5 leave them 48. On sm_75 the 1024 threads that fit are 4 blocks with 64 registers; so
-// where vectors have rows of their own, a kernel that holds every operand (32 bytes spilled at 40 registers, sm_90).
+// where vectors have rows of their own, a kernel that holds every operand (32 bytes spilled at 40 registers, sm_90);
+// and where h1 is noise (8 bytes at 48).
 template <class S, bool kEveryOperand>
 constexpr int blocks_at_once() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -193,7 +194,8 @@ __device__ __forceinline__ void step(const Operands& o, const Divisor& divisor, 
 // Thread t takes vector t; threads after the last whole vector take one of the elements that are left over.
 // With kSize 1 nothing but an element's own alignment is asked.
 template <class E, class Present, int kSize>
-__global__ void __launch_bounds__(kThreads, blocks_at_once<typename E::B, (Present::kOwnRows && kSize > 1)>())
+__global__ void __launch_bounds__(kThreads,
+                                  blocks_at_once<typename E::B, (Present::kOwnRows && kSize > 1) || Present::kDrawn>())
     fused_step_kernel(const Operands o, const Divisor divisor) {
   using A = typename E::A;
   constexpr int kRowWord = kSize > 1 ? kAccess / sizeof(A) : 1;

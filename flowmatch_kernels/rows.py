@@ -252,7 +252,37 @@ class Functional:
         return self._grid.narrow(0, 0, steps + 1).clone()
 
 
-class _Fresh:
+class _InPlace:
+    """A backend's kernel takes the rows, and draws the noise of a step itself where it has keys."""
+
+    _by_keys: tuple[int, StepNoise, int] | None = None
+
+    def draw(self, buffer: int, noise: StepNoise, step: int) -> None:
+        keys = noise.keys(step)
+        if keys is None:
+            noise(step, self._buffer(buffer))
+        else:
+            self._by_keys = buffer, noise, step
+            self._draw(buffer, keys)
+
+    def _buffer(self, number: int) -> Tensor:
+        raise NotImplementedError
+
+    def _draw(self, buffer: int, keys: Tensor) -> None:
+        """From now on rows read what these keys draw in the place of a history buffer."""
+        raise NotImplementedError
+
+    def _buffers(self) -> list[Tensor]:
+        """The history so far, with noise that only the kernel has drawn."""
+        if self._by_keys is not None:
+            buffer, noise, step = self._by_keys
+            noise(step, self._buffer(buffer))
+        return [self._buffer(k) for k in range(self._setting.table.buffers)]
+
+    _setting: Setting
+
+
+class _Fresh(_InPlace):
     """A backend writes each state, its slot and the history in one launch; each state is fresh memory."""
 
     def __init__(self, setting: Setting) -> None:
@@ -263,7 +293,6 @@ class _Fresh:
         self._history = tuple(
             torch.empty(shape, dtype=arithmetic_dtype(dtype), device=device) for _ in range(table.buffers)
         )
-        self._by_keys: tuple[int, StepNoise, int] | None = None  # what `draw` had, where the kernel draws
         self._trajectory = None
         if setting.return_all_steps:
             self._trajectory = torch.empty((shape[0], table.steps + 1, *shape[1:]), dtype=dtype, device=device)
@@ -287,16 +316,8 @@ class _Fresh:
     def time(self, k: int) -> Tensor:
         return self._times[k]
 
-    def draw(self, buffer: int, noise: StepNoise, step: int) -> None:
-        keys = noise.keys(step)
-        if keys is None:
-            noise(step, self._history[buffer])
-        else:
-            self._by_keys = buffer, noise, step
-            self._draw(buffer, keys)
-
-    def _draw(self, buffer: int, keys: Tensor) -> None:
-        raise NotImplementedError
+    def _buffer(self, number: int) -> Tensor:
+        return self._history[number]
 
     def owns(self, state: Tensor, v: Any) -> bool:
         return _shares_storage(state, v)
@@ -325,10 +346,7 @@ class _Fresh:
 
     def functional(self) -> Functional:
         """What goes on from here."""
-        if self._by_keys is not None:
-            buffer, noise, step = self._by_keys
-            noise(step, self._history[buffer])
-        return _functional(self._setting, self._grid, self._trajectory, self.slot(), self._history)
+        return _functional(self._setting, self._grid, self._trajectory, self.slot(), self._buffers())
 
 
 class Fresh(_Fresh):
@@ -386,7 +404,7 @@ class FreshInPython(_Fresh):
         return out
 
 
-class Counted:
+class Counted(_InPlace):
     """The `cpu` backend's states, in blocks that count who holds them (csrc/row.cpp). A state is a `_C.State`."""
 
     def __init__(self, setting: Setting, rows: Callable[..., Any]) -> None:
@@ -399,22 +417,14 @@ class Counted:
             *(velocities.shape, native.DTYPES[velocities.dtype], table.coefficients, table.times),
             *(slots, table.buffers, setting.rounding, setting.guidance, table.sum_first, setting.strength, deferred),
         )
-        self._by_keys: tuple[int, StepNoise, int] | None = None
         # In C++ alone:
         self.empty, self.tensor, self.time, self.owns = made.empty, made.tensor, made.time, made.owns
         self.evaluate, self.step, self.result = made.evaluate, made.step, made.tensor
+        self._buffer, self._draw = made.history, made.draw  # type: ignore[method-assign]
 
     def start(self, noise: Tensor, drawn: bool = False) -> Any:
         state = self._rows.start(noise)
         return self._rows.start(self._rows.empty().copy_(noise)) if state is None else state
-
-    def draw(self, buffer: int, noise: StepNoise, step: int) -> None:
-        keys = noise.keys(step)
-        if keys is None:
-            noise(step, self._rows.history(buffer))
-        else:
-            self._by_keys = buffer, noise, step
-            self._rows.draw(buffer, keys)
 
     def prepare(self, base: Any, v: Any, u: Any, row: int) -> tuple[Any, Any, Tensor, Tensor | None]:
         return _prepare(self, self._setting.velocities, base, v, u, row)
@@ -434,12 +444,8 @@ class Counted:
     def functional(self) -> Functional:
         """What goes on from here."""
         table, rows = self._setting.table, self._rows
-        if self._by_keys is not None:
-            buffer, noise, step = self._by_keys
-            noise(step, rows.history(buffer))
         trajectory = rows.slots() if self._setting.return_all_steps else None
-        history = [rows.history(k) for k in range(table.buffers)]
-        return _functional(self._setting, rows.time_steps(len(table.times)), trajectory, rows.slot(), history)
+        return _functional(self._setting, rows.time_steps(len(table.times)), trajectory, rows.slot(), self._buffers())
 
 
 def _prepare(

@@ -152,7 +152,7 @@ def test_stochastic_solvers(place):
     for solver, dtype in itertools.product(sorted(STOCHASTIC), (torch.float32, torch.bfloat16, torch.float64)):
         given = {"noise": KeyedNoise(3), "dtype": dtype, "return_all_steps": True, "return_log_prob": True}
         given["time_steps"] = [0.0, 0.2, 0.5, 0.9]
-        fm = FlowMatching((33, 5), solver)
+        fm = FlowMatching((33, 5) if dtype is torch.bfloat16 else (64, 2), solver)  # whole fours of elements, and not
         wanted = fm.sample(3, step_fn, backend="reference", **given)
         got = fm.sample(3, step_fn, place.device, backend=place.backend, **given)
         for one, other in zip(got, wanted, strict=True):
@@ -753,6 +753,21 @@ def test_one_launch_of_a_draw_and_of_a_log_prob(place):
     wanted = ["keyed_noise", "step_log_prob"] if place.gpu else []
     assert [[op in n for op in wanted] for n in names] == [[True, False], [False, True]][: len(wanted)], names
     assert all(("flowmatch_kernels" in n) == (place.backend == "cuda") for n in names), names
+
+
+@placed(FUSED)
+def test_a_stochastic_step_draws_its_noise(place):
+    """One launch a step, and one draw, of the start."""
+    fm, v = FlowMatching((64, 2), "sde", 30, backend=place.backend), torch.randn(6, 64, 2, device=place.device)
+
+    def sample():
+        fm.sample(6, lambda x, t: v, place.device, noise=KeyedNoise(7))
+
+    sample()  # compiles, and fills the cache of tables
+    kernels(sample, place.device)  # a profiler's first run is not like the others
+    names = kernels(sample, place.device)
+    counts = [sum(op in kernel for kernel in names) for op in ("fused_step", "keyed_noise")]
+    assert counts == ([30, 1] if place.gpu else [0, 0]), names
 
 
 @placed(FUSED)

@@ -59,12 +59,12 @@ def test_a_kernel_holds_every_form_of_guidance() -> None:
 
 @pytest.mark.parametrize("arch", ARCHS, indirect=True)
 def test_rows_of_their_own(arch: str) -> None:
-    """Two kernels for each set of dtypes, without spills: 4 blocks of vectors, 5 or 6 of single elements."""
-    own = {title: kernel for title, kernel in static_cuda.instantiations(arch).items() if "Tested<true>" in title}
-    assert len(own) == 40
+    """Two kernels for each set of dtypes, without spills: 4 blocks of vectors, and with noise; else 5 or 6."""
+    own = {title: kernel for title, kernel in static_cuda.instantiations(arch).items() if "Tested<true" in title}
+    assert len(own) == 40 + 28
     for title, kernel in own.items():
-        usage, single = kernel.usage, title.endswith(", 1")
-        most = 64 if arch == "sm_75" or not single else 48 if "<double" in title else 40
+        usage, single, drawn = kernel.usage, title.endswith(", 1"), "Tested<true, true>" in title
+        most = 64 if arch == "sm_75" or not single or drawn else 48 if "<double" in title else 40
         assert usage["STACK"] + usage["LOCAL"] + usage["SHARED"] == 0, (title, usage)
         assert usage["REG"] <= most, (title, usage)
         wide = any(access.width == 16 for access in static.sass_accesses(kernel.sass, lambda i: False) if access.store)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: its kernel is not tested")
 
 from bench import static
-from bench.static import Row, Specialisation, compile_triton, instructions, measure, picked_by_sample
+from bench.static import Row, Specialisation, compile_triton, contractions, instructions, measure, picked_by_sample
 from flowmatch_kernels.ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, PROMOTE, WEIGHTED, arithmetic_dtype
 
 pytestmark = pytest.mark.usefixtures("kept_disassemblies")
@@ -111,6 +112,28 @@ def test_rows_of_their_own(state: torch.dtype, velocity: torch.dtype) -> None:
         row = measure("triton", "sm_90", specialisation)
         assert row.registers <= registers, row
         check(row._replace(registers=0, coefficient_loads=None), specialisation)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize(("state", "velocity"), [(F32, BF16), (BF16, BF16), (F64, F32)], ids=str)
+def test_noise_by_keys(state: torch.dtype, velocity: torch.dtype, aligned: bool) -> None:
+    """Nothing of the noise moves: the other operands' bytes and 20 of a key, no spill, no shared memory, no barrier.
+
+    64 registers are 8 blocks of 128 threads, and 96, for every operand moved singly, 5. Square roots are to nearest,
+    which ptxas makes of multiply-adds.
+    """
+    for operands in ({"terms": 1}, EVERYTHING):
+        specialisation = Specialisation(state, velocity, aligned=aligned, keyed=True, **operands)
+        code = compile_triton(specialisation, "sm_90")
+        assert code.registers <= (64 if aligned else 96), code.registers
+        assert (code.local_bytes, code.shared_bytes) == (0, 0)
+        assert "bar." not in code.assembly
+        assert not contractions(code.assembly)
+        assert not re.search(r"\.ftz|\.approx|\b(div|sqrt)\.(full\.)?f(32|64)", code.assembly)
+        moved = sum(access.width for access in code.accesses if not access.coefficient)
+        least = sum(specialisation.reads) + sum(specialisation.writes)
+        keys = (8 + 8 + 4) * (1 if aligned else code.elements)  # of the third column the lower half counts
+        assert moved == least * code.elements + keys, (moved, specialisation)
 
 
 @pytest.mark.full

@@ -203,10 +203,12 @@ def drawn(keys, start, numel, sample, VECTOR: tl.constexpr, BLOCK: tl.constexpr)
     if EACH == 4:
         z0, z1 = normals(w0, w1)
         z2, z3 = normals(w2, w3)
-        return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
-    later = element % 4 >= 2
-    z0, z1 = normals(tl.where(later, w2, w0), tl.where(later, w3, w1))
-    return tl.interleave(z0, z1) if EACH == 2 else tl.where(element % 2 == 0, z0, z1)
+        z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+    else:
+        later = element % 4 >= 2
+        z0, z1 = normals(tl.where(later, w2, w0), tl.where(later, w3, w1))
+        z = tl.interleave(z0, z1) if EACH == 2 else tl.where(element % 2 == 0, z0, z1)
+    return z
 
 
 @triton.jit(do_not_specialize=_RUNTIME_ARGUMENTS)

@@ -299,6 +299,20 @@ class Instruction:
         self._only("to", "global")
         self._result(lambda x: x, self._source(self._operands[1], np.uint64))
 
+    def _bfe(self) -> None:
+        """bfe.u32: so many bits from a position on, both modulo 256; zeros beyond the last."""
+        self._only()
+        if self._types != ["u32"]:
+            raise self._unsupported()
+
+        def field(x: Values, position: Values, length: Values) -> Values:
+            begin, bits = position & np.uint32(255), length & np.uint32(255)
+            wide = np.where(begin < 32, x.astype(np.uint64) >> np.minimum(begin, 31).astype(np.uint64), np.uint64(0))
+            mask = (np.uint64(1) << np.minimum(bits, 32).astype(np.uint64)) - np.uint64(1)
+            return (wide & mask).astype(np.uint32)
+
+        self._result(field, *(self._source(operand, np.uint32) for operand in self._operands[1:]))
+
     def _selp(self) -> None:
         self._only()
         word = UNSIGNED[np.dtype(TYPES[self._types[-1]]).itemsize]

@@ -7,12 +7,12 @@ from collections.abc import Container, Mapping
 
 from torch import Tensor
 
-from flowmatch_kernels.ops.fused_step import WRITTEN
+from flowmatch_kernels.ops.fused_step import WRITTEN, is_keys
 
 from .memory import Memory
 
 READ = ("base", "v", "u", "h1", "h2", "h3", "strength", "next", "coefficients", "densities", "keys")
-#: Read by every thread.
+#: Read by every thread; so is h1 that is keys.
 TABLES = ("coefficients", "densities", "keys")
 #: Read once and then dead, or not read before sampling ends: the first to leave the cache.
 EVICTED_FIRST = {"load": {"v", "u"}, "store": {"trajectory"}}
@@ -57,6 +57,6 @@ def check(
         moved[kind, name] += count
         hinted = any(hint in opcode for hint in HINTS)
         assert hinted == (name in first[kind]), f"a {kind} of {name} is {opcode}"
-    for table in TABLES:
+    for table in (*TABLES, *["h1"] * is_keys(operands.get("h1"))):
         assert bool(wanted.pop(("load", table), 0)) == bool(moved.pop(("load", table), 0)), f"{table} is not read"
     assert moved == wanted, f"bytes moved {moved}, wanted {wanted}"

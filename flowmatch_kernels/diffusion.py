@@ -181,7 +181,8 @@ class _Diffusion(BaseDiffusion):
         steps = self.num_inference_steps
         if inference_step:
             steps = self._checked_steps(inference_step, "inference_step")
-        table = self.table(steps, dtype, device)
+        made = self._made_of(steps)
+        table = self._table(*made, dtype, device)
         backend = dispatch.choose(self.backend, device.type).name
         added = None
         if table.noise is not None:
@@ -193,7 +194,7 @@ class _Diffusion(BaseDiffusion):
             start = noises.drawn(source, shape, dtype, device, backend, None)
         if self.clip_sample_range is not None:
             velocities = Velocities(shape, dtype, device, differentiable=differentiable)
-            step_fn = self._clipped(step_fn, steps, velocities)
+            step_fn = self._clipped(step_fn, *made[1:], velocities)
         rows, state, taken = solve(
             *(table, step_fn, start.to(dtype), PROMOTE, differentiable, return_all_steps),
             hooks=hooks,
@@ -269,9 +270,16 @@ class _Diffusion(BaseDiffusion):
 
     def table(self, steps: int, dtype: torch.dtype, device: torch.device) -> Table:
         """The table of so many steps, for a state of this dtype."""
+        return self._table(*self._made_of(steps), dtype, device)
+
+    def _made_of(self, steps: int) -> tuple[Sequence[int], _Ends, _Step]:
+        """The timesteps at which so many steps begin, and the steps."""
         at = self.timesteps(steps)
         ends = self._ends(at)
-        step = self._step(at, ends.now, ends.after)
+        return at, ends, self._step(at, ends.now, ends.after)
+
+    def _table(self, at: Sequence[int], ends: _Ends, step: _Step, dtype: torch.dtype, device: torch.device) -> Table:
+        steps = len(at)
         if self.clip_sample_range is None:
             a, b0 = (step.data * x0 + step.noise * e for x0, e in zip(ends.data, ends.noise, strict=True))
         else:  # of x and of what `_Clipped` returns
@@ -304,11 +312,8 @@ class _Diffusion(BaseDiffusion):
         }[self.prediction_type]
         return _Ends(now, after, data, noise)
 
-    def _clipped(self, step_fn: StepFn, steps: int, velocities: Velocities) -> _Clipped:
+    def _clipped(self, step_fn: StepFn, ends: _Ends, step: _Step, velocities: Velocities) -> _Clipped:
         """The network, for a table with clip_sample_range."""
-        at = self.timesteps(steps)
-        ends = self._ends(at)
-        step = self._step(at, ends.now, ends.after)
         kept = step.noise / step.data * (ends.now / (1 - ends.now)).sqrt()
         factors = zip(*(column.tolist() for column in (*ends.data, kept)), strict=True)
         assert self.clip_sample_range is not None

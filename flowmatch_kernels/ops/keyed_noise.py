@@ -97,10 +97,9 @@ def at_evaluations(keys: Tensor, first: int, count: int) -> tuple[Tensor, ...]:
     """
     if not 0 <= first <= first + count <= EVALUATIONS:
         raise ValueError(f"evaluation must be in [0, {EVALUATIONS}), got {first} to {first + count - 1}")
-    evaluations = torch.arange(first, first + count, device=keys.device) << 16
-    joined = keys.expand(count, *keys.shape).clone()
-    joined.select(2, COLUMNS.index("stream")).bitwise_or_(evaluations.view(count, 1))
-    return joined.unbind()
+    evaluations = torch.arange(first << 16, (first + count) << 16, 1 << 16, device=keys.device)
+    # To the stream, the last column, whose bits are below: a sum joins them.
+    return (keys + torch.nn.functional.pad(evaluations.view(count, 1, 1), (2, 0))).unbind()
 
 
 library.define(KEYED_NOISE, tags=(torch.Tag.pt2_compliant_tag,))

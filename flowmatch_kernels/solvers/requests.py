@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import struct
 import threading
@@ -15,6 +16,7 @@ from torch import Tensor
 from .. import guidance, time_grids, tracing
 from ..arguments import own_dims, row_name, tensor
 from ..guidance import Weight
+from ..ops.fused_step import dense
 from ..tracing import is_readable
 from .fitted import FittedSolver
 from .grid import Grid, check_absolute, checked_grid, checked_sizes, named_entries, on_host
@@ -251,7 +253,8 @@ def content(numbers: Any) -> Hashable:
         if numbers.device.type != "cpu":
             return id(numbers), numbers._version
         if numbers.dim() > 1 and numbers.is_floating_point() and is_readable(numbers):
-            return (numbers.shape, content(numbers.flatten()))
+            memory = dense(numbers.detach())
+            return numbers.dtype, numbers.shape, ctypes.string_at(memory.data_ptr(), memory.nbytes)
         if numbers.dim() != 1 or not numbers.is_floating_point():
             return None
         return numbers.dtype, numbers.numel(), struct.pack(f"{numbers.numel()}d", *numbers.tolist())

@@ -87,11 +87,11 @@ class Table(NamedTuple):
         """This table, with what the host reads of its rows: one synchronisation on a GPU."""
         if not is_readable(self.coefficients):
             return self
-        rows = self.coefficients.tolist()
         if self.of_samples:
-            every = [[{row[column] for row in samples} for column in (0, 7)] for samples in rows]
-            units = tuple((a == {1.0}, c == {0.0}) for a, c in every)
-            return self._replace(units=units, views={})
+            a, *_, c = self.coefficients.unbind(-1)
+            every = torch.stack([(a == 1).all(dim=1), (c == 0).all(dim=1)], dim=1)
+            return self._replace(units=tuple(map(tuple, every.tolist())), views={})
+        rows = self.coefficients.tolist()
         units = tuple((row[0] == 1.0, row[7] == 0.0 and not self.sum_first) for row in rows)
         noiseless = tuple(k for k, row in enumerate(rows) if self.noise is not None and row[NOISE] == 0.0)
         return self._replace(units=units, views={}, noiseless=noiseless)

@@ -46,13 +46,13 @@ def published(
     batch_size, ones = work.shape[0], [1] * (len(work.shape) - 1)
     x = p.start()
     states = [x]
-    time_steps = p.grid()
+    time_steps = p.grid().T if work.of_samples else p.grid()
     for i in range(work.steps):
         if p.step_sizes is None:
-            dt = (time_steps[i + 1] - time_steps[i]).view(1, *ones).expand(batch_size, *ones)
+            dt = (time_steps[i + 1] - time_steps[i]).view(-1, *ones).expand(batch_size, *ones)
         else:
             dt = p.step_sizes[i]
-        t = time_steps[i].view(1, *ones).expand(batch_size, *ones)
+        t = time_steps[i].view(-1, *ones).expand(batch_size, *ones)
         v = step_fn(x=x, t=t)
         if work.guided:
             x = guided(x, dt, v, unguided_step_fn(x=x, t=t))
@@ -92,6 +92,15 @@ def scalar_loop(p: Problem) -> Tensor:
     for i in range(p.work.steps):
         dt = grid[i + 1] - grid[i] if p.step_sizes is None else p.step_sizes[i]
         x = x + dt * p.step_fn(x=x, t=grid[i])
+    return x
+
+
+def sample_loop(p: Problem) -> Tensor:
+    """Over a grid of each sample, [B, N + 1], as users write it."""
+    x, grid = p.start(), p.grid()
+    ones, dt = [1] * (x.dim() - 1), torch.diff(grid)
+    for i in range(p.work.steps):
+        x = x + dt[:, i].view(-1, *ones) * p.step_fn(x=x, t=grid[:, i].view(-1, *ones))
     return x
 
 
@@ -199,6 +208,16 @@ def by_hand_same_bits(p: Problem) -> Tensor:
         if states is not None:
             states[:, i + 1] = x
     return x if states is None else states
+
+
+def by_hand_of_samples(p: Problem) -> Tensor:
+    """With times of each sample: one state, written to, and one launch a step."""
+    x, grid = p.own(), p.grid().T
+    ones = [1] * (x.dim() - 1)
+    times, sizes = (rows.contiguous().view(*rows.shape, *ones).unbind() for rows in (grid, torch.diff(grid, dim=0)))
+    for dt, t in zip(sizes, times[:-1], strict=True):
+        x.addcmul_(dt, p.step_fn(x=x, t=t))
+    return x
 
 
 def _slots(p: Problem, x: Tensor) -> Tensor:
@@ -381,8 +400,9 @@ class Contestant(NamedTuple):
 
     name: str
     kind: str
-    """"published", "loop" (what projects write on their own grids), "hand", "compiled", "peer", "ours", "graphed" (in
-    CUDA graphs: `--gpu` alone), or "bare": takes no steps, and is no sampler."""
+    """"published", "loop" (what projects write on their own grids), "sample loop" (on a grid of each sample), "hand",
+    "compiled", "peer", "ours", "graphed" (in CUDA graphs: `--gpu` alone), or "bare": takes no steps, and is no
+    sampler."""
     bind: Callable[[Problem], Callable[[], Tensor]]
     """What samples this problem; called once, and not timed."""
     tasks: frozenset[str]
@@ -391,16 +411,22 @@ class Contestant(NamedTuple):
     """For which tasks it promises the published loop's bits; for the others `TOLERANCE` holds."""
     package: str | None = None
     """The package it comes from, which may be missing."""
+    of_samples: bool = False
+    """It takes times of each sample, and no others."""
 
     def computes(self, work: Work) -> bool:
         """Whether it computes the same thing."""
+        if self.kind in ("published", "ours"):
+            return work.task in self.tasks
+        if work.of_samples or self.of_samples:
+            return work.of_samples and self.of_samples and work.task in self.tasks
         if self.kind == "bare":
             return work.drawn
         if self.kind == "graphed" and not work.network:
             return False
         if self.kind == "loop":
             return bool(work.grid) and work.task in self.tasks
-        if work.special and self.kind not in ("published", "ours"):
+        if work.special:
             return False
         if self.name == "diffusers":  # casts the state to the velocity's dtype; a network would have to know its sign
             return work.task in self.tasks and not (work.network or work.drawn) and work.velocity == torch.float32
@@ -426,7 +452,7 @@ def graphed() -> list[Contestant]:
 
 def contestants(device: torch.device) -> list[Contestant]:
     """All that can run on this device; the published loop first."""
-    every = frozenset(TASKS)
+    every, final = frozenset(TASKS), frozenset({"final"})
     guided, trajectories = EULER & LAST - {"final"}, EULER - LAST
     backends = [
         name
@@ -437,12 +463,14 @@ def contestants(device: torch.device) -> list[Contestant]:
         Contestant("published loop", "published", _plain(published), every, every),
         Contestant("float loop, lerobot's", "loop", _plain(float_loop), frozenset({"final"})),
         Contestant("0-dim loop", "loop", _plain(scalar_loop), frozenset({"final"}), frozenset({"final"})),
+        Contestant("loop of samples", "sample loop", _plain(sample_loop), final, final, of_samples=True),
         Contestant("by hand, fresh", "hand", _plain(by_hand), EULER),
         Contestant("by hand, in place", "hand", _plain(by_hand_in_place), EULER),
         Contestant("by hand, two adds", "hand", _plain(by_hand_two_adds), guided),
         Contestant("by hand, out=", "hand", _plain(by_hand_out), trajectories),
         Contestant("by hand, in place", "hand", _plain(by_hand_midpoint), frozenset({"midpoint"})),
         Contestant("by hand, in place", "hand", _plain(by_hand_rk4), frozenset({"rk4"})),
+        Contestant("by hand, addcmul", "hand", _plain(by_hand_of_samples), final, of_samples=True),
         Contestant("by hand, same bits", "hand", _plain(by_hand_same_bits), EULER, EULER),
         Contestant("compiled update", "compiled", compiled_update, EULER),
         Contestant("compiled loop", "compiled", compiled_loop, every),

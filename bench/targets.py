@@ -17,7 +17,7 @@ from flowmatch_kernels.ops.fused_step import COLUMNS, Operands
 from . import host
 from .contestants import ours
 from .measure import Timing, in_turn, peak_bytes
-from .work import Plan, Problem, Work
+from .work import OF_SAMPLES, Plan, Problem, Work
 
 CPU = torch.device("cpu")
 
@@ -50,6 +50,7 @@ class Ratio(NamedTuple):
 AGAINST = {
     "published": "published loop",
     "loop": "faster of lerobot's float loop and the 0-dim loop",
+    "sample loop": "eager loop with times of each sample",
     "hand": "best by hand",
     "bare": "bare loop: draw, grid, calls",
 }
@@ -68,6 +69,8 @@ def ratios(plan: Plan) -> list[Ratio]:
         Ratio(Work(small, grid="list"), "loop", 0.4),
         Ratio(Work(small, grid="tensor", step_sizes=True), "loop", 0.4),
         Ratio(Work(small, grid="list", step_sizes=True), "loop", 0.4),
+        Ratio(Work(small, grid=OF_SAMPLES), "sample loop", 0.4),
+        Ratio(Work(small, grid=OF_SAMPLES), "hand", 1.1),
         Ratio(Work(small, built=True), "published", 0.8),
         Ratio(Work(small, extension=False), "published", 1.1),
         Ratio(Work(large), "published", 1 / 3),

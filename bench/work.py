@@ -7,7 +7,8 @@ step_fn, the noise passed in):
 - every shape, final and guided, with a bfloat16 velocity;
 - 1, 5, 20 and 50 steps, final, for one small and one large state;
 - a small real network, final, trajectory and midpoint, for the three shapes such a network suits;
-- own time grids, a FlowMatching built for each call, and the package without its extension: Alpamayo's shape, final;
+- own time grids, one of each sample among them, a FlowMatching built for each call, and the package without its
+  extension: Alpamayo's shape, final;
 - torch.compile, which takes longer to compile than all of the rest takes to run: the smallest and the largest shape,
   final, trajectory and guided; and one real network.
 """
@@ -30,7 +31,13 @@ VIDEO = (2, 16, 21, 60, 104)
 TASKS = ("final", "trajectory", "guided", "guided trajectory", "midpoint", "rk4")
 STAGES = {"midpoint": 2, "rk4": 4}  # evaluations a step; one for all others, which are Euler's
 WEIGHT = 1.5  # of guidance
-GRIDS = ("tensor", "new tensor", "list")  # how a time grid of one's own is passed: one tensor, one a call, floats
+OF_SAMPLES = "tensor of each sample"  # [B, N + 1]
+GRIDS = (
+    "tensor",
+    "new tensor",
+    "list",
+    OF_SAMPLES,
+)  # how a time grid of one's own is passed: one tensor, one a call, floats
 
 
 class Work(NamedTuple):
@@ -65,6 +72,11 @@ class Work(NamedTuple):
     def special(self) -> bool:
         """About ours alone, or its arguments: held against the loops that people write, not against every peer."""
         return bool(self.grid) or self.built or not self.extension
+
+    @property
+    def of_samples(self) -> bool:
+        """Each sample has times of its own."""
+        return self.grid == OF_SAMPLES
 
     @property
     def trajectory(self) -> bool:
@@ -123,6 +135,8 @@ class Problem:
 
         self.noise = None if work.drawn else random(torch.float32)
         own = torch.linspace(1.0, 0.0, work.steps + 1)
+        if work.of_samples:
+            own = own ** torch.linspace(0.8, 1.6, work.shape[0]).view(-1, 1)
         self.time_steps: Tensor | list[float] | None = _passed(own, work.grid) if work.grid else None
         self.step_sizes = _passed(torch.diff(own), work.grid) if work.step_sizes else None
         v, u = random(work.velocity), random(work.velocity)

@@ -52,16 +52,20 @@ class Rows : public TableRows {
         deferred_(deferred) {
     const View grid(times);
     if (!grid.seen || !grid.dtype) raise(PyExc_TypeError, "Rows: wanted times on the CPU");
-    const std::int64_t batch = shape_[0];
-    std::vector<std::int64_t> ones(shape_.size(), 1), strides(shape_.size(), 1);
-    ones[0] = batch;
-    if (batch != 1 && grid.ndim == 1) strides[0] = 0;  // as expand makes it; else each sample has its own
-    time_ = {*grid.dtype, std::move(ones), std::move(strides)};
+    own_times_.assign(grid.shape + 1, grid.shape + grid.ndim);
+    if (own_times_.size() > shape_.size() || !std::equal(own_times_.begin(), own_times_.end(), shape_.begin())) {
+      raise(PyExc_ValueError, "Rows: wanted times of the first sizes of the state");
+    }
+    std::vector<std::int64_t> ones(shape_.size(), 1);
+    std::copy(own_times_.begin(), own_times_.end(), ones.begin());
+    time_ = Layout::contiguous(*grid.dtype, std::move(ones));
+    times_size_ = time_.numel();
+    if (own_times_.empty()) {
+      time_.shape[0] = shape_[0];
+      if (shape_[0] != 1) time_.strides[0] = 0;  // as expand makes it
+    }
     x_ = Layout::contiguous(dtype_, shape_);
     times_count_ = grid.shape[0];
-    if (grid.ndim == 2 && grid.shape[1] != batch) raise(PyExc_ValueError, "Rows: wanted times of each sample");
-    own_times_ = grid.ndim == 2;
-    times_size_ = own_times_ ? batch : 1;
     times_ = take_memory(times_count_ * times_size_, *grid.dtype);
     std::memcpy(times_.memory(), grid.memory, times_count_ * times_size_ * size_of(*grid.dtype));
     if (slots) slots_memory_ = take_memory(numel_ * slots, dtype_);
@@ -159,12 +163,12 @@ class Rows : public TableRows {
     return tensor_over(slots_memory_.get(), Layout::contiguous(dtype_, std::move(shape)));
   }
 
-  // [count], or with times of each sample [count, B].
+  // [count], or with times of each sample or token [count, B] or [count, B, L].
   PyObject* time_steps(Py_ssize_t count) const {
     const Use copy = take_memory(count * times_size_, time_.dtype);
     std::memcpy(copy.memory(), times_.memory(), std::min(count, times_count_) * times_size_ * size_of(time_.dtype));
     std::vector<std::int64_t> shape{count};
-    if (own_times_) shape.push_back(times_size_);
+    shape.insert(shape.end(), own_times_.begin(), own_times_.end());
     return tensor_over(copy.get(), Layout::contiguous(time_.dtype, std::move(shape)));
   }
 
@@ -223,7 +227,7 @@ class Rows : public TableRows {
   Use times_, slots_memory_, empty_;
   std::vector<Use> buffers_;
   std::int64_t times_count_, times_size_;  // times, and numbers of each
-  bool own_times_;                         // of each sample
+  std::vector<std::int64_t> own_times_;    // the first sizes of the state that have times of their own
   bool deferred_;                          // slots are written after the model has seen the state, not by the step
 };
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 import struct
@@ -282,6 +283,73 @@ def tensor(numbers: Sequence[Any], dtype: torch.dtype) -> Tensor:
     # Products, so that a compiler takes a symbolic number as an input of its graph, and compiles once for all values.
     one = torch.ones((), dtype=torch.float64, device="cpu")
     return torch.stack([double(x) if isinstance(x, Tensor) else one * x for x in numbers]).to(dtype)
+
+
+def own_dims(numbers: Any) -> int:
+    """How many first sizes of the state numbers are given for: 1 of [B, n], 2 of [B, L, n]; 0: one row serves all.
+
+    The number of dimensions alone decides, or how deep lists are nested; no size does.
+    """
+    dims = 0
+    while isinstance(numbers, (list, tuple)) and numbers and isinstance(numbers[0], (list, tuple)):
+        numbers, dims = numbers[0], dims + 1
+    return dims or max(getattr(numbers, "ndim", 0) - 1, 0)
+
+
+def own_sizes(shape: Sequence[int], **numbers: Any) -> tuple[int, ...]:
+    """The first sizes of a state's shape that any of these numbers, by name, have a row for each of.
+
+    Raises:
+        ValueError: numbers have more dimensions than the state and one.
+    """
+    most = 0
+    for name, given in numbers.items():
+        dims = own_dims(given)
+        if dims > len(shape):
+            raise ValueError(
+                f"{name} must be [n], or have the first sizes of the state {list(shape)} in front of n, got "
+                f"{dims + 1} dimensions"
+            )
+        most = max(most, dims)
+    return tuple(shape[:most])
+
+
+def spread(numbers: Any, sizes: Sequence[int], name: str) -> list[Any]:
+    """Numbers of some of the first sizes of the state as a flat list of rows, one for each of all `sizes`.
+
+    Args:
+        numbers: A tensor or nested lists, with as many of `sizes` in front of a row as `own_dims` says. Each of these
+            may be 1: one for all. The others share.
+        sizes: The first sizes of the state.
+        name: The argument's.
+
+    Raises:
+        TypeError: lists are not nested equally deep.
+        ValueError: a size is another.
+    """
+
+    def rows(part: Any, dims: int, at: int, name: str) -> list[Any]:
+        if not isinstance(part, (list, tuple, Tensor)):
+            raise TypeError(f"{name} must be a list, as the first one of its kind is, got {shown(part)}")
+        if not dims:
+            return [part] * math.prod(sizes[at:])
+        if len(part) not in (1, sizes[at]):
+            what = f"{sizes[at]} samples" if not at else f"{sizes[at]} entries of dimension {at} of the state"
+            raise ValueError(f"{name} must have a row for each of the {what}, or one for all, got {len(part)}")
+        found = [rows(one, dims - 1, at + 1, f"{name}[{k}]") for k, one in enumerate(part)]
+        return list(itertools.chain(*found)) if len(found) == sizes[at] else found[0] * sizes[at]
+
+    return rows(numbers, own_dims(numbers), 0, name)
+
+
+def row_name(row: int, sizes: Sequence[int]) -> str:
+    """What a row is of, for a message: "sample 2", or "sample 2, token 5"; of more sizes "sample 2, token [5, 0]"."""
+    place = []
+    for size in reversed(sizes):
+        row, at = divmod(row, size)
+        place.append(at)
+    sample, *token = reversed(place)
+    return f"sample {sample}" + (f", token {token[0] if len(token) == 1 else token}" if token else "")
 
 
 def expands(shape: torch.Size, wanted: Sequence[int]) -> bool:

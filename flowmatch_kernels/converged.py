@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from . import guidance
-from .arguments import count, flag
+from .arguments import count, flag, own_dims
 from .base import StepFn
 from .ops.fused_step import double
-from .solvers import FittedSolver, is_per_sample
+from .solvers import FittedSolver
 
 if TYPE_CHECKING:
     from .flow_matching import FlowMatching
@@ -229,9 +229,9 @@ def guidance_weight(flow_matching: FlowMatching, arguments: Mapping[str, Any]) -
         return None
     weight = arguments.get("inference_guidance_weight")
     found = guidance.checked(flow_matching.inference_guidance_weight if weight is None else weight)
-    if is_per_sample(found):
+    if own_dims(found):
         raise ValueError("inference_guidance_weight of each sample is for sample(): fit and compare with one for all")
-    return found  # type: ignore[return-value]
+    return found
 
 
 def held_weight(weights: Sequence[float], times: Sequence[float]) -> Callable[[float], float]:

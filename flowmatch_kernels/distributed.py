@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import layouts, solvers
 from . import noise as noises
-from .arguments import available_device, count, flag, integer, shown
+from .arguments import available_device, count, flag, integer, own_dims, shown
 from .base import BaseDiffusion, StepFn
 from .noise import KeyedNoise, PartOfDraw
 from .ops import subclasses
@@ -79,8 +79,8 @@ def sample(
         sizes: How many samples each rank takes, B in all. None: evenly, the first ranks one more where B does not
             divide.
         **options: Of `fm.sample`, for the whole batch: velocity_strength, step_noise, and times, step sizes and weights
-            that are given for each sample, are sliced as the noise is. A constraint is called with this rank's samples.
-            A bar of progress is shown by the first rank alone.
+            that are given for each sample or token, are sliced as the noise is. A constraint is called with this rank's
+            samples. A bar of progress is shown by the first rank alone.
 
     Returns:
         As `fm.sample`, of the whole batch or, with gather=False, of this rank's slice.
@@ -162,7 +162,6 @@ class _Call:
         batch_size = sum(size for _, size in self._parts)
         first, self._size = self._parts[ranks.rank]
         self._device = available_device(options.get("device", "cpu"))
-        self._layout = layouts.of(noise) if isinstance(noise, Tensor) else None
         self._draw: PartOfDraw | None = None
         source, whole = noises.source(noise, batch_size, generator)
         noises.state_dtype(options.get("dtype"), whole, (batch_size, *fm.x_dims), self._device)
@@ -179,7 +178,8 @@ class _Call:
         strength = options.get("velocity_strength")
         if isinstance(strength, Tensor) and strength.dim() > len(fm.x_dims) and strength.shape[0] != 1:
             options["velocity_strength"] = cut(strength, "velocity_strength")
-        self._own_times = self._cut_numbers(options, cut)
+        self._own_times, own = self._cut_numbers(options, cut)
+        self._layout = layouts.of(noise, own) if isinstance(noise, Tensor) else None
         if options.get("progress") is True:
             options["progress"] = ranks.rank == 0
         if not self._size:
@@ -190,24 +190,32 @@ class _Call:
                 options["constraint"] = None
         self._run = functools.partial(fm.sample, self._size, step_fn, **options)
 
-    def _cut_numbers(self, options: dict[str, Any], cut: Callable[[Any, str], Any]) -> bool:
-        """Cuts numbers that are given for each sample; whether the times are. A rank without samples gets others."""
-        found = []
-        for name in ("time_steps", "step_sizes", "inference_guidance_weight"):
-            value = options.get(name)
+    def _cut_numbers(self, options: dict[str, Any], cut: Callable[[Any, str], Any]) -> tuple[int, int]:
+        """Cuts numbers that are given for each sample. A rank without samples gets others.
+
+        Returns:
+            Of how many first sizes of the state the times have a row for each, and of how many anything has.
+        """
+        dims = {}
+        guided = options.get("use_classifier_free_guidance")
+        guided = getattr(self._fm, "use_classifier_free_guidance", False) if guided is None else guided
+        for name in ("time_steps", "step_sizes", *["inference_guidance_weight"] * (guided is True)):
+            value: Any = options.get(name)
             if value is None and name == "inference_guidance_weight":
                 value = getattr(self._fm, name, None)
-            if value is None or not solvers.is_per_sample(value):
+            dims[name] = own_dims(value)
+            if not dims[name]:
                 continue
-            found.append(name)
             options[name] = value if len(value) == 1 else cut(value, name)
             if not self._size and name == "time_steps" and len(value):  # of as many steps, and in their dtype
-                at, entries = (0.25, 0.75), len(value[0])
-                at = at[::-1] if getattr(self._fm, "noise_at", 0) else at
-                options[name] = torch.linspace(*at, entries, dtype=getattr(value, "dtype", None), device=self._device)
+                row = value
+                for _ in range(dims[name]):
+                    row = row[0]
+                at = (0.75, 0.25) if getattr(self._fm, "noise_at", 0) else (0.25, 0.75)
+                options[name] = torch.linspace(*at, len(row), dtype=getattr(value, "dtype", None), device=self._device)
             elif not self._size:
                 options[name] = None if name == "step_sizes" else 1.0
-        return bool({"time_steps", "step_sizes"} & set(found))
+        return max(dims["time_steps"], dims["step_sizes"]), max(dims.values())
 
     def facts(self) -> dict[str, str]:
         """What must be equal on all ranks, in words."""
@@ -250,7 +258,8 @@ class _Call:
         whole = self._ranks.gathered(x if layout is None else layout.stored(x), sizes)
         found = [whole if layout is None else layout.seen(whole)]
         if times is not None and self._own_times:  # a row for each sample
-            own = times if self._size else times.new_empty(0, times.shape[-1])
+            between = self._fm.x_dims[: self._own_times - 1]
+            own = times if self._size else times.new_empty(0, *between, times.shape[-1])
             times = self._ranks.gathered(own, sizes)
         if times is not None:
             found.append(times)

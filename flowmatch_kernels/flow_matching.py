@@ -21,6 +21,8 @@ from .arguments import (
     finite,
     flag,
     held,
+    own_dims,
+    own_sizes,
     share,
     shown,
     strength,
@@ -37,7 +39,7 @@ from .progress import bar as progress_bar
 from .rows import Setting, rows_for
 from .sampling import integrate, noisy
 from .solver_comparison import SolverComparison
-from .solvers import FittedSolver, IntMethod, StochasticSolver, Table, is_per_sample
+from .solvers import FittedSolver, IntMethod, StochasticSolver, Table
 from .step_functions import Bound, StepFunction, bound, timed
 from .training import TIME_SAMPLERS, check_data, check_time_sampler, mean_squared_error
 from .velocities import Guidance, Velocities, model
@@ -52,7 +54,8 @@ class Sample(NamedTuple):
     x: Tensor
     """[B, *x_dims]; with return_all_steps, the states so far, [B, steps taken + 1, *x_dims]."""
     time_steps: Tensor
-    """[steps taken + 1]: the time grid as far as it came; x, or its last state, stands at the last entry."""
+    """[steps taken + 1]: the time grid as far as it came; x, or its last state, stands at the last entry. With times of
+    each sample or token, [B, steps taken + 1] or [B, L, steps taken + 1]."""
     stopped: bool
     """The callback returned True, and steps were left out."""
 
@@ -238,9 +241,10 @@ class FlowMatching(BaseDiffusion):
             use_classifier_free_guidance: None: the constructor's. Without it, what else belongs to guidance is
                 ignored, as upstream does; with a warning where that is an unguided_step_fn.
             inference_guidance_weight: w: a number, [N] of them, one for each step, or a function of t; None: the
-                constructor's. In two dimensions, [B, 1] is one for each sample, and [B, N] for each and each step. A
-                function is asked before the first step, on the host (one synchronisation on a GPU), with t as a
-                float: the grid's 0.2 is 0.2000000030 where the grid is float32.
+                constructor's. In two dimensions, [B, 1] is one for each sample, and [B, N] for each and each step; in
+                three, [B, L, 1] is one for each token, and [B, L, N] for each and each step. A function is asked before
+                the first step, on the host (one synchronisation on a GPU), with t as a float: the grid's 0.2 is
+                0.2000000030 where the grid is float32.
             guidance_form: None: the constructor's.
             combined_guidance: step_fn returns both velocities, [2 * B, *x_dims], in one call; read where they are. No
                 unguided_step_fn then. True or "unguided_first": as cat([unguided, guided]), diffusers' order;
@@ -267,10 +271,13 @@ class FlowMatching(BaseDiffusion):
                 A bfloat16 state rounds each product and each sum to bfloat16.
             time_steps: [T], strictly monotonic, up or down, instead of the constructor's time grid; step_fn sees
                 its dtype. Or [B, T], a tensor or a list of lists: each sample has its own grid, t its own values, and a
-                result the bits of a call by itself. A step of length 0 holds a sample: its bits stay, whatever the
-                velocity is. Which solvers take such steps where: see the page Solvers. Not with a fitted solver, nor
-                with return_log_prob.
-            step_sizes: [T - 1], the dt of each step, instead of the differences of the time grid; or [B, T - 1].
+                result the bits of a call by itself. Or [B, L, T], for x_dims (L, ...): each token has its own grid, and
+                t is [B, L, 1, ..., 1]. Or [B, L1, L2, T], and so on: any number of the first sizes of [B, *x_dims]
+                in front of T, each of which may be 1: one for all. A step of length 0 holds a sample or token: its bits
+                stay, whatever the velocity is. Which solvers take such steps where: see the page Solvers. Not with a
+                fitted solver, nor with return_log_prob.
+            step_sizes: [T - 1], the dt of each step, instead of the differences of the time grid; or [B, T - 1], or
+                [B, L, T - 1].
             velocity_strength: What expands to [B, *x_dims], of the state's dtype, on `device`: a step is
                 x + (dt * v) * strength, as with the velocity mask of real-time chunking. 0 keeps an entry as it is, 1
                 changes nothing. With int_method "euler" and prediction_type "velocity" alone.
@@ -291,7 +298,8 @@ class FlowMatching(BaseDiffusion):
 
         Returns:
             The samples [B, *x_dims]; with `return_all_steps`, all states [B, T, *x_dims], contiguous (one copy more
-            where the noise is not), of which the first is the noise, and the time steps [T]. With a callback a
+            where the noise is not), of which the first is the noise, and the time steps [T], or of each sample [B, T],
+            or of each token [B, L, T]. With a callback a
             `Sample`, which says how far it came. With return_log_prob the log-probabilities are last: x, log_prob, or
             x, time steps, log_prob.
 
@@ -383,7 +391,7 @@ class FlowMatching(BaseDiffusion):
                     f"got {_or(int_method, self.int_method)!r:.60} and {self.prediction_type!r}"
                 )
             velocity_strength = strength(velocity_strength, shape, dtype, device)
-        layout = None if start is None or start.is_contiguous() else layouts.of(start)
+        layout = None if start is None or start.is_contiguous() else layouts.of(start, len(table.sizes))
         if layout is not None and start is not None:
             start = layout.stored(start)
             if velocity_strength is not None:
@@ -432,8 +440,8 @@ class FlowMatching(BaseDiffusion):
             if callback is None and not return_all_steps:
                 return x if log_probs is None else (x, log_probs.result())
             grid = rows.time_steps(steps)
-            if grid.dim() == 2:
-                grid = grid.T.contiguous()
+            if grid.dim() > 1:
+                grid = grid.movedim(0, -1).contiguous()
             if log_probs is not None:
                 return x, grid, log_probs.result()
         finally:
@@ -901,13 +909,15 @@ class FlowMatching(BaseDiffusion):
         """The solver's table on the grid that the arguments describe, with the weights of guidance."""
         solver, steps = self._steps(int_method, inference_step)
         time_grid, options = self.time_grid, self.time_grid_options
-        own_times = (time_steps is not None and is_per_sample(time_steps)) or (
-            step_sizes is not None and is_per_sample(step_sizes)
-        )
-        samples = batch_size if own_times or (type(weight) is tuple and is_per_sample(weight)) else None
-        if own_times and (samples is None or isinstance(solver, FittedSolver)):
-            what = "a fitted solver brings its own times" if samples is not None else "one grid is wanted here"
-            raise ValueError(f"time_steps or step_sizes of each sample, and {what}: pass 1-D ones, or none")
+        sizes: tuple[int, ...] = ()
+        if time_steps is not None or step_sizes is not None or type(weight) is tuple:
+            own_times = own_dims(time_steps) or own_dims(step_sizes)
+            if own_times and (batch_size is None or isinstance(solver, FittedSolver)):
+                what = "one grid is wanted here" if batch_size is None else "a fitted solver brings its own times"
+                raise ValueError(f"time_steps or step_sizes of each sample, and {what}: pass 1-D ones, or none")
+            if batch_size is not None:
+                given = {"time_steps": time_steps, "step_sizes": step_sizes, "inference_guidance_weight": weight}
+                sizes = own_sizes((batch_size, *self.x_dims), **given)
         if isinstance(solver, FittedSolver):
             self._check_times(solver, time_steps, step_sizes, device)
             time_grid, options, time_steps = "uniform", {}, None  # it brings its own times
@@ -929,7 +939,7 @@ class FlowMatching(BaseDiffusion):
             step_sizes,
             form,
             weight,
-            samples,
+            sizes,
         )
         table = solvers.table_for(request, cached)
         if time_steps is not None and inference_step and steps != table.steps:
@@ -970,6 +980,8 @@ def _check_noise(return_log_prob: bool, hooks: Hooks | None, rounded: int, table
         raise ValueError("step_rounding must be 'promote' with a solver that adds noise, got 'exact' or 'rounded'")
     if not flag(return_log_prob, "return_log_prob"):
         return
+    if len(table.sizes) > 1:
+        raise ValueError("return_log_prob takes no times or weights of each token: pass one grid, [T], and one weight")
     if table.of_samples:
         raise ValueError("return_log_prob takes one row for all samples: not times or weights of each sample")
     if hooks is not None:

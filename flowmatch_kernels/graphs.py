@@ -326,7 +326,7 @@ class _Graph:
             elif call.start is not None:
                 # A format that sample() does not keep is contiguous there too.
                 start = call.start if call.temperature == 1.0 else call.start.to(dtype)
-                self._noise = _Buffer(start, contiguous=layouts.of(start) is None)
+                self._noise = _Buffer(start, contiguous=layouts.of(start, len(table.sizes)) is None)
             else:
                 self._noise = _Buffer(torch.empty(shape, dtype=dtype, device=device))
             numbers: dict[str, Any] = {name: torch.empty_like(one) for name, one in _numbers(table).items()}
@@ -645,7 +645,7 @@ class GraphedSampler:
         elif start is None:
             noise = dtype, None
         else:
-            noise = dtype if scaled else start.dtype, layouts.of(start)
+            noise = dtype if scaled else start.dtype, layouts.of(start, len(table.sizes))
         plain: Hashable = None
         if options.get("velocity_strength") is not None:  # which sample() takes with these alone
             solver, _ = fm._steps(options.get("int_method"), options.get("inference_step"))
@@ -658,7 +658,7 @@ class GraphedSampler:
             tuple((name, _constant(options[name])) for name in _CAPTURED if name in options and name not in copied),
             (form, fm.step_rounding, backend, plain),
             (table.evaluations, table.steps, table.buffers, table.sum_first),
-            (table.times.shape, table.times.dtype, table.coefficients.shape),
+            (table.times.shape, table.times.dtype, table.coefficients.shape, table.sizes),
             _settings(device.type),
         )
         return call._replace(signature=signature)

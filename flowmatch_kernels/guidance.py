@@ -13,23 +13,27 @@ The kernel knows three of them: extrapolate is its weighted sum, with the weight
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .arguments import BYTES, finite, held, shown, tensor, unread
-from .ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, WEIGHTED
+from .arguments import BYTES, finite, held, own_dims, shown, spread, tensor, unread
+from .ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, WEIGHTED, covered
 from .tracing import is_readable
 
 #: A weight for all evaluations, for each step, or as a function of t. While tracing a number may be symbolic, or a
 #: 0-dim tensor.
 OfSteps = float | tuple[float, ...] | Callable[[float], float]
-#: Or of each sample: [B, 1], or [B, N].
-Weight = OfSteps | tuple[tuple[float, ...], ...]
+#: Or of each sample: [B, 1], or [B, N]; or each token, [B, L, 1] or [B, L, N]: tuples, nested as deep.
+Weight = OfSteps | tuple[Any, ...]
 
-WANTED = "a number, a number for each step, one for each sample ([B, 1] or [B, N]), or a function of t"
+WANTED = (
+    "a number, a number for each step, one for each sample ([B, 1] or [B, N]) or token ([B, L, 1] or [B, L, N]), or a "
+    "function of t"
+)
 
 
 class Form(NamedTuple):
@@ -96,8 +100,8 @@ def checked(weight: Any, name: str = "inference_guidance_weight") -> Weight:
         return finite(weight, name, WANTED)
     if callable(weight):
         return weight
-    if getattr(weight, "ndim", 0) == 2 or _is_nested(weight):
-        return _of_samples(weight, name)
+    if dims := own_dims(weight):
+        return _of_rows(weight, dims, name)
     if isinstance(weight, Tensor) and weight.dim() < 2 and not weight.is_sparse and not is_readable(weight):
         return unread(weight, name) if weight.dim() == 0 else tuple(unread(weight, name).unbind())
     if getattr(weight, "ndim", 0) == 1 and not isinstance(weight, BYTES):  # a tensor, a NumPy array
@@ -110,76 +114,77 @@ def checked(weight: Any, name: str = "inference_guidance_weight") -> Weight:
     return finite(weight, name, WANTED)
 
 
-def _is_nested(weight: Any) -> bool:
-    return isinstance(weight, (list, tuple)) and bool(weight) and isinstance(weight[0], (list, tuple))
-
-
-def _of_samples(weight: Any, name: str) -> tuple[tuple[float, ...], ...]:
-    """Weights in two dimensions as tuples of floats."""
+def _of_rows(weight: Any, dims: int, name: str) -> tuple[Any, ...]:
+    """Weights of each sample, or token, as tuples of floats, nested `dims` deep."""
     if isinstance(weight, Tensor) and not is_readable(weight):
         raise ValueError(f"{name} of each sample is a tensor whose values cannot be read here: pass lists of floats")
+    lengths = []
+
+    def nested(part: Any, dims: int, name: str) -> tuple[Any, ...]:
+        if not isinstance(part, (list, tuple)):
+            raise TypeError(f"{name} must be a list, as the first one of its kind is, got {shown(part)}")
+        if dims:
+            return tuple(nested(one, dims - 1, f"{name}[{k}]") for k, one in enumerate(part))
+        lengths.append(len(part))
+        return tuple(finite(one, f"{name}[{k}]") for k, one in enumerate(part))
+
     try:
-        rows = weight if isinstance(weight, (list, tuple)) else weight.tolist()
-        found = tuple(tuple(finite(x, f"{name}[{b}][{k}]") for k, x in enumerate(row)) for b, row in enumerate(rows))
-    except (RuntimeError, TypeError) as error:
-        if isinstance(error, TypeError) and name in str(error):
-            raise
+        given = weight if isinstance(weight, (list, tuple)) else weight.tolist()
+    except RuntimeError:  # a sparse tensor
         raise TypeError(f"{name} must be {WANTED}, got {shown(weight)}") from None
-    if len(set(map(len, found))) != 1:
-        raise ValueError(f"{name} must have as many weights for each sample, got {[len(row) for row in found]}")
+    found = nested(given, dims, name)
+    if len(set(lengths)) != 1:
+        raise ValueError(f"{name} must have as many weights for each sample, got {lengths!s:.60}")
     return found
 
 
-def weights_of_samples(
-    weight: Weight, samples: int, steps: Iterable[int], times: Callable[[], Iterable[Any]], dtype: torch.dtype
+def weights_of_rows(
+    weight: Weight, sizes: Sequence[int], steps: Iterable[int], times: Callable[[], Iterable[Any]], dtype: torch.dtype
 ) -> tuple[tuple[Any, ...], Tensor]:
-    """The weights of each evaluation, a float, or where samples differ a tuple; and the same in float64, [E, samples].
+    """The weights of each evaluation, a float, or where rows differ a tuple; and the same in float64, [E, R].
 
     Args:
-        weight: As `checked` returns it: of each sample too, [samples or 1, N or 1].
-        samples: How many.
+        weight: As `checked` returns it: of each sample or token too.
+        sizes: The first sizes of the state, of which each has a row; R is their product.
         steps, dtype: As for `weights`.
-        times: As for `weights`: one for all samples or one for each.
+        times: As for `weights`, where the weight is a function with one for each row, [R].
 
     Raises:
-        ValueError, TypeError: as for `weights`; or weights are given for another number of samples.
+        ValueError, TypeError: as for `weights`; or weights are given for other sizes.
     """
     steps = tuple(steps)
-    if isinstance(weight, tuple) and weight and isinstance(weight[0], tuple):
-        if len(weight) not in (1, samples):
-            raise ValueError(
-                f"inference_guidance_weight must have a row for each of the {samples} samples, or one for all, "
-                f"got {len(weight)} of them"
-            )
-        of_rows: list[tuple[Any, ...]] = [
-            weights(row[0] if len(row) == 1 else row, steps, times, dtype) for row in weight
-        ]
-        by_sample = of_rows if len(of_rows) == samples else of_rows * samples
+    if own_dims(weight):
+        rows = spread(weight, sizes, "inference_guidance_weight")
+        by_row = [weights(row[0] if len(row) == 1 else row, steps, times, dtype) for row in rows]
     elif callable(weight):
-        entries = [entry if isinstance(entry, (list, tuple)) else [entry] * samples for entry in times()]
-        by_sample = [weights(weight, steps, lambda b=b: [entry[b] for entry in entries], dtype) for b in range(samples)]  # type: ignore[misc]
+        by_row = [weights(weight, steps, lambda its=its: its, dtype) for its in zip(*times(), strict=True)]  # type: ignore[misc]
     else:
-        by_sample = [weights(weight, steps, times, dtype)] * samples
-    of_evaluations = tuple(zip(*by_sample, strict=True))
+        by_row = [weights(weight, steps, times, dtype)] * math.prod(sizes)
+    of_evaluations = tuple(zip(*by_row, strict=True))
     column = torch.stack([tensor(row, torch.float64) for row in of_evaluations]) if of_evaluations else torch.empty(0)
     return tuple(row[0] if all(w == row[0] for w in row) else row for row in of_evaluations), column
 
 
-def eager_velocity(form: Form, weight: Any, u: Tensor, c: Tensor) -> Tensor:
+def eager_velocity(form: Form, weight: Any, u: Tensor, c: Tensor, shape: Sequence[int]) -> Tensor:
     """The two velocities combined as users write it, in eager PyTorch's own promotion.
 
     Args:
         form: How.
-        weight: Of one evaluation: a float, or a tuple of one for each sample.
+        weight: Of one evaluation: a float, or a tuple of one for each row of the state.
         u, c: The unguided and the guided velocity.
+        shape: The state's.
     """
     if not isinstance(weight, tuple):
         return form.eager(weight, u, c)
-    samples = len(weight)
-    u, c = (x.expand(samples, *x.shape[1:]) if x.dim() == max(u.dim(), c.dim()) else x for x in (u, c))
-    u, c = torch.broadcast_tensors(u, c)
-    parts = zip(weight, u.split(1), c.split(1), strict=True)
-    return torch.cat([form.eager(w, its_u, its_c) for w, its_u, its_c in parts])
+    sizes = covered(shape, len(weight))
+    assert sizes is not None
+    rest = shape[len(sizes) :]
+
+    def rows(x: Tensor) -> Sequence[Tensor]:
+        return x.expand(shape).reshape(-1, *rest).split(1) if x.dim() else [x] * len(weight)
+
+    parts = zip(weight, rows(u), rows(c), strict=True)
+    return torch.cat([form.eager(w, its_u, its_c).expand(1, *rest) for w, its_u, its_c in parts]).view(shape)
 
 
 def column(weight: Weight, weights: Sequence[float | Tensor]) -> Tensor:
@@ -222,7 +227,7 @@ def weights(
         if len(weight) != taken:
             raise ValueError(
                 f"inference_guidance_weight must be one number, or one for each of the {taken} steps, "
-                f"got {len(weight)} of them; one for each sample is [B, 1]"
+                f"got {len(weight)} of them; one for each sample is [B, 1], for each token [B, L, 1]"
             )
         return tuple(weight[step] for step in steps)
     return (weight,) * len(steps)

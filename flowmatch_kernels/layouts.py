@@ -123,8 +123,13 @@ class Layout(NamedTuple):
 _KEEP_A_FORMAT = (Tensor, torch.nn.Parameter, FakeTensor)
 
 
-def of(noise: Tensor) -> Layout | None:
-    """The noise's format; None: contiguous states, also for noise that is not dense, or not batch first."""
+def of(noise: Tensor, own: int = 0) -> Layout | None:
+    """The noise's format; None: contiguous states, also for noise that is not dense, or not batch first.
+
+    Args:
+        noise: [B, *x_dims].
+        own: How many of the first dimensions have rows of their own in the table: they stay the first in memory.
+    """
     if type(noise) not in _KEEP_A_FORMAT or noise.layout is not torch.strided or noise.is_contiguous():
         return None
     sizes, strides = noise.shape, noise.stride()
@@ -133,6 +138,6 @@ def of(noise: Tensor) -> Layout | None:
         return -strides[k], sizes[k] == 1, k  # a size of 1 last among equal strides: it gets the stride it has
 
     order = (0, *sorted(range(1, noise.dim()), key=place))
-    if not noise.permute(order).is_contiguous():
+    if order[:own] != tuple(range(own)) or not noise.permute(order).is_contiguous():
         return None
     return Layout(order, tuple(order.index(k) for k in range(noise.dim())))

@@ -200,7 +200,7 @@ class Functional:
             out = self._fused_step(base, v, u, *h, table.coefficients, row, *rest)
         if evaluation.write is not None:
             if self._columns is None:
-                columns = reference.Columns.of(table.coefficients, row, base.dim())
+                columns = reference.Columns.of(table.coefficients, row, base.dim(), table.sizes)
                 h0 = reference.velocity(v, u, columns, guidance)
             remembered = reference.remember(base, h0, columns, table.sum_first)
             self._history[evaluation.write] = remembered if self._columns is not None else remembered.contiguous()
@@ -248,7 +248,7 @@ class Functional:
             return torch.stack(states, dim=1)
 
     def time_steps(self, steps: int) -> Tensor:
-        """The time grid as far as it came, a copy: [steps + 1], or of each sample [steps + 1, B]."""
+        """The time grid as far as it came, a copy: [steps + 1], or of each sample or token [steps + 1, B, ...]."""
         return self._grid.narrow(0, 0, steps + 1).clone()
 
 
@@ -466,11 +466,11 @@ def _functional(
 
 
 def times(grid: Tensor, shape: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A copy of a table's times, and each as step_fn sees it, [B, 1, ..., 1]: step_fn may write to it."""
-    grid, ones = grid.clone(), [1] * (len(shape) - 1)
-    if grid.dim() == 2:
-        return grid, grid.view(-1, shape[0], *ones).unbind()
-    return grid, grid.view(-1, 1, *ones).expand(-1, shape[0], *ones).unbind()
+    """A copy of a table's times, and each as step_fn sees it, [B, 1, ..., 1] or [B, L, 1, ..., 1], to write to."""
+    grid, ones = grid.clone(), [1] * (len(shape) + 1 - grid.dim())
+    if grid.dim() > 1:
+        return grid, grid.view(*grid.shape, *ones).unbind()
+    return grid, grid.view(-1, *ones).expand(-1, shape[0], *ones[1:]).unbind()
 
 
 def drawn_or_copied(noise: Tensor, drawn: bool, dtype: torch.dtype, differentiable: bool = False) -> Tensor:

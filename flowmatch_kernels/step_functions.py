@@ -22,7 +22,7 @@ class StepFunction:
     sample() calls step_fn(x=, t=) with t [B, 1, ..., 1]. This calls model(x=, t=), where t is::
 
         t                            time_as="column": [B, 1, ..., 1], as sample() passes it
-        t.view(B)                    time_as="batch": [B]
+        t.view(B)                    time_as="batch": [B]; with times of each token [B, L]
         t.view(B)[0]                 time_as="scalar": 0-dim
 
     multiplied by `time_scale` in its own dtype, and then cast to `time_dtype`; an integer dtype rounds down. A `model`
@@ -82,29 +82,32 @@ class StepFunction:
         """The time as the model wants it.
 
         Args:
-            t: As sample() passes it, [B, 1, ..., 1], one value in all entries.
+            t: As sample() passes it, [B, 1, ..., 1]; or of each token, [B, L, 1, ..., 1].
 
         Raises:
-            ValueError: time_as is "scalar", and the batch is empty.
+            ValueError: time_as is "scalar", and the batch is empty or t is of each token.
         """
         if self.time_as != "column":
-            t = t.view(t.shape[0])
+            dims = max((d for d, size in enumerate(t.shape, start=1) if size != 1), default=1)
+            t = t.view(t.shape[:dims])
         if self.time_as == "scalar":
-            self._check_batch(t.shape[0])
+            self._check_batch(t.shape[0], own=t.dim() > 1)
             t = t[0]
         return self._scaled(t)
 
     def times(self, grid: Tensor, batch_size: int, dims: int) -> tuple[Tensor, ...]:
-        """`time` of each entry of a grid, [T] or of each sample [T, B], at once: a tenth of the launches.
+        """`time` of each entry of a grid, [T], of each sample [T, B] or of each token [T, B, L], at once.
+
+        A tenth of the launches.
 
         Raises:
             ValueError: time_as is "scalar", and the batch is empty or each sample has its own times.
         """
-        if grid.dim() == 2:
+        if grid.dim() > 1:
             if self.time_as == "scalar":
-                raise ValueError("time_as='scalar' is one time for all samples, and time_steps has those of each")
-            ones = [1] * (dims - 1) if self.time_as == "column" else []
-            return self._scaled(grid.clone().view(-1, batch_size, *ones)).unbind()
+                self._check_batch(batch_size, own=True)
+            ones = [1] * (dims + 1 - grid.dim()) if self.time_as == "column" else []
+            return self._scaled(grid.clone().view(*grid.shape, *ones)).unbind()
         if self.time_as == "scalar":
             self._check_batch(batch_size)
             return self._scaled(grid.clone()).unbind()
@@ -118,7 +121,9 @@ class StepFunction:
             return t
         return (t if self.time_dtype.is_floating_point else t.floor()).to(self.time_dtype)
 
-    def _check_batch(self, batch_size: int) -> None:
+    def _check_batch(self, batch_size: int, own: bool = False) -> None:
+        if own:
+            raise ValueError("time_as='scalar' is one time for all samples, and time_steps has those of each")
         if not batch_size:
             raise ValueError("time_as='scalar' needs a batch of one sample or more")
 
@@ -163,7 +168,7 @@ def timed(model: Model, functions: Sequence[Bound], grid: Tensor, shape: Sequenc
     Args:
         model: Evaluates them.
         functions: The step functions.
-        grid: The times that evaluations name, [T].
+        grid: The times that evaluations name, the table's.
         shape: The state's, as users see it.
     """
     times = [(function, function.function.times(grid, shape[0], len(shape))) for function in functions]

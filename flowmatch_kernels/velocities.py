@@ -87,7 +87,7 @@ class Velocities:
             return self.expanded(v), self.expanded(u)
         # Eager PyTorch's own promotion, which takes a 0-dim tensor for a number.
         assert self.guidance is not None
-        return self.expanded(eager_velocity(self.guidance.form, self.weights[row], u, v)), None
+        return self.expanded(eager_velocity(self.guidance.form, self.weights[row], u, v, self.shape)), None
 
     def expanded(self, v: Tensor) -> Tensor:
         """A velocity that was checked, in the state's shape."""

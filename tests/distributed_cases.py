@@ -96,6 +96,14 @@ def held(batch_size, dtype=torch.float32):
     return torch.linspace(0, 1, STEPS + 1, dtype=dtype).clamp(min=starts)
 
 
+def tokens(batch_size):
+    """Times of each token, [B, 3, STEPS + 1], the first of which are held."""
+    powers = torch.arange(1, 3 * batch_size + 1).view(batch_size, 3, 1) / 4
+    times = torch.linspace(0, 1, STEPS + 1) ** powers
+    times[:, 0] = 0.5
+    return times
+
+
 #: By name: what fm is, the batch size, and the options as a function of it, made anew for each sampler, since
 #: generators are used up.
 FM, SDE = (
@@ -143,6 +151,42 @@ CASES = {
             **{"noise": KeyedNoise(1), "step_sizes": torch.full((b, STEPS), 0.2) + torch.arange(b).view(b, 1) / 9},
             "return_all_steps": True,
         },
+    ),
+    "times and weights of each token": (
+        *(FM, 5),
+        lambda b: {
+            **{"noise": KeyedNoise(1), **guided(b), "time_steps": tokens(b), "return_all_steps": True},
+            "inference_guidance_weight": torch.arange(b * 3).view(b, 3, 1) / 4,
+        },
+    ),
+    "times of each element in lists": (
+        *(FM, 2),
+        lambda b: {
+            **{"noise": start(b), "return_all_steps": True},
+            "time_steps": tokens(b).view(b, 3, 1, 1, -1).expand(-1, -1, 2, 2, -1).tolist(),
+        },
+    ),
+    "times of each token, channels last": (
+        *(FM, 5),
+        lambda b: {"noise": start(b).to(memory_format=torch.channels_last), "time_steps": tokens(b)},
+    ),
+    "weights of each token that are not used, channels last": (
+        *(FM, 5),
+        lambda b: {
+            **{"noise": start(b).to(memory_format=torch.channels_last)},
+            "inference_guidance_weight": torch.ones(b, 3, 1),
+        },
+    ),
+    "step sizes of each token, one grid": (
+        *(FM, 5),
+        lambda b: {
+            **{"noise": KeyedNoise(1), "time_steps": GRID, "return_all_steps": True},
+            "step_sizes": torch.arange(b * 3.0).view(b, 3, 1).expand(-1, -1, STEPS) / 30,
+        },
+    ),
+    "times of each token, for all samples": (
+        *(FM, 5),
+        lambda b: {"noise": KeyedNoise(1), "time_steps": tokens(1), "return_all_steps": True},
     ),
     "one row of times": (FM, 2, lambda b: {"noise": KeyedNoise(1), "time_steps": [GRID], "return_all_steps": True}),
     "constraint": (FM, 5, lambda b: {"noise": KeyedNoise(1), "constraint": lambda x, t: x.clamp(-0.3, 0.3)}),

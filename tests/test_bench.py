@@ -57,8 +57,8 @@ def test_quick(tmp_path):
     wanted = {c.name for c in contestants.contestants(CPU) if c.installed() and c.kind != "compiled"}
     assert timed.keys() == wanted
     assert timed["published loop"] == timed["ours, reference"] == set(TASKS)
-    assert len(found["targets"]) == 28
-    assert all(row["measured"] is not None for row in found["targets"][:22])  # not peak memory, nor the cost of a step
+    assert len(found["targets"]) == 30
+    assert all(row["measured"] is not None for row in found["targets"][:24])  # not peak memory, nor the cost of a step
     assert {row["contestant"] for row in found["counts"]} == {
         "published loop",
         "best by hand",
@@ -152,7 +152,7 @@ def test_a_work_is_what_its_row_says(one):
     assert Work.of({"shape": [6, 64, 2], "velocity": "float32"}) == Work(ALPAMAYO)  # of before there were grids
 
 
-@pytest.mark.parametrize("one", [one for one in work.ours(ALPAMAYO) if one.grid], ids=str)
+@pytest.mark.parametrize("one", [one for one in work.ours(ALPAMAYO) if one.grid and not one.of_samples], ids=str)
 def test_own_grids(one):
     """Every loop and ours take the grid's steps, and but for lerobot's, which has its own dt, to the last bit."""
     chosen = [contestant for contestant in contestants.contestants(CPU) if contestant.computes(one)]
@@ -165,6 +165,28 @@ def test_own_grids(one):
     assert isinstance(p.times(), list if one.grid == "list" else torch.Tensor)
     assert (p.times() is p.times()) == (one.grid != "new tensor")
     assert p.grid()[[0, -1]].tolist() == [1.0, 0.0]
+
+
+def test_grids_of_each_sample():
+    """The loop that users write, the best by hand and ours: each sample on its own grid, and no other contestant."""
+    one = Work(ALPAMAYO, grid=work.OF_SAMPLES)
+    assert one in work.ours(ALPAMAYO)
+    chosen = [contestant for contestant in contestants.contestants(CPU) if contestant.computes(one)]
+    assert {contestant.kind for contestant in chosen} == {"published", "sample loop", "hand", "ours"}
+    exact = {contestant.name for contestant in chosen if "final" in contestant.exact}
+    assert {contestant.name for contestant in chosen} - exact == {"by hand, addcmul"}
+    rows = run.results(one, chosen, plan(one))
+    assert all(row["problem"] is None for row in rows), rows
+    p = Problem(one, CPU)
+    assert p.grid().shape == (6, 11)
+    x = contestants.published(p)
+    for b, grid in enumerate(p.grid()):
+        alone = p.noise[b]
+        for dt in torch.diff(grid).view(-1, 1, 1):
+            alone = alone + dt * p.step_fn(None, None)[b]
+        assert torch.equal(x[b], alone)
+    others = {contestant.name for contestant in contestants.contestants(CPU) if contestant.computes(Work(ALPAMAYO))}
+    assert not others & {"loop of samples", "by hand, addcmul"}
 
 
 def test_step_sizes_reach_ours():

@@ -28,6 +28,9 @@ aten = torch.ops.aten
 DIMS, BATCH = (5, 3), 4
 GRID = [0.0, 0.1, 0.35, 0.8, 1.0]
 OTHER_GRID = [0.0, 0.4, 0.5, 0.6, 1.0]
+#: [BATCH, 5, 5]: the first tokens are held.
+TOKENS = torch.tensor(GRID).pow(torch.arange(1, 21).view(BATCH, 5, 1) / 8)
+TOKENS[:, :2] = 0.75
 
 
 def velocity(x, t, features):
@@ -73,6 +76,12 @@ CASES = {f"solver {name}": ({"int_method": name}, {}) for name in solvers.SOLVER
     "times of each sample": (
         {"int_method": "heun"},
         {"time_steps": [[0.1 * b, 0.2 + 0.1 * b, 0.9, 0.9 + 0.1 * (b % 2), 1.0] for b in range(BATCH)]}
+        | {"return_all_steps": True},
+    ),
+    "times and weights of each token": (
+        {"int_method": "ab2"},
+        GUIDED
+        | {"time_steps": TOKENS, "inference_guidance_weight": torch.arange(20.0).view(BATCH, 5, 1) / 8}
         | {"return_all_steps": True},
     ),
 }
@@ -449,12 +458,26 @@ def test_weights_that_the_host_reads(monkeypatch, kind):
     assert sampler.stats.captures == 5
 
 
+def test_times_of_tokens(monkeypatch):
+    """Other values need no new graph; times of samples, or of one for all tokens, are another."""
+    emulated(monkeypatch)
+    fm = flow(int_method="heun")
+    sampler = fm.graphed(velocity, BATCH, inputs={"features": features(0)}, time_steps=TOKENS)
+    for captures, grid in enumerate([TOKENS, TOKENS.flip(1), TOKENS[:, :1], TOKENS[:, 0], GRID]):
+        sampler.set_time_steps(grid)
+        for seed in range(2):
+            check(sampler, fm, velocity, {"features": features(seed)}, f"{captures}", seed)
+        assert sampler.stats.captures == max(1, captures - 1)
+
+
 def test_a_setter_that_raises_changes_nothing(monkeypatch):
     emulated(monkeypatch)
     fm = flow()
     sampler = fm.graphed(velocity, BATCH, inputs={"features": features(0)})
     with pytest.raises(ValueError, match="strictly monotonic"):
         sampler.set_time_steps([0.0, 0.5, 0.5, 0.7, 1.0])
+    with pytest.raises(ValueError, match=r"time_steps\[0\] must have a row for each of the 5 entries.*got 3"):
+        sampler.set_time_steps(TOKENS[:, :3])
     with pytest.raises(ValueError, match="guidance is off"):
         sampler.set_guidance_weight(2.0)
     check(sampler, fm, velocity, {"features": features(0)})

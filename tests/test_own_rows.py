@@ -1,14 +1,17 @@
-"""Rows of their own: the op with coefficients [E, R, 8], and sample() with times or weights of each sample.
+"""Rows of their own: the op with coefficients [E, R, 8], and sample() with times or weights of each sample or token.
 
-What one call returns has the bits of the calls by which each sample is taken alone.
+What one call returns has the bits of the calls by which each sample is taken alone; with times of each token, those of
+the call in which each token is a sample.
 """
 
 from __future__ import annotations
 
 import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
+import token_cases
 import torch
 from operands import assert_same_bits, values
 from torch import Tensor
@@ -18,7 +21,7 @@ from torch.func import vmap
 from flowmatch_kernels import FittedSolver, FlowMatching, KeyedNoise, StepFunction, inpaint, solvers
 from flowmatch_kernels.ops import native, reference
 from flowmatch_kernels.ops.fused_step import HELD, arithmetic_dtype
-from flowmatch_kernels.solvers import SOLVERS
+from flowmatch_kernels.solvers import SOLVERS, requests
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 BACKENDS = ["reference", *(["cpu"] if native._C is not None else [])]
@@ -303,13 +306,192 @@ def test_tables_are_kept() -> None:
     assert len(solvers.cache._tables) == 3
 
 
+# ---- times of each token ----
+
+
+def token_grids() -> Tensor:
+    """[B, L, N + 1], for DIMS = (L, 5): the first token is clean, held at 0.9, and others are held for a step."""
+    t = grids().unsqueeze(1).repeat(1, DIMS[0], 1)
+    t[:, 0] = 0.9
+    t[:, 1, 1] = t[:, 1, 0]
+    return t
+
+
+def by_token(x: Tensor) -> Tensor:
+    return x.flatten(0, 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_token_as_a_sample(backend: str) -> None:
+    for case in token_cases.cases():
+        token_cases.check(case, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_held_tokens(backend: str) -> None:
+    """A clean prefix keeps its bits, whatever it holds and whatever its velocity is."""
+    bad = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, torch.nan])
+    for solver, state in itertools.product(SOLVERS, (F32, BF16, F64)):
+        x = values((B, *DIMS), state, generator())
+
+        def step_fn(x: Tensor, t: Tensor) -> Tensor:
+            v = field(x, t)
+            v[:, 0] = bad.to(v.dtype)
+            return v
+
+        t = token_grids()
+        t[:, 1] = t[:, 2]  # no step of length 0 before others, which not every solver takes
+        fm = FlowMatching(DIMS, solver, backend=backend)
+        states, _ = fm.sample(B, step_fn, noise=x, time_steps=t, return_all_steps=True)
+        assert_same_bits(states[:, :, 0], x[:, None, 0].expand(-1, N + 1, -1).contiguous(), f"{solver} {state}")
+        assert not torch.equal(states[:, 0, 1], states[:, -1, 1])
+
+
+def test_what_goes_with_tokens() -> None:
+    """A callback that stops, a constraint, step functions, formats, a derivative, writes to t, keyed noise."""
+    x, t = torch.randn(B, *DIMS, generator=generator()), token_grids()
+    flat, its = by_token(x), by_token(t)
+    fm, of_tokens = FlowMatching(DIMS, "heun"), FlowMatching(DIMS[1:], "heun")
+    times: list[Tensor] = []
+
+    def callback(step: int, time: Tensor, x: Tensor) -> bool:
+        times.append(time)
+        return step == 3
+
+    stopped = fm.sample(B, field, noise=x, time_steps=t, callback=callback)
+    assert_same_bits(stopped.time_steps, t[..., :5].contiguous())
+    assert_same_bits(stopped.x, fm.sample(B, field, noise=x, time_steps=t, return_all_steps=True)[0][:, 4])
+    assert [list(time.shape) for time in times] == [[B, DIMS[0], 1]] * 4
+    assert_same_bits(times[2].squeeze(-1), t[..., 3])
+
+    plan, mask = torch.randn(B, *DIMS), torch.arange(5) < 2
+    got = fm.sample(B, field, noise=x, time_steps=t, constraint=inpaint(plan, mask, x))
+    wanted = of_tokens.sample(
+        len(flat), field, noise=flat, time_steps=its, constraint=inpaint(by_token(plan), mask, flat)
+    )
+    assert_same_bits(by_token(got), wanted)
+
+    def model(x: Tensor, t: Tensor, step: int) -> Tensor:
+        times.append(t)
+        return x * 0.1
+
+    for form, shape in (("batch", [B, DIMS[0]]), ("column", [B, DIMS[0], 1])):
+        times = []
+        step_fn = StepFunction(model, time_as=form, time_scale=1000)
+        FlowMatching(DIMS).sample(B, step_fn, noise=x, time_steps=t)
+        assert_same_bits(torch.stack(times).view(N, B, DIMS[0]), t.movedim(-1, 0)[:N] * 1000)
+        assert list(times[0].shape) == shape
+        assert_same_bits(step_fn.time(t[..., :1]), times[0])
+    scalar = StepFunction(model, time_as="scalar")
+    for call in (lambda: FlowMatching(DIMS).sample(B, scalar, time_steps=t), lambda: scalar.time(t[..., :1])):
+        with pytest.raises(ValueError, match="time_as='scalar' is one time for all samples"):
+            call()
+
+    # A format is kept where the sizes with times of their own are the first in memory.
+    image, fm = torch.randn(B, 3, 2, 2, 4), FlowMatching((3, 2, 2, 4), "ab2")
+    for order, own, keeps in [((0, 2, 3, 4, 1), 2, False), ((0, 1, 3, 4, 2), 2, True), ((0, 1, 3, 4, 2), 3, False)]:
+        given = image.permute(order).contiguous().permute(*(order.index(k) for k in range(5)))
+        options: dict[str, Any] = {"time_steps": token_cases.grids(*image.shape[:own])}
+        for more in ({}, {"velocity_strength": torch.rand(image.shape)}):
+            fm = FlowMatching((3, 2, 2, 4), "euler" if more else "ab2")
+            got = fm.sample(B, field, noise=given, **options, **more)
+            assert_same_bits(got, fm.sample(B, field, noise=image, **options, **more))
+            assert got.is_contiguous() != keeps
+            assert not keeps or got.stride() == given.stride()
+
+    y = x.clone().requires_grad_()
+    for backend in BACKENDS:
+        gradients = []
+        for batch, noise, grid, dims in ((B, y, t, DIMS), (B * DIMS[0], by_token(y), its, DIMS[1:])):
+            fm = FlowMatching(dims, "heun", backend=backend)
+            out = fm.sample(batch, field, noise=noise, time_steps=grid, differentiable=True)
+            gradients.append(torch.autograd.grad(out.square().sum(), y)[0])
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)  # autograd adds in another order
+
+    def writes(x: Tensor, t: Tensor) -> Tensor:
+        t.add_(0.125)
+        return x * t
+
+    before = t.clone()
+    _, written = FlowMatching(DIMS).sample(B, writes, noise=x, time_steps=t, return_all_steps=True)
+    assert_same_bits(t, before)
+    assert_same_bits(written[..., :N].contiguous(), (t + 0.125)[..., :N].contiguous())
+
+    fm = FlowMatching(DIMS, "sde")
+    grid = (grids() * 0.9 + 0.01).unsqueeze(1).expand(-1, DIMS[0], -1)
+    keyed = {"noise": x, "step_noise": KeyedNoise(9)}
+    assert_same_bits(fm.sample(B, field, time_steps=grid, **keyed), fm.sample(B, field, time_steps=grid[:, 0], **keyed))
+
+
+def test_grids_of_tokens_are_built_once() -> None:
+    """However many tokens have one; and the table is kept, for lists, tensors and weights."""
+    solvers.cache.clear()
+    x, t = torch.randn(B, *DIMS, generator=generator()), token_grids()
+    options = {"noise": x, "unguided_step_fn": other, "use_classifier_free_guidance": True}
+    built: list[Any] = []
+    build = requests.build
+    with mock.patch.object(requests, "build", lambda *a, **k: built.append(a) or build(*a, **k)):
+        for _ in range(2):
+            for grid, weight in itertools.product((t, t.tolist()), (torch.full((B, 3, 1), 0.5), lambda t: t)):
+                FlowMatching(DIMS).sample(B, field, time_steps=grid, inference_guidance_weight=weight, **options)
+    # Of B grids of their own and B with a hold; twice for numbers in two forms; a function shares the table without it.
+    assert len(built) == 4 * 2 * B
+    assert len(solvers.cache._tables) == 4
+
+
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = {
     "rows": ({}, {"time_steps": grids()[:3]}, ValueError, "a row for each of the 4 samples.*got 3"),
     "ragged": ({}, {"time_steps": [[0, 1], [0, 1], [0, 0.5, 1], [0, 1]]}, ValueError, "sample 2 has 3 entries"),
     "not monotonic": ({}, {"time_steps": [[0, 1, 2]] * 3 + [[0, 1, 0.5]]}, ValueError, "sample 3: time_steps must"),
-    "three dimensions": ({}, {"time_steps": torch.rand(B, 2, 3)}, ValueError, "1-D"),
+    "tokens": ({}, {"time_steps": torch.rand(B, 2, N)}, ValueError, r"\[0\] must .* each of the 3 entries.*got 2"),
+    "tokens in lists": (
+        {},
+        {"time_steps": [[[0, 1]] * 3] * 3 + [[[0, 1]] * 2]},
+        ValueError,
+        r"time_steps\[3\] must .* 3 entries of dimension 1 of the state, or one for all, got 2",
+    ),
+    "samples of tokens": ({}, {"time_steps": torch.rand(3, 3, N)}, ValueError, "each of the 4 samples.*got 3"),
+    "lists not as deep": ({}, {"time_steps": [[[0, 1]] * 3] * 3 + [[0, 1, 2]]}, TypeError, r"\[3\]\[0\] must be a l"),
+    "lists deeper": ({}, {"time_steps": [[0, 1]] * 3 + [[[0, 1]]]}, ValueError, "sample 3 has 1 entries"),
+    "too many dimensions": ({}, {"time_steps": torch.rand(B, 3, 5, 1, 2)}, ValueError, r"\[4, 3, 5\].*got 5 dim"),
+    "too many sizes of steps": ({}, {"step_sizes": torch.rand(B, 3, 5, 1, 2)}, ValueError, "step_sizes must be.*got 5"),
+    "too many weights": ({}, {"weights": torch.rand(B, 3, 5, 1, 2)}, ValueError, "weight must be.*got 5 dimensions"),
+    "ragged tokens": (
+        {},
+        {"time_steps": [[[0, 1]] * 3] * 3 + [[[0, 1], [0, 0.5, 1], [0, 1]]]},
+        ValueError,
+        "sample 3, token 1 has 3 entries, and sample 0, token 0 has 2",
+    ),
+    "a token not monotonic": (
+        {},
+        {"time_steps": [[[0, 1, 2]] * 3] * 3 + [[[0, 1, 2], [0, 1, 2], [0, 1, 0.5]]]},
+        ValueError,
+        "sample 3, token 2: time_steps must",
+    ),
+    "an element's NaN": ({}, {"time_steps": torch.full((B, 3, 5, 3), torch.nan)}, ValueError, r"token \[0, 0\] must"),
+    "a token between": (
+        {"int_method": "ab2"},
+        {"time_steps": [[[0, 0.1, 0.2, 1]] * 3] * 3 + [[[0, 0.1, 0.2, 1], [0, 0.5, 0.5, 1], [0, 0.1, 0.2, 1]]]},
+        ValueError,
+        "sample 3, token 1 has a step of length 0, step 1, and in step 2",
+    ),
+    "weights of tokens": ({}, {"weights": torch.rand(B, 2, 1)}, ValueError, r"weight\[0\] must .* 3 entries.*got 2"),
+    "weights of tokens' steps": (
+        {},
+        {"weights": torch.rand(B, 3, 3)},
+        ValueError,
+        r"one for each of the 10 steps, got 3.*for each token \[B, L, 1\]",
+    ),
+    "weights not as deep": ({}, {"weights": [[[1.0]] * 3] * 3 + [[1.0]]}, TypeError, r"weight\[3\]\[0\] must be a l"),
+    "weights deeper": ({}, {"weights": [[1.0]] * 3 + [[[1.0]]]}, TypeError, r"weight\[3\]\[0\] must be"),
+    "log-probabilities of tokens": (
+        {"int_method": "sde"},
+        {"time_steps": token_grids() * 0.9, "return_log_prob": True},
+        ValueError,
+        r"return_log_prob takes no times or weights of each token: pass one grid, \[T\]",
+    ),
     "integers": ({}, {"time_steps": torch.ones(B, 3, dtype=torch.int64)}, TypeError, "floating point"),
-    "words": ({}, {"time_steps": [["a", "b"]] * B}, TypeError, r"time_steps\[0\]\[0\] must be a number"),
+    "words": ({}, {"time_steps": [["a", "b"]] * B}, TypeError, "time_steps of sample 0, entry 0, must be a number"),
     "one entry": ({}, {"time_steps": torch.rand(B, 1)}, ValueError, "two or more"),
     "NaN": ({}, {"time_steps": torch.tensor([[0.0, torch.nan, 1.0]] * B)}, ValueError, "sample 0 must be finite"),
     "sizes": ({}, {"time_steps": grids(), "step_sizes": torch.rand(B, N + 1)}, ValueError, "sample 0: step_sizes must"),
@@ -358,15 +540,16 @@ def test_refused_elsewhere() -> None:
     """A fitted solver, step_log_prob, fit_solver, and a tensor of times that a compiler cannot read."""
     fm = FlowMatching(DIMS)
     fitted = FittedSolver((0.0, 0.4, 1.0), ((1.0, 0.4), (1.0, 0.7, -0.1)))
-    with pytest.raises(ValueError, match="a fitted solver brings its own times"):
-        fm.sample(B, field, int_method=fitted, time_steps=grids())
     x = torch.zeros(B, *DIMS)
-    with pytest.raises(ValueError, match="one grid is wanted here"):
-        FlowMatching(DIMS, "sde").step_log_prob(x, x, x, 0, time_steps=grids())
-    with pytest.raises(ValueError, match="fit and compare with one for all"):
-        fm.fit_solver(
-            field, 2, use_classifier_free_guidance=True, unguided_step_fn=other, inference_guidance_weight=[[1.0]]
-        )
+    for grid in (grids(), token_grids()):
+        with pytest.raises(ValueError, match="a fitted solver brings its own times"):
+            fm.sample(B, field, int_method=fitted, time_steps=grid)
+        with pytest.raises(ValueError, match="one grid is wanted here"):
+            FlowMatching(DIMS, "sde").step_log_prob(x, x, x, 0, time_steps=grid)
+    guided = {"use_classifier_free_guidance": True, "unguided_step_fn": other}
+    for weight in ([[1.0]], [[[1.0]]]):
+        with pytest.raises(ValueError, match="fit and compare with one for all"):
+            fm.fit_solver(field, 2, inference_guidance_weight=weight, **guided)
     with pytest.raises(Exception, match="pass lists of floats"):
         torch.compile(lambda t: fm.sample(B, field, noise=x, time_steps=t), backend="eager", fullgraph=True)(grids())
 
@@ -382,19 +565,20 @@ def test_fitted_with_weights() -> None:
 
 
 def test_compiled() -> None:
-    """By torch.compile, with times in lists; under FakeTensorMode; under vmap."""
+    """By torch.compile, with times in lists, of samples and of tokens; under FakeTensorMode; under vmap."""
     torch._dynamo.reset()
-    fm = FlowMatching(DIMS, "ab2")
-    x, t = torch.randn(B, *DIMS, generator=generator()), held(1, 1).tolist()
+    x = torch.randn(B, *DIMS, generator=generator())
+    for solver, t in (("ab2", held(1, 1).tolist()), ("euler", token_grids().tolist())):
+        fm = FlowMatching(DIMS, solver)
 
-    def sampled(x: Tensor) -> Tensor:
-        return fm.sample(B, field, noise=x, time_steps=t)
+        def sampled(x: Tensor, fm: FlowMatching = fm, t: Any = t) -> Tensor:
+            return fm.sample(B, field, noise=x, time_steps=t)
 
-    wanted = sampled(x)
-    assert_same_bits(torch.compile(sampled, backend="aot_eager", fullgraph=True)(x), wanted)
-    assert_same_bits(vmap(sampled)(x.expand(2, *x.shape))[1], wanted)
-    with FakeTensorMode():
-        assert sampled(torch.empty(B, *DIMS)).shape == x.shape
+        wanted = sampled(x)
+        assert_same_bits(torch.compile(sampled, backend="aot_eager", fullgraph=True)(x), wanted)
+        assert_same_bits(vmap(sampled)(x.expand(2, *x.shape))[1], wanted)
+        with FakeTensorMode():
+            assert sampled(torch.empty(B, *DIMS)).shape == x.shape
 
 
 # ---- the op ----

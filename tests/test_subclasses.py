@@ -120,6 +120,15 @@ def test_rows_of_their_own_of_a_dtensor(mesh):
     sharded = distribute_tensor(x, mesh, [Shard(0)])
     with pytest.raises(NotImplementedError, match="step each shard by itself, with its rows"):
         op(sharded, sharded, None, None, None, None, coefficients, 0)
+    for sizes in ((4,), (4, 3)):  # of samples, and of tokens
+        times = torch.linspace(0, 1, 5).expand(*sizes, 5) ** torch.rand(*sizes, 1)
+        fm, x = FlowMatching((3, 2), "ab2"), torch.randn(4, 3, 2)
+        wanted = fm.sample(4, lambda x, t: x * 0.5, noise=x, time_steps=times)
+        whole = distribute_tensor(x, mesh, [Replicate()])
+        got = fm.sample(4, lambda x, t: x * 0.5, noise=whole, time_steps=times)
+        assert_same_bits(got.full_tensor(), wanted)
+        with pytest.raises(NotImplementedError, match="step each shard by itself, with its rows"):
+            fm.sample(4, lambda x, t: x * 0.5, noise=distribute_tensor(x, mesh, [Shard(0)]), time_steps=times)
 
 
 def test_compiled_dtensor(mesh):

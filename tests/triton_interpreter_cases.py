@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import token_cases
 import torch
 import triton
 import triton.language as tl
@@ -364,3 +365,10 @@ def test_sample(velocity: torch.dtype, guided: bool, return_all_steps: bool, x_d
     for mine, published in zip(as_tuple(got), as_tuple(expected), strict=True):
         assert mine.dtype == published.dtype
         assert torch.equal(mine, published)
+
+
+@pytest.mark.parametrize("first", [0, *(pytest.param(k, marks=pytest.mark.full) for k in (1, 2, 3))])
+def test_times_of_tokens(first: int) -> None:
+    """A quarter of the cases each."""
+    for case in list(token_cases.cases())[first::4]:
+        token_cases.check(case, "triton")

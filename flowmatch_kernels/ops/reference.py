@@ -48,17 +48,17 @@ class Columns(NamedTuple):
     """They are rows of their own."""
 
     @classmethod
-    def of(cls, coefficients: Tensor, row: int, dims: int, sizes: Sequence[int] | None = None) -> Columns:
+    def of(cls, coefficients: Tensor, row: int, dims: int, sizes: Sequence[int] = ()) -> Columns:
         """A row's columns, for states of so many dimensions.
 
         Args:
             coefficients, row: Which.
             dims: Of the states.
-            sizes: The first sizes of the states, which rows of their own have one row for; None: the samples.
+            sizes: The first sizes of the states, which rows of their own have one row for; (): the samples.
         """
         of_row, own = coefficients.select(0, row), coefficients.dim() == 3
         if own:
-            sizes = of_row.shape[:1] if sizes is None else sizes
+            sizes = sizes or of_row.shape[:1]
             of_row = of_row.T.contiguous()
         else:
             sizes = ()
@@ -92,7 +92,7 @@ def fused_step_(o: Operands) -> None:
 
 def _result(o: Operands) -> tuple[Tensor, Tensor, Columns]:
     sizes = covered(o.base.shape, o.coefficients.shape[1]) if o.coefficients.dim() == 3 else None
-    columns = Columns.of(o.coefficients, o.row, o.base.dim(), sizes)
+    columns = Columns.of(o.coefficients, o.row, o.base.dim(), sizes or ())
     h0 = velocity(o.v, o.u, columns, o.guidance)
     h1 = o.h1
     if h1 is not None and is_keys(h1):

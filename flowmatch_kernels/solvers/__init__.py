@@ -9,7 +9,6 @@ step sizes, and requests.py keeps the tables.
 from .fitted import FittedSolver
 from .grid import Grid, checked_grid
 from .ode import SOLVERS, IntMethod, ab2, ab3, dpmpp_2m, euler, heun, loaded, midpoint, rk4, rk4_classic, solver, unipc
-from .per_sample import is_per_sample
 from .requests import Request, cache, check_finite, table_for
 from .stages import Earlier, Segment, Stage, Steps
 from .stochastic import STOCHASTIC, Loaded, StochasticSolver, of_the_ode
@@ -40,7 +39,6 @@ __all__ = [
     "euler",
     "evaluations",
     "heun",
-    "is_per_sample",
     "loaded",
     "midpoint",
     "of_the_ode",

@@ -1,4 +1,4 @@
-"""Times of each sample: the table of each one's own grid, side by side, [E, B, 8]."""
+"""Times of each sample, or each token: the tables of their own grids side by side, [E, R, 8]."""
 
 from __future__ import annotations
 
@@ -9,30 +9,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import check_dense, number
+from ..arguments import check_dense, number, row_name, spread
 from ..ops.fused_step import HELD
 from ..tracing import is_readable
 from .grid import on_host
 from .table import Table
 
 
-def is_per_sample(numbers: Any) -> bool:
-    """Whether numbers are given for each sample: in two dimensions, or as a list of lists."""
-    if isinstance(numbers, (list, tuple)):
-        return bool(numbers) and isinstance(numbers[0], (list, tuple))
-    return getattr(numbers, "ndim", 0) == 2
+def rows_of(numbers: Any, sizes: Sequence[int], name: str) -> list[Any]:
+    """What is given for each sample or token, as one row for each of `sizes`: tensors on the CPU, or lists.
 
-
-def rows_of(numbers: Any, samples: int, name: str) -> Sequence[Any]:
-    """What is given for each sample, [samples, n] or [1, n], as one row for each: tensors on the CPU, or lists.
+    Args:
+        numbers: As for `arguments.spread`, tensors of NumPy too.
+        sizes: The first sizes of the state.
+        name: The argument's.
 
     Raises:
-        TypeError: it is no dense floating-point tensor, nor a list of lists.
-        ValueError: there is another number of rows, they differ in length, or they cannot be read.
+        TypeError: it is no dense floating-point tensor, nor lists of lists.
+        ValueError: sizes are others, rows differ in length, or they cannot be read.
     """
-    if isinstance(numbers, (list, tuple)):
-        rows = list(numbers)
-    else:
+    if not isinstance(numbers, (list, tuple)):
         numbers = numbers if isinstance(numbers, Tensor) else torch.as_tensor(numbers, device="cpu")  # NumPy's
         if not numbers.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {numbers.dtype}")
@@ -42,18 +38,19 @@ def rows_of(numbers: Any, samples: int, name: str) -> Sequence[Any]:
                 f"{name} of each sample is a tensor whose values cannot be read under a compiler, a tracer or vmap, or "
                 "on the meta device: pass lists of floats"
             )
-        rows = list(on_host(numbers.detach()).unbind())
-    if len(rows) not in (1, samples):
-        raise ValueError(f"{name} must have a row for each of the {samples} samples, or one for all, got {len(rows)}")
+        numbers = on_host(numbers.detach())
+    rows = spread(numbers, sizes, name)
     lengths = [len(row) if hasattr(row, "__len__") else 0 for row in rows]
-    for sample, length in enumerate(lengths):
+    for row, length in enumerate(lengths):
         if length != lengths[0]:
-            raise ValueError(f"{name}: sample {sample} has {length} entries, and sample 0 has {lengths[0]}")
-    return rows if len(rows) == samples else rows * samples
+            raise ValueError(
+                f"{name}: {row_name(row, sizes)} has {length} entries, and {row_name(0, sizes)} has {lengths[0]}"
+            )
+    return rows
 
 
 class Own(NamedTuple):
-    """The grid of one sample without its steps of length 0."""
+    """The grid of one row without its steps of length 0."""
 
     steps: tuple[int, ...]
     """The numbers of the others."""
@@ -63,22 +60,22 @@ class Own(NamedTuple):
     """[len(steps)]; None: the differences of `times`."""
 
 
-def without_holds(times: Any, sizes: Any, sample: int) -> Own:
-    """The grid of one sample without its steps of length 0, which hold the sample as it is.
+def without_holds(times: Any, sizes: Any, name: str) -> Own:
+    """The grid of one row without its steps of length 0, which hold the sample or token as it is.
 
     Args:
         times: [T], a tensor on the CPU, or a list of numbers.
         sizes: [T - 1] likewise, or None.
-        sample: Its number, for messages.
+        name: What it is the grid of, for messages: "sample 2".
 
     Raises:
         TypeError: an entry is no number.
         ValueError: an entry is not finite, or a step of length 0 has a step size that is not 0.
     """
-    entries = [number(entry, f"time_steps[{sample}][{k}]") for k, entry in enumerate(_numbers(times))]
+    entries = [number(entry, f"time_steps of {name}, entry {k},") for k, entry in enumerate(_numbers(times))]
     given = None if sizes is None else _numbers(sizes)
     if not all(abs(entry) < inf for entry in entries):
-        raise ValueError(f"time_steps of sample {sample} must be finite, got {entries!s:.200}")
+        raise ValueError(f"time_steps of {name} must be finite, got {entries!s:.200}")
     steps = tuple(k for k in range(len(entries) - 1) if entries[k] != entries[k + 1])
     if len(steps) == len(entries) - 1:
         return Own(steps, times, sizes)
@@ -86,7 +83,7 @@ def without_holds(times: Any, sizes: Any, sample: int) -> Own:
         for k in set(range(len(entries) - 1)) - set(steps):
             if given[k] != 0:
                 raise ValueError(
-                    f"sample {sample} has a step of length 0, step {k}, at time {entries[k]}: wanted 0 for its size in "
+                    f"{name} has a step of length 0, step {k}, at time {entries[k]}: wanted 0 for its size in "
                     f"step_sizes, got {given[k]}"
                 )
     if not steps:
@@ -103,26 +100,39 @@ def _picked(row: Any, which: Sequence[int]) -> Any:
     return row[list(which)] if isinstance(row, Tensor) else [row[k] for k in which]
 
 
-def stacked(structure: Table, tables: Sequence[Table | None], steps: Sequence[tuple[int, ...]], grids: Tensor) -> Table:
-    """The tables of the samples as one, [E, B, 8], with times [., B]. A step that is not a sample's own holds it.
+class Row(NamedTuple):
+    """What a sample or token has, and others with the same grid: a grid and its table."""
+
+    name: str
+    """Of the first that has it, for messages."""
+    grid: Tensor
+    """[T], on the CPU."""
+    steps: tuple[int, ...]
+    """The numbers of the steps that its table makes."""
+    table: Table | None
+    """On the CPU; None: it has no steps of its own."""
+
+
+def stacked(structure: Table, rows: Sequence[Row], which: Sequence[int], sizes: tuple[int, ...]) -> Table:
+    """The tables of the rows as one, [E, R, 8], with times [., *sizes]. A step that is not a row's own holds it.
 
     Args:
-        structure: A table of as many steps as `grids` have, for its evaluations; its numbers do not count.
-        tables: Each sample's, on the CPU; None: it has no steps of its own.
-        steps: For each sample, the numbers of the steps that its table makes.
-        grids: [B, T], on the CPU.
+        structure: A table of as many steps as the grids have, for its evaluations; its numbers do not count.
+        rows: Those that differ.
+        which: Of these, for each of the R, in order.
+        sizes: The first sizes of the state, whose product is R.
 
     Raises:
-        ValueError: a sample's solver reads other evaluations than this structure gives it.
+        ValueError: a row's solver reads other evaluations than this structure gives it.
     """
     coefficients, times = [], []
-    for sample, (table, its_steps, grid) in enumerate(zip(tables, steps, grids.unbind(), strict=True)):
-        places = _places(structure, table, its_steps, sample)
+    for name, grid, its_steps, table in rows:
+        places = _places(structure, table, its_steps, name)
         held = torch.tensor([HELD], dtype=structure.coefficients.dtype, device="cpu")
         own = [] if table is None else [table.coefficients]
         none = 0 if table is None else len(table.evaluations)
-        which = [none if place is None else place for place in places]
-        coefficients.append(torch.cat([*own, held]).index_select(0, torch.tensor(which, device="cpu")))
+        taken = [none if place is None else place for place in places]
+        coefficients.append(torch.cat([*own, held]).index_select(0, torch.tensor(taken, device="cpu")))
         # Entries of the grid; then the times of the stages.
         known = grid if table is None else torch.cat([grid, table.times])
         entries = list(range(len(structure.times)))
@@ -133,13 +143,17 @@ def stacked(structure: Table, tables: Sequence[Table | None], steps: Sequence[tu
                 entries[evaluation.time] = at
             step += evaluation.commit
         times.append(known.index_select(0, torch.tensor(entries, device="cpu")))
+    index = torch.tensor(which, device="cpu")
     return structure._replace(
-        coefficients=torch.stack(coefficients, dim=1), times=torch.stack(times, dim=1), densities=None
+        coefficients=torch.stack(coefficients, dim=1).index_select(1, index),
+        times=torch.stack(times, dim=1).index_select(1, index).view(-1, *sizes),
+        densities=None,
+        sizes=sizes,
     )
 
 
-def _places(structure: Table, table: Table | None, steps: tuple[int, ...], sample: int) -> list[int | None]:
-    """For each evaluation of the structure the sample's own evaluation there; None: none, it is held.
+def _places(structure: Table, table: Table | None, steps: tuple[int, ...], name: str) -> list[int | None]:
+    """For each evaluation of the structure the row's own evaluation there; None: none, it is held.
 
     Raises:
         ValueError: they do not fit.
@@ -157,7 +171,7 @@ def _places(structure: Table, table: Table | None, steps: tuple[int, ...], sampl
         if not fits:
             held = next(k for k in range(structure.steps) if k not in steps)
             raise ValueError(
-                f"sample {sample} has a step of length 0, step {held}, and in step {step} this solver cannot go on "
+                f"{name} has a step of length 0, step {held}, and in step {step} this solver cannot go on "
                 "from there: it reads velocities of earlier steps, or its first or last step is another. euler, "
                 "midpoint, heun, rk4 and rk4_classic take such steps anywhere; ab2, dpmpp_2m and unipc before a "
                 "sample's own first step and after its last; ab3 after its last; euler_at_final nowhere with those "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import struct
 import threading
 import weakref
@@ -12,13 +14,14 @@ import torch
 from torch import Tensor
 
 from .. import guidance, time_grids, tracing
-from ..arguments import tensor
+from ..arguments import own_dims, row_name, tensor
 from ..guidance import Weight
+from ..ops.fused_step import dense
 from ..tracing import is_readable
 from .fitted import FittedSolver
 from .grid import Grid, check_absolute, checked_grid, checked_sizes, named_entries, on_host
 from .ode import ABSOLUTE
-from .per_sample import Own, is_per_sample, rows_of, stacked, without_holds
+from .per_sample import Row, rows_of, stacked, without_holds
 from .stages import part
 from .stochastic import Loaded, StochasticSolver
 from .table import Table, build
@@ -49,8 +52,9 @@ class Request(NamedTuple):
     form: str | None = None
     """The form of guidance."""
     weight: Weight = 0.0
-    samples: int | None = None
-    """B, where time_steps, step_sizes or the weight are given for each sample; None: one table row serves all."""
+    sizes: tuple[int, ...] = ()
+    """The first sizes of the state that time_steps, step_sizes or the weight have a row for each of: (B,) for samples,
+    (B, L) for tokens; (): one table row serves all."""
 
     def key(self) -> Hashable:
         """What is equal for requests of the same table, to the bit; None, where that cannot be known.
@@ -65,7 +69,7 @@ class Request(NamedTuple):
             return None
         options = content(tuple(option for _, option in self.options)) if self.options else b""
         solver = self.int_method.bits() if isinstance(self.int_method, FittedSolver) else self.int_method
-        return (solver, *self[1:8], options, self.grid_dtype, grid, sizes, self.form, weight, self.samples)
+        return (solver, *self[1:8], options, self.grid_dtype, grid, sizes, self.form, weight, self.sizes)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors that its key names by identity."""
@@ -79,9 +83,9 @@ class Request(NamedTuple):
             TypeError: time_steps or step_sizes is no floating-point tensor or list of floats.
             ValueError: their shape or a value is wrong, or the solver cannot use the grid.
         """
-        if is_per_sample(self.time_steps) or is_per_sample(self.step_sizes):
-            table = self._stacked(check)
-            return self._guided(table, lambda: table.times.tolist())
+        if own_times := max(own_dims(self.time_steps), own_dims(self.step_sizes)):
+            table = self._stacked(self.sizes[:own_times], check)
+            return self._guided(table, lambda: table.times.flatten(1).tolist())
         grid = self._grid()
         sizes = None
         if self.step_sizes is not None:
@@ -110,47 +114,53 @@ class Request(NamedTuple):
     def _guided(self, table: Table, times: Callable[[], Any]) -> Table:
         if self.form is None:
             return table
-        return table.guided(guidance.form(self.form), self.weight, times, self.samples)
+        return table.guided(guidance.form(self.form), self.weight, times, self.sizes)
 
-    def _stacked(self, check: bool) -> Table:
-        """The table where each sample has its own times, without weights: each one's, made like any other."""
-        assert self.samples is not None
-        if is_per_sample(self.time_steps):
-            times = rows_of(self.time_steps, self.samples, "time_steps")
+    def _stacked(self, sizes: tuple[int, ...], check: bool) -> Table:
+        """The table where each of the first sizes of the state has its own times, without weights.
+
+        Each grid's table is made like any other, once for all samples and tokens that have that grid.
+        """
+        R = math.prod(sizes)
+        if not R:
+            raise ValueError(f"time_steps of each sample need a batch of one sample or more, got {list(sizes)}")
+        if own_dims(self.time_steps):
+            times = rows_of(self.time_steps, sizes, "time_steps")
         else:
-            times = [on_host(self._grid().tensor)] * self.samples
-        sizes: Sequence[Any] = [self.step_sizes] * self.samples
-        if is_per_sample(self.step_sizes):
-            sizes = rows_of(self.step_sizes, self.samples, "step_sizes")
+            times = [on_host(self._grid().tensor)] * R
+        its_sizes: Sequence[Any] = [self.step_sizes] * R
+        if own_dims(self.step_sizes):
+            its_sizes = rows_of(self.step_sizes, sizes, "step_sizes")
         cpu = torch.device("cpu")
-        plain = self._replace(form=None, weight=0.0, samples=None, device=cpu, time_grid="uniform", options=())
-        made: dict[Hashable, tuple[Own, Table | None]] = {}
+        plain = self._replace(form=None, weight=0.0, sizes=(), device=cpu, time_grid="uniform", options=())
+        rows: list[Row] = []
+        known: dict[Hashable, int] = {}
 
-        def of_sample(sample: int) -> tuple[Own, Table | None]:
-            key = content(times[sample]), content(sizes[sample])
-            if None not in key and key in made:
-                return made[key]
-            own = without_holds(times[sample], sizes[sample], sample)
+        def numbered(r: int) -> int:
+            """Of `rows` the one with this grid, made where it is new."""
+            key = content(times[r]), content(its_sizes[r])
+            if None not in key and key in known:
+                return known[key]
+            name = row_name(r, sizes)
+            own = without_holds(times[r], its_sizes[r], name)
             table = None
             if own.times is not None:
                 try:
                     table = plain._replace(time_steps=own.times, step_sizes=own.sizes).make(check)
                 except (TypeError, ValueError) as error:
-                    raise type(error)(f"sample {sample}: {error}") from None
-            made[key] = own, table
-            return own, table
+                    raise type(error)(f"{name}: {error}") from None
+            rows.append(Row(name, _row(times[r], self.grid_dtype), own.steps, table))
+            known[key] = len(rows) - 1
+            return known[key]
 
-        found = [of_sample(sample) for sample in range(self.samples)]
-        grids = [_row(row, self.grid_dtype) for row in times]
-        if not grids:
-            raise ValueError("time_steps of each sample need a batch of one sample or more")
-        steps = grids[0].shape[0] - 1
-        structure = next((table for own, table in found if table is not None and len(own.steps) == steps), None)
+        which = [numbered(r) for r in range(R)]
+        steps = rows[0].grid.shape[0] - 1
+        structure = next((row.table for row in rows if row.table is not None and len(row.steps) == steps), None)
         if structure is None:  # the evaluations of so many steps, whatever their times
             ends = (0.75, 0.25) if self.noise_at else (0.25, 0.75)
             uniform = torch.linspace(*ends, steps + 1, dtype=torch.float64, device="cpu")
             structure = plain._replace(time_steps=uniform, step_sizes=None).make()
-        table = stacked(structure, [table for _, table in found], [own.steps for own, _ in found], torch.stack(grids))
+        table = stacked(structure, rows, which, sizes)
         return table._replace(coefficients=table.coefficients.to(self.device), times=table.times.to(self.device))
 
     def _grid(self) -> Grid:
@@ -242,8 +252,9 @@ def content(numbers: Any) -> Hashable:
             return None
         if numbers.device.type != "cpu":
             return id(numbers), numbers._version
-        if numbers.dim() == 2 and numbers.is_floating_point() and is_readable(numbers):
-            return (numbers.shape, content(numbers.flatten()))
+        if numbers.dim() > 1 and numbers.is_floating_point() and is_readable(numbers):
+            memory = dense(numbers.detach())
+            return numbers.dtype, numbers.shape, ctypes.string_at(memory.data_ptr(), memory.nbytes)
         if numbers.dim() != 1 or not numbers.is_floating_point():
             return None
         return numbers.dtype, numbers.numel(), struct.pack(f"{numbers.numel()}d", *numbers.tolist())
@@ -252,14 +263,14 @@ def content(numbers: Any) -> Hashable:
             return len(numbers), struct.pack(f"{len(numbers)}d", *numbers)
         except OverflowError:  # an int beyond float64: `make` says so
             return None
-    if isinstance(numbers, (list, tuple)) and is_per_sample(numbers):
+    if isinstance(numbers, (list, tuple)) and own_dims(numbers):
         rows = tuple(map(content, numbers))
         return None if None in rows else rows
     return None
 
 
 def _row(row: Any, dtype: torch.dtype) -> Tensor:
-    """The grid of one sample on the CPU: a list becomes a tensor of `dtype`, as in `checked_grid`."""
+    """The grid of one row on the CPU: a list becomes a tensor of `dtype`, as in `checked_grid`."""
     return row if isinstance(row, Tensor) else tensor([float(entry) for entry in row], dtype)
 
 
@@ -278,7 +289,7 @@ class _Cache:
         if callable(request.weight):  # it is asked at each sample(), and what it returns is not kept
             assert request.form is not None
             unguided = self.get(request._replace(form=None, weight=0.0))
-            return unguided.guided(guidance.form(request.form), request.weight, samples=request.samples)
+            return unguided.guided(guidance.form(request.form), request.weight, sizes=request.sizes)
         key = request.key()
         if key is None:
             return request.make(check=True)

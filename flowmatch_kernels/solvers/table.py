@@ -53,9 +53,10 @@ class Table(NamedTuple):
     evaluations: tuple[Evaluation, ...]
     """E of them, in order."""
     times: Tensor
-    """[T + stages]: the time grid, then the times of the stages inside its steps; of each sample, [T + stages, B]."""
+    """[T + stages]: the time grid, then the times of the stages inside its steps; of each sample, [T + stages, B]; of
+    each token, [T + stages, B, L]."""
     coefficients: Tensor
-    """[E, 8], the device's half of the rows: a, b0..b3, w0, w1, c; of each sample, [E, B, 8]."""
+    """[E, 8], the device's half of the rows: a, b0..b3, w0, w1, c; with rows of their own, [E, R, 8]."""
     steps: int
     """N."""
     buffers: int
@@ -69,26 +70,28 @@ class Table(NamedTuple):
     noiseless: tuple[int, ...] = ()
     """With noise: rows that the host knows to add none."""
     weights: Sequence[Any] = ()
-    """With guidance, its weight for each evaluation: a float, or where samples differ a tuple of B."""
+    """With guidance, its weight for each evaluation: a float, or where rows of their own differ a tuple of R."""
     units: tuple[tuple[bool, bool], ...] | None = None
     """For each row, whether a is 1, and whether c is 0; None: the host has not read them."""
     views: dict[int, tuple[reference.Columns, ...]] | None = None
     """What `columns` has made; None: it keeps nothing."""
+    sizes: tuple[int, ...] = ()
+    """The first sizes of the state's shape of which each has rows of its own, (B,) or (B, L); R is their product."""
 
     @property
     def of_samples(self) -> bool:
-        """Each sample has rows of its own: coefficients [E, B, 8]. Then times may be [T + stages, B]."""
-        return self.coefficients.dim() == 3
+        """Each sample, or token, has rows of its own: coefficients [E, R, 8]."""
+        return bool(self.sizes)
 
     def readable(self) -> Table:
         """This table, with what the host reads of its rows: one synchronisation on a GPU."""
         if not is_readable(self.coefficients):
             return self
-        rows = self.coefficients.tolist()
         if self.of_samples:
-            every = [[{row[column] for row in samples} for column in (0, 7)] for samples in rows]
-            units = tuple((a == {1.0}, c == {0.0}) for a, c in every)
-            return self._replace(units=units, views={})
+            a, *_, c = self.coefficients.unbind(-1)
+            every = torch.stack([(a == 1).all(dim=1), (c == 0).all(dim=1)], dim=1)
+            return self._replace(units=tuple(map(tuple, every.tolist())), views={})
+        rows = self.coefficients.tolist()
         units = tuple((row[0] == 1.0, row[7] == 0.0 and not self.sum_first) for row in rows)
         noiseless = tuple(k for k, row in enumerate(rows) if self.noise is not None and row[NOISE] == 0.0)
         return self._replace(units=units, views={}, noiseless=noiseless)
@@ -96,20 +99,25 @@ class Table(NamedTuple):
     def columns(self, dims: int) -> Sequence[reference.Columns]:
         """The rows as plain PyTorch combines states of so many dimensions with them."""
         if self.views is None or self.units is None:
-            return [reference.Columns.of(self.coefficients, row, dims) for row in range(len(self.evaluations))]
+            rows = range(len(self.evaluations))
+            return [reference.Columns.of(self.coefficients, row, dims, self.sizes) for row in rows]
         made = self.views.get(dims)
         if made is None:
             with torch.inference_mode(False), torch.no_grad():
                 made = tuple(
                     columns._replace(a=None if unit else columns.a, c=None if no_shift else columns.c)
                     for row, (unit, no_shift) in enumerate(self.units)
-                    for columns in [reference.Columns.of(self.coefficients, row, dims)]
+                    for columns in [reference.Columns.of(self.coefficients, row, dims, self.sizes)]
                 )
             self.views[dims] = made
         return made
 
     def guided(
-        self, form: Form, weight: Weight, times: Callable[[], Sequence[Any]] | None = None, samples: int | None = None
+        self,
+        form: Form,
+        weight: Weight,
+        times: Callable[[], Sequence[Any]] | None = None,
+        sizes: tuple[int, ...] = (),
     ) -> Table:
         """This table with guidance: its weights in the columns w0 and w1.
 
@@ -117,30 +125,32 @@ class Table(NamedTuple):
             form: How the velocities are combined.
             weight: As `guidance.checked` returns it.
             times: Gives the numbers of `self.times`, where that cannot be read and the weight is a function.
-            samples: B, where weights or times are given for each sample.
+            sizes: The first sizes of the state's shape that weights or times are given for.
         """
         steps = [0, *itertools.accumulate(int(evaluation.commit) for evaluation in self.evaluations)][:-1]
 
         def evaluated() -> list[Any]:
-            on_host = self.times.tolist() if times is None or is_readable(self.times) else times()
+            given = self.times.flatten(1) if self.times.dim() > 1 else self.times
+            on_host = given.tolist() if times is None or is_readable(given) else times()
             return [on_host[evaluation.time] for evaluation in self.evaluations]
 
         rows = self.coefficients
-        if samples is not None:
-            weights, column = guidance.weights_of_samples(weight, samples, steps, evaluated, rows.dtype)
-            if not self.of_samples:
-                rows = rows.unsqueeze(1).expand(-1, samples, -1)
+        if sizes:
+            weights, column = guidance.weights_of_rows(weight, sizes, steps, evaluated, rows.dtype)
+            rows = rows.view(-1, *self.sizes, *[1] * (len(sizes) - len(self.sizes)), len(COLUMNS))
+            rows = rows.expand(-1, *sizes, -1).flatten(1, -2)
         else:
             weights = guidance.weights(weight, steps, evaluated, rows.dtype)
             column = guidance.column(weight, weights)
         if not weights:
-            return self._replace(coefficients=rows.contiguous(), views=self.views and {})
+            return self._replace(coefficients=rows.contiguous(), views=self.views and {}, sizes=sizes)
         columns = torch.stack(
             [torch.full_like(column, w) if isinstance(w, float) else w for w in form.weights(column)], dim=-1
         )
         columns = columns.to(rows.dtype).to(rows.device)
         parts = [part(rows, 0, 5, dim=-1), columns, part(rows, 7, 8, dim=-1)]
-        return self._replace(coefficients=torch.cat(parts, dim=-1), weights=weights, views=self.views and {})
+        coefficients = torch.cat(parts, dim=-1)
+        return self._replace(coefficients=coefficients, weights=weights, views=self.views and {}, sizes=sizes)
 
 
 def build(

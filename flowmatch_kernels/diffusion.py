@@ -185,11 +185,9 @@ class _Diffusion(BaseDiffusion):
         table = self._table(*made, dtype, device)
         backend = dispatch.choose(self.backend, device.type).name
         added = None
+        drawing = noises.step_noise(step_noise, source, shape, table, device, "DDPM, or DDIM with eta > 0")
         if table.noise is not None:
-            drawing = noises.step_noise(step_noise, source, shape, steps, device)
             added = noises.StepNoise(*drawing, shape, arithmetic_dtype(dtype), device, backend, None)
-        elif step_noise is not None:
-            raise ValueError("step_noise is for steps that add noise: DDPM, or DDIM with eta > 0")
         if start is None:
             start = noises.drawn(source, shape, dtype, device, backend, None)
         if self.clip_sample_range is not None:

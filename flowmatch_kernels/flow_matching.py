@@ -313,27 +313,13 @@ class FlowMatching(BaseDiffusion):
         Warns:
             UserWarning: unguided_step_fn is given and guidance is off; once for each sampler.
         """
-        if type(device) is not str:
-            if callable(device) or isinstance(device, torch.nn.Module):
-                raise TypeError(
-                    "device must be a torch.device or a string, got a function: pass unguided_step_fn= by name "
-                    "(it is not the third positional argument here, as it is in Alpamayo 1.5)"
-                )
-            if isinstance(device, int):
-                wanted = "device must be a torch.device or a string"
-                raise TypeError(f"{wanted}, got {shown(device)}: pass inference_step= by name")
+        device = _device(device)
         batch_size = count(batch_size, "batch_size", most=None)
-        device = available_device(device)
         if int_method_options is not None:
             int_method = self._with_options(int_method, int_method_options)
         if not callable(step_fn):
             raise TypeError(f"step_fn must be callable, got {step_fn!r:.60}")
-        source: noises.Source | torch.Generator | None = None
-        start: Tensor | None = None
-        if isinstance(noise, Tensor) and generator is None:  # the usual case, without a call
-            start = noise
-        else:
-            source, start = noises.source(noise, batch_size, generator)
+        source, start = noises.source(noise, batch_size, generator)
         functions: list[Bound] = []
         if isinstance(step_fn, StepFunction) or isinstance(unguided_step_fn, StepFunction):
             step_fn, unguided_step_fn = bound(step_fn, functions), bound(unguided_step_fn, functions)
@@ -356,16 +342,12 @@ class FlowMatching(BaseDiffusion):
             *(use_classifier_free_guidance, guidance_form, inference_guidance_weight),
             *(unguided_step_fn, combined_guidance, skip_irrelevant_model),
         )
-        if isinstance(temperature, Tensor) and temperature.dim() == 0 and not tracing.is_readable(temperature):
-            temperature = unread(temperature, "temperature")
-        else:
-            temperature = finite(temperature, "temperature")
         hooks = None if constraint is None and callback is None else hooks_of(constraint, callback)
         bar = progress_bar() if progress else iter
         shape = (batch_size, *self.x_dims)
         dtype = noises.state_dtype(dtype, start, shape, device)
-        if type(temperature) is float and temperature != 1.0:
-            held(temperature, "temperature", dtype)
+        usual = type(temperature) is float and temperature == 1.0
+        scale: float | Tensor = 1.0 if usual else _temperature(temperature, dtype)
         eager = tracing.is_eager()
         if eager and batch_size > LARGEST:
             count(batch_size, "batch_size")  # which raises; a symbolic one stays without a bound
@@ -378,18 +360,11 @@ class FlowMatching(BaseDiffusion):
         velocities = Velocities(shape, dtype, device, guided, table.weights, differentiable)
         kernel = WEIGHTED if guided is None else guided.form.kernel
         rounded = rounding(_or(step_rounding, self.step_rounding))
-        if table.noise is not None:
+        if table.noise is not None or step_noise is not None or return_log_prob is not False:
             _check_noise(return_log_prob, hooks, rounded, table)
-            drawing = noises.step_noise(step_noise, source, shape, table.steps, device)
-        elif step_noise is not None or return_log_prob:
-            name, wanted = "step_noise" if step_noise is not None else "return_log_prob", ", ".join(solvers.STOCHASTIC)
-            raise ValueError(f"{name} is for a solver that adds noise ({wanted}), and int_method adds none")
+            drawing = noises.step_noise(step_noise, source, shape, table, device, solvers.ADDING)
         if velocity_strength is not None:
-            if self.prediction_type != "velocity" or self._steps(int_method, inference_step)[0] != "euler":
-                raise ValueError(
-                    "velocity_strength multiplies dt * v of int_method='euler' and prediction_type='velocity': "
-                    f"got {_or(int_method, self.int_method)!r:.60} and {self.prediction_type!r}"
-                )
+            self._check_strength(int_method, inference_step)
             velocity_strength = strength(velocity_strength, shape, dtype, device)
         layout = None if start is None or start.is_contiguous() else layouts.of(start, len(table.sizes))
         if layout is not None and start is not None:
@@ -429,7 +404,7 @@ class FlowMatching(BaseDiffusion):
             rows, state, steps = integrate(
                 table,
                 rows,
-                _start(rows, start, source, temperature, velocities, eager, backend_.name),
+                _start(rows, start, source, scale, velocities, eager, backend_.name),
                 evaluate,
                 log_probs or hooks,
                 bar,
@@ -876,6 +851,14 @@ class FlowMatching(BaseDiffusion):
         """
         return mean_squared_error(pred, training_data["x"] - training_data["noise"])
 
+    def _check_strength(self, int_method: IntMethod | None, inference_step: int | None) -> None:
+        """Raises where velocity_strength has no meaning."""
+        if self.prediction_type != "velocity" or self._steps(int_method, inference_step)[0] != "euler":
+            raise ValueError(
+                "velocity_strength multiplies dt * v of int_method='euler' and prediction_type='velocity': "
+                f"got {_or(int_method, self.int_method)!r:.60} and {self.prediction_type!r}"
+            )
+
     def _check_times(self, solver: FittedSolver, time_steps: Any, step_sizes: Any, device: torch.device) -> None:
         """Raises where arguments of sample() contradict the times of a fitted solver."""
         if solver.noise_at != self.noise_at:
@@ -974,8 +957,41 @@ def rounding(name: str) -> int:
     return _ROUNDINGS[name]
 
 
+def _device(device: Any) -> torch.device:
+    """The argument `device` of sample(), with a word for what other samplers take in its place.
+
+    Raises:
+        TypeError: it is neither a torch.device nor a string.
+        RuntimeError: it is not available.
+    """
+    if type(device) is not str:
+        wanted = "device must be a torch.device or a string"
+        if callable(device):  # so is an nn.Module
+            raise TypeError(
+                f"{wanted}, got a function: pass unguided_step_fn= by name (it is not the third positional argument "
+                "here, as it is in Alpamayo 1.5)"
+            )
+        if isinstance(device, int):
+            raise TypeError(f"{wanted}, got {shown(device)}: pass inference_step= by name")
+    return available_device(device)
+
+
+def _temperature(temperature: Any, dtype: torch.dtype) -> float | Tensor:
+    """The argument `temperature` of sample(), which must have a value in the state's dtype."""
+    if isinstance(temperature, Tensor) and temperature.dim() == 0 and not tracing.is_readable(temperature):
+        return unread(temperature, "temperature")
+    temperature = finite(temperature, "temperature")
+    if type(temperature) is float and temperature != 1.0:
+        held(temperature, "temperature", dtype)
+    return temperature
+
+
 def _check_noise(return_log_prob: bool, hooks: Hooks | None, rounded: int, table: Table) -> None:
-    """Raises ValueError where an argument does not go with a stochastic solver."""
+    """Raises ValueError where an argument does not go with a stochastic solver, or needs one."""
+    if table.noise is None:
+        if flag(return_log_prob, "return_log_prob"):
+            raise ValueError(f"return_log_prob is for {solvers.ADDING}")
+        return
     if rounded != PROMOTE:
         raise ValueError("step_rounding must be 'promote' with a solver that adds noise, got 'exact' or 'rounded'")
     if not flag(return_log_prob, "return_log_prob"):

@@ -30,7 +30,7 @@ from .arguments import available_device, check_dense, count, elsewhere, finite, 
 from .flow_matching import FlowMatching
 from .ops import dispatch
 from .ops.fused_step import arithmetic_dtype
-from .solvers import Table
+from .solvers import ADDING, Table
 from .step_functions import StepFunction
 
 logger = logging.getLogger("flowmatch_kernels")
@@ -627,12 +627,9 @@ class GraphedSampler:
         if temperature != 1.0:
             held(temperature, "temperature", dtype)
         table, form = self._table(options, dtype, batch_size)
-        given, steps_source, steps_given = options.get("step_noise"), None, None
-        if table.noise is not None:
-            shape = (batch_size, *fm.x_dims)
-            steps_source, steps_given = noises.step_noise(given, source, shape, table.steps, device)
-        elif given is not None:
-            raise ValueError("step_noise is for a solver that adds noise, and int_method adds none")
+        steps_source, steps_given = noises.step_noise(
+            options.get("step_noise"), source, (batch_size, *fm.x_dims), table, device, ADDING
+        )
         name = options.get("backend")
         backend = dispatch.choose(fm.backend if name is None else name, device.type).name
         call = _Call(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from .arguments import check_dense, elsewhere, shown
 from .ops import dispatch
 from .ops.fused_step import VELOCITY_DTYPES, arithmetic_dtype
 from .ops.keyed_noise import EVALUATIONS, INDEXES, STREAMS, at_evaluations
+
+if TYPE_CHECKING:
+    from .solvers import Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,14 +335,31 @@ class StepNoise:
 
 
 def step_noise(
-    given: Any, source_: Source | torch.Generator | None, shape: tuple[int, ...], steps: int, device: torch.device
+    given: Any,
+    source_: Source | torch.Generator | None,
+    shape: tuple[int, ...],
+    table: Table,
+    device: torch.device,
+    adding: str,
 ) -> tuple[Source | torch.Generator | None, Tensor | None]:
     """What the argument `step_noise` of sample() says to draw from; and the noise, where it is given.
 
+    Args:
+        given: The argument.
+        source_: What the start is drawn from.
+        shape: The state's.
+        table: The solver's.
+        device: The state's.
+        adding: What adds noise, for a message.
+
     Raises:
         TypeError: it is of another type, or not floating point.
-        ValueError: it has another shape, or is on another device.
+        ValueError: it has another shape, or is on another device; or the solver adds no noise.
     """
+    if table.noise is None:
+        if given is not None:
+            raise ValueError(f"step_noise is for {adding}")
+        return None, None
     if given is None:
         return source_, None
     if not isinstance(given, Tensor):
@@ -353,7 +373,7 @@ def step_noise(
     check_dense(given, "step_noise")
     if not given.is_floating_point():
         raise TypeError(f"step_noise must be floating point, got {given.dtype}")
-    wanted = (shape[0], steps, *shape[1:])
+    wanted = (shape[0], table.steps, *shape[1:])
     if given.shape != wanted:
         raise ValueError(f"step_noise must be [batch_size, steps, *x_dims] = {list(wanted)}, got {list(given.shape)}")
     if elsewhere(given, device):

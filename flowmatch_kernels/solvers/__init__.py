@@ -11,10 +11,11 @@ from .grid import Grid, checked_grid
 from .ode import SOLVERS, IntMethod, ab2, ab3, dpmpp_2m, euler, heun, loaded, midpoint, rk4, rk4_classic, solver, unipc
 from .requests import Request, cache, check_finite, table_for
 from .stages import Earlier, Segment, Stage, Steps
-from .stochastic import STOCHASTIC, Loaded, StochasticSolver, of_the_ode
+from .stochastic import ADDING, STOCHASTIC, Loaded, StochasticSolver, of_the_ode
 from .table import Evaluation, Table, build, evaluations
 
 __all__ = [
+    "ADDING",
     "SOLVERS",
     "STOCHASTIC",
     "Earlier",

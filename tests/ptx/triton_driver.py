@@ -19,6 +19,7 @@ from .executor import Kernel
 _functions = itertools.count(1)
 
 _DTYPES = {"*fp32": torch.float32, "*fp64": torch.float64, "*bf16": torch.bfloat16, "*fp16": torch.float16}
+_DTYPES["*i64"] = torch.int64  # keys of noise, in the place of h1
 #: The operands' shapes, by the kernel's other arguments.
 _SHAPES: dict[str, Callable[[dict[str, Any]], tuple[int, ...]]] = {
     **dict.fromkeys(
@@ -129,8 +130,11 @@ class ExecutingDriver(RecordingDriver):
             for name in runtime
             if isinstance(value := arguments[name], Tensor) or (value is not None and name in _SHAPES)
         }
+        keys = {"h1": (arguments["numel"] // arguments["sample"], 3)} if source.signature.get("h1") == "*i64" else {}
         tensors = {
-            name: value if isinstance(value, Tensor) else _at(value, source.signature[name], _SHAPES[name](arguments))
+            name: value
+            if isinstance(value, Tensor)
+            else _at(value, source.signature[name], keys.get(name) or _SHAPES[name](arguments))
             for name, value in pointers.items()
         }
         memory = operand_memory.of(tensors)

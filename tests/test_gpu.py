@@ -15,6 +15,7 @@ import itertools
 import log_prob_operands
 import published
 import pytest
+import token_cases
 import torch
 from gpu_operands import (
     Place,
@@ -309,6 +310,13 @@ def test_rows_of_samples_and_tokens(place, state):
         dt = dt.view(*shape[:k], *[1] * (3 - k))
         wanted = torch.where(dt == 0, x, x + (dt * v).to(state))
         assert_same_bits(stepped(place, x, v, table[None]), wanted.cpu(), f"{shape} {k}")
+
+
+@placed(PLACES)
+def test_times_of_tokens(place):
+    """sample() with a grid for each token has the bits that it has with each token as a sample of its own."""
+    for case in list(token_cases.cases())[::4]:
+        token_cases.check(case, place.backend, place.device)
 
 
 # ---- the 0-dim table of numerics.md: what eager PyTorch itself does ----

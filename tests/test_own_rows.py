@@ -262,6 +262,8 @@ def test_two_dtypes_of_guidance() -> None:
     fm = FlowMatching(DIMS, use_classifier_free_guidance=True)
     half = lambda x, t: other(x, t).bfloat16()  # noqa: E731
     compare(fm, t, x, "dtypes", weights=w, unguided_step_fn=half)
+    number = lambda x, t: torch.tensor(0.3)  # noqa: E731 - which does not widen a velocity of 16 bits
+    compare(fm, t, x, "a number", weights=w, unguided_step_fn=number, step_fn=lambda x, t: field(x, t).bfloat16())
     calls: list[int] = []
 
     def counted(x: Tensor, t: Tensor) -> Tensor:

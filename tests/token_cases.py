@@ -1,7 +1,7 @@
 """sample() with times of each token, against the same state with each token as a sample of its own: a table of cases.
 
 The velocities are pointwise, so that both give a token the same ones. No test here: tests/test_own_rows.py runs the
-cases, and tests/triton_interpreter_cases.py under Triton's interpreter.
+cases, tests/triton_interpreter_cases.py under Triton's interpreter, and tests/test_gpu.py on a GPU.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def cases() -> Iterator[Case]:
     yield Case("combined", named, options | {"step_fn": both, "combined_guidance": True})
     half = functools.partial(cast, other, BF16)
     yield Case("two dtypes of velocities", named, options | {"unguided_step_fn": half})
-    number = {"unguided_step_fn": lambda x, t: torch.tensor(0.3)}
+    number = {"unguided_step_fn": lambda x, t: torch.tensor(0.3, device=x.device)}
     yield Case("a number beside a velocity", named, options | number, F32, BF16)
 
 
@@ -159,14 +159,14 @@ def rows(numbers: Any, sizes: tuple[int, ...]) -> Any:
     return numbers.view(*given, *[1] * (len(sizes) - len(given)), n).expand(*sizes, n).reshape(-1, n)
 
 
-def check(case: Case, backend: str) -> None:
+def check(case: Case, backend: str, device: torch.device | str = "cpu") -> None:
     """Both calls, with a trajectory and without."""
     sizes, rest = case.sizes, case.rest
-    options = dict(case.options)
+    options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in case.options.items()}
     step_fn = options.pop("step_fn", field)
     if case.velocity is not None:
         step_fn = functools.partial(cast, step_fn, case.velocity)
-    x = (draw(*sizes, *rest) * 4 - 2).to(case.state)
+    x = (draw(*sizes, *rest) * 4 - 2).to(device, case.state)
     seen: list[Tensor] = []
 
     def seeing(x: Tensor, t: Tensor) -> Tensor:
@@ -174,8 +174,8 @@ def check(case: Case, backend: str) -> None:
         return step_fn(x, t)
 
     fm = FlowMatching((*sizes, *rest)[1:], backend=backend, **case.constructor)
-    states, times = fm.sample(sizes[0], seeing, noise=x, return_all_steps=True, **options)
-    last = fm.sample(sizes[0], step_fn, noise=x, **options)
+    states, times = fm.sample(sizes[0], seeing, device, noise=x, return_all_steps=True, **options)
+    last = fm.sample(sizes[0], step_fn, device, noise=x, **options)
     assert_same_bits(last, states[:, -1].contiguous(), case.name)
 
     by_token = {name: rows(value, sizes) if name in OWN else value for name, value in options.items()}
@@ -185,7 +185,7 @@ def check(case: Case, backend: str) -> None:
     # The state of one entry for each row has a dimension more there: FlowMatching takes no x_dims of none.
     fm = FlowMatching(rest or (1,), backend=backend, **case.constructor)
     flat = flat if rest else flat.unsqueeze(1)
-    wanted, its_times = fm.sample(len(flat), step_fn, noise=flat, return_all_steps=True, **by_token)
+    wanted, its_times = fm.sample(len(flat), step_fn, device, noise=flat, return_all_steps=True, **by_token)
     got = states.movedim(1, len(sizes)).reshape(wanted.shape)
     assert_same_bits(got, wanted, case.name)
 

@@ -224,7 +224,8 @@ SAMPLE = {
     "temperature per sample": ({"temperature": torch.ones(4)}, TypeError, ["temperature", "number"]),
     "time_steps 2-D": ({"time_steps": GRID.expand(3, 5)}, ValueError, ["time_steps", "each of the 4 samples", "got 3"]),
     "time_steps 3-D": (
-        {"time_steps": GRID.expand(4, 2, 5)}, ValueError, ["time_steps", "each of the 3 entries of dimension 1", "got 2"]
+        {"time_steps": GRID.expand(4, 2, 5)}, ValueError,
+        ["time_steps", "each of the 3 entries of dimension 1", "got 2"],
     ),
     "time_steps 5-D": (
         {"time_steps": GRID[None, None, None, None]}, ValueError,

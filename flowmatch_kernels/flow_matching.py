@@ -893,14 +893,15 @@ class FlowMatching(BaseDiffusion):
         solver, steps = self._steps(int_method, inference_step)
         time_grid, options = self.time_grid, self.time_grid_options
         sizes: tuple[int, ...] = ()
-        if time_steps is not None or step_sizes is not None or type(weight) is tuple:
-            own_times = own_dims(time_steps) or own_dims(step_sizes)
-            if own_times and (batch_size is None or isinstance(solver, FittedSolver)):
-                what = "one grid is wanted here" if batch_size is None else "a fitted solver brings its own times"
-                raise ValueError(f"time_steps or step_sizes of each sample, and {what}: pass 1-D ones, or none")
-            if batch_size is not None:
-                given = {"time_steps": time_steps, "step_sizes": step_sizes, "inference_guidance_weight": weight}
-                sizes = own_sizes((batch_size, *self.x_dims), **given)
+        own_times = (time_steps is not None and own_dims(time_steps)) or (
+            step_sizes is not None and own_dims(step_sizes)
+        )
+        if own_times and (batch_size is None or isinstance(solver, FittedSolver)):
+            what = "one grid is wanted here" if batch_size is None else "a fitted solver brings its own times"
+            raise ValueError(f"time_steps or step_sizes of each sample, and {what}: pass 1-D ones, or none")
+        if batch_size is not None and (own_times or (type(weight) is tuple and own_dims(weight))):
+            given = {"time_steps": time_steps, "step_sizes": step_sizes, "inference_guidance_weight": weight}
+            sizes = own_sizes((batch_size, *self.x_dims), **given)
         if isinstance(solver, FittedSolver):
             self._check_times(solver, time_steps, step_sizes, device)
             time_grid, options, time_steps = "uniform", {}, None  # it brings its own times

@@ -168,7 +168,11 @@ SAMPLE = {
     ),
     "weights 3-D": (
         GUIDED | {"inference_guidance_weight": torch.ones(4, 10, 1)}, ValueError,
-        ["inference_guidance_weight", "each of the 3 entries of dimension 1", "got 10"],
+        [r"inference_guidance_weight\[0\]", "each of the 3 entries of dimension 1", "got 10"],
+    ),
+    "weights 5-D": (
+        GUIDED | {"inference_guidance_weight": torch.ones(4, 3, 2, 1, 1)}, ValueError,
+        ["inference_guidance_weight", r"first sizes of the state \[4, 3, 2\]", "got 5 dimensions"],
     ),
     "weight bool": (
         GUIDED | {"inference_guidance_weight": True}, TypeError, ["inference_guidance_weight must be a number", "True"]
@@ -224,12 +228,12 @@ SAMPLE = {
     "temperature per sample": ({"temperature": torch.ones(4)}, TypeError, ["temperature", "number"]),
     "time_steps 2-D": ({"time_steps": GRID.expand(3, 5)}, ValueError, ["time_steps", "each of the 4 samples", "got 3"]),
     "time_steps 3-D": (
-        {"time_steps": GRID.expand(4, 2, 5)}, ValueError,
-        ["time_steps", "each of the 3 entries of dimension 1", "got 2"],
+        {"time_steps": GRID.expand(4, 5, 5)}, ValueError,
+        [r"time_steps\[0\]", "each of the 3 entries of dimension 1", "got 5"],
     ),
     "time_steps 5-D": (
-        {"time_steps": GRID[None, None, None, None]}, ValueError,
-        ["time_steps", "the first sizes of the state", "got 5 dimensions"],
+        {"time_steps": GRID.expand(4, 3, 2, 1, 5)}, ValueError,
+        ["time_steps", r"first sizes of the state \[4, 3, 2\]", "got 5 dimensions"],
     ),
     "time_steps 0-dim": ({"time_steps": torch.tensor(0.5)}, ValueError, ["time_steps", "1-D", r"\[\]"]),
     "time_steps too short": ({"time_steps": GRID[:1]}, ValueError, ["time_steps", "two or more", r"\[1\]"]),
@@ -462,7 +466,7 @@ NAN, INFINITE = float("nan"), float("inf")
 HUGE, ENDLESS = 10**400, 10**5000  # too large for a float; more digits than Python prints
 META = torch.ones((), device="meta")
 TYPE = [b"1", bytearray(b"1"), memoryview(b"1"), "1", True, np.True_, torch.tensor(True), 1j, np.complex64(1), object()]
-TYPE += [torch.tensor(1j), META, np.array("1"), {1}]
+TYPE += [torch.ones(2, 2, 2, dtype=torch.bool), torch.tensor(1j), META, np.array("1"), {1}]
 NOT_FINITE = [NAN, INFINITE, -INFINITE, HUGE, -HUGE, ENDLESS, Decimal("inf"), Fraction(HUGE), np.float32("nan")]
 NOT_FINITE += [torch.tensor(NAN), torch.tensor(INFINITE, dtype=torch.bfloat16)]
 

@@ -253,7 +253,7 @@ def content(numbers: Any) -> Hashable:
         if numbers.device.type != "cpu":
             return id(numbers), numbers._version
         if numbers.dim() > 1 and numbers.is_floating_point() and is_readable(numbers):
-            memory = dense(numbers.detach())
+            memory = dense(numbers)
             return numbers.dtype, numbers.shape, ctypes.string_at(memory.data_ptr(), memory.nbytes)
         if numbers.dim() != 1 or not numbers.is_floating_point():
             return None

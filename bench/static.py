@@ -250,7 +250,7 @@ def rows(kernels: Iterable[str], archs: Iterable[str] | None = None, jobs: int |
 def other_ops(archs: Iterable[str]) -> Iterator[Row]:
     """Rows for keyed noise and step_log_prob in CUDA C++."""
     for op, arch in product(static_cuda.OTHERS, archs):
-        for types, whole, code in static_cuda.others(op, arch):
+        for types, own_rows, whole, code in static_cuda.others(op, arch):
             operands = [access for access in code.accesses if not access.coefficient]
             sizes = [dtype.itemsize for dtype in types]
             draws = op == "keyed_noise"
@@ -260,7 +260,7 @@ def other_ops(archs: Iterable[str]) -> Iterator[Row]:
                 state=_name(types[0]),
                 velocity="-" if draws else _name(types[1]),
                 guidance="-",
-                operands="-",
+                operands="own rows" if own_rows else "-",
                 aligned=whole,
                 **_of_code(code),
                 coefficient_loads=len(code.accesses) - len(operands),

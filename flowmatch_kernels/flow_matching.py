@@ -262,14 +262,14 @@ class FlowMatching(BaseDiffusion):
                 evaluation, in float32 unless the state is float64.
             return_log_prob: Of a stochastic solver: return the log-probability of each step too, [B, steps], the mean
                 over a sample's elements. Computed again from the trajectory by `step_log_prob`, with the same
-                velocities, it has the same bits. Not with a constraint or a callback.
+                velocities, it has the same bits. 0.0 for a step of length 0, which is no random event. Not with a
+                constraint or a callback.
             dtype: The state's: float32, float64, bfloat16 or float16. None: the noise's, or torch's default.
                 A bfloat16 state rounds each product and each sum to bfloat16.
             time_steps: [T], strictly monotonic, up or down, instead of the constructor's time grid; step_fn sees
                 its dtype. Or [B, T], a tensor or a list of lists: each sample has its own grid, t its own values, and a
                 result the bits of a call by itself. A step of length 0 holds a sample: its bits stay, whatever the
-                velocity is. Which solvers take such steps where: see the page Solvers. Not with a fitted solver, nor
-                with return_log_prob.
+                velocity is. Which solvers take such steps where: see the page Solvers. Not with a fitted solver.
             step_sizes: [T - 1], the dt of each step, instead of the differences of the time grid; or [B, T - 1].
             velocity_strength: What expands to [B, *x_dims], of the state's dtype, on `device`: a step is
                 x + (dt * v) * strength, as with the velocity mask of real-time chunking. 0 keeps an entry as it is, 1
@@ -459,6 +459,9 @@ class FlowMatching(BaseDiffusion):
 
         log p = mean over a sample's elements of -(x_next - mean)^2 / (2 std^2) - log(std) - log(2 pi)/2.
 
+        With times of each sample, it is 0.0 for a sample whose step has length 0: the step is no random event, and adds
+        nothing to a sum.
+
         What it is for: the ratio of policies of reinforcement learning. From a stored trajectory, with the velocities
         of the same network, it has the bits that sample(..., return_log_prob=True) returned: the log-ratio is 0.0.
 
@@ -467,7 +470,8 @@ class FlowMatching(BaseDiffusion):
             v: [B, *x_dims]: the velocity there; with guidance the combined one.
             x_next: [B, *x_dims]: the state after it.
             step: Which step, 0 the first.
-            inference_step, int_method, int_method_options, time_steps, backend: As for sample().
+            inference_step, int_method, int_method_options, backend: As for sample().
+            time_steps: As for sample(); of each sample, those of the samples of x, [B, T].
 
         Returns:
             [B], float32, or float64 for a float64 state.
@@ -497,6 +501,7 @@ class FlowMatching(BaseDiffusion):
         table = self._table(
             *(int_method, inference_step, time_steps, None, x.dtype, x.device, None, 0.0),
             cached=tracing.is_eager(),
+            batch_size=x.shape[0] if x.dim() else 1,
         )
         if table.noise is None:
             named = str(_or(int_method, self.int_method))
@@ -505,7 +510,8 @@ class FlowMatching(BaseDiffusion):
         if step >= table.steps:
             raise ValueError(f"step must be below {table.steps}, the number of steps, got {step}")
         if step in table.noiseless:
-            raise ValueError(f"step {step} adds no noise, so it has no density")
+            whose = f" to sample {table.noiseless[step][0]}" if table.of_samples else ""
+            raise ValueError(f"step {step} adds no noise{whose}, so it has no density")
         return step_log_prob(table, x, v, x_next, step, _or(backend, self.backend))
 
     def _with_options(self, int_method: IntMethod | None, options: Mapping[str, float]) -> Any:
@@ -896,7 +902,7 @@ class FlowMatching(BaseDiffusion):
         form: str | None,
         weight: Weight,
         cached: bool,
-        batch_size: int | None = None,
+        batch_size: int,
     ) -> Table:
         """The solver's table on the grid that the arguments describe, with the weights of guidance."""
         solver, steps = self._steps(int_method, inference_step)
@@ -905,9 +911,11 @@ class FlowMatching(BaseDiffusion):
             step_sizes is not None and is_per_sample(step_sizes)
         )
         samples = batch_size if own_times or (type(weight) is tuple and is_per_sample(weight)) else None
-        if own_times and (samples is None or isinstance(solver, FittedSolver)):
-            what = "a fitted solver brings its own times" if samples is not None else "one grid is wanted here"
-            raise ValueError(f"time_steps or step_sizes of each sample, and {what}: pass 1-D ones, or none")
+        if own_times and isinstance(solver, FittedSolver):
+            raise ValueError(
+                "time_steps or step_sizes of each sample, and a fitted solver brings its own times: pass 1-D ones, "
+                "or none"
+            )
         if isinstance(solver, FittedSolver):
             self._check_times(solver, time_steps, step_sizes, device)
             time_grid, options, time_steps = "uniform", {}, None  # it brings its own times
@@ -970,15 +978,14 @@ def _check_noise(return_log_prob: bool, hooks: Hooks | None, rounded: int, table
         raise ValueError("step_rounding must be 'promote' with a solver that adds noise, got 'exact' or 'rounded'")
     if not flag(return_log_prob, "return_log_prob"):
         return
-    if table.of_samples:
-        raise ValueError("return_log_prob takes one row for all samples: not times or weights of each sample")
     if hooks is not None:
         what = "a callback" if hooks.constraint is None else "a constraint, which changes the state after its step"
         raise ValueError(f"return_log_prob and {what}: pass one of them")
     if table.noiseless:
+        whose = next(iter(table.noiseless.values()))[0]
         raise ValueError(
-            f"return_log_prob: steps {list(table.noiseless)} add no noise, so they have no density; end the time grid "
-            "before the data, or pass eta > 0"
+            f"return_log_prob: steps {list(table.noiseless)} add no noise{f' to sample {whose}' * table.of_samples}, "
+            "so they have no density; end the time grid before the data, or pass eta > 0"
         )
 
 

@@ -99,4 +99,5 @@ def test_step_log_prob(arch: int) -> None:
     pairs = [(torch.float32, torch.bfloat16), (torch.float64, torch.float64)]
     with executing(triton_log_prob.step_log_prob_kernel, arch, NOTHING_FIRST) as driver:
         assert cases.log_probs(triton_log_prob.step_log_prob_, pairs, [31, 1023, 2048]) == []
-        assert accesses(driver) == [*[1] * 4, 4, 1, *[1] * 4, 2, 1]
+        assert accesses(driver) == [*[1] * 6, 4, 1, 4, *[1] * 6, 2, 1, 2]
+        assert [launch.arguments["own_rows"] for launch in driver.launches] == [0, 0, 1] * 6

@@ -101,7 +101,7 @@ def test_rows_of_noise_and_log_prob(other_rows: list[static.Row]) -> None:
         size = row.least_bytes_per_element
         assert row.stores == (f"{1 + (size == 8)}x{min(16, 4 * size)}" if row.aligned else f"4x{size}"), row
     log_prob = [row for row in other_rows if row.kernel == "cuda step_log_prob"]
-    assert len(log_prob) == 2 * sum(map(len, VELOCITY_DTYPES.values()))
+    assert len(log_prob) == 2 * 2 * sum(map(len, VELOCITY_DTYPES.values()))
     for row in log_prob:
         lanes = 1024 * (8 if row.state == "float64" else 4)
         # A barrier a level, unrolled; from sm_80 on CUDA keeps 1024 bytes for itself.

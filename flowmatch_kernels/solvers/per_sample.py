@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..arguments import check_dense, number
 from ..ops.fused_step import HELD
+from ..ops.step_log_prob import HELD as HELD_DENSITY
 from ..tracing import is_readable
 from .grid import on_host
 from .table import Table
@@ -115,14 +116,14 @@ def stacked(structure: Table, tables: Sequence[Table | None], steps: Sequence[tu
     Raises:
         ValueError: a sample's solver reads other evaluations than this structure gives it.
     """
-    coefficients, times = [], []
+    coefficients, densities, times = [], [], []
     for sample, (table, its_steps, grid) in enumerate(zip(tables, steps, grids.unbind(), strict=True)):
         places = _places(structure, table, its_steps, sample)
-        held = torch.tensor([HELD], dtype=structure.coefficients.dtype, device="cpu")
-        own = [] if table is None else [table.coefficients]
         none = 0 if table is None else len(table.evaluations)
-        which = [none if place is None else place for place in places]
-        coefficients.append(torch.cat([*own, held]).index_select(0, torch.tensor(which, device="cpu")))
+        which = torch.tensor([none if place is None else place for place in places], device="cpu")
+        coefficients.append(_or_held(None if table is None else table.coefficients, HELD, structure, which))
+        if structure.densities is not None:
+            densities.append(_or_held(None if table is None else table.densities, HELD_DENSITY, structure, which))
         # Entries of the grid; then the times of the stages.
         known = grid if table is None else torch.cat([grid, table.times])
         entries = list(range(len(structure.times)))
@@ -134,8 +135,16 @@ def stacked(structure: Table, tables: Sequence[Table | None], steps: Sequence[tu
             step += evaluation.commit
         times.append(known.index_select(0, torch.tensor(entries, device="cpu")))
     return structure._replace(
-        coefficients=torch.stack(coefficients, dim=1), times=torch.stack(times, dim=1), densities=None
+        coefficients=torch.stack(coefficients, dim=1),
+        times=torch.stack(times, dim=1),
+        densities=torch.stack(densities, dim=1) if densities else None,
     )
+
+
+def _or_held(rows: Tensor | None, held: Sequence[float], structure: Table, which: Tensor) -> Tensor:
+    """Rows of a sample's own, by their numbers; the number after the last stands for the row `held`."""
+    last = torch.tensor([held], dtype=structure.coefficients.dtype, device="cpu")
+    return (last if rows is None else torch.cat([rows, last])).index_select(0, which)
 
 
 def _places(structure: Table, table: Table | None, steps: tuple[int, ...], sample: int) -> list[int | None]:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from .. import guidance
 from ..guidance import Form, Weight
 from ..ops import reference
-from ..ops.fused_step import COLUMNS
+from ..ops.fused_step import COLUMNS, HELD
 from ..tracing import is_readable
 from .fitted import FittedSolver
 from .grid import Grid, on_host
@@ -65,9 +66,9 @@ class Table(NamedTuple):
     noise: int | None = None
     """The history buffer that takes the noise of a step, where the solver adds noise."""
     densities: Tensor | None = None
-    """[E, 2], with noise: scale and offset of each row, as `ops.step_log_prob` takes them."""
-    noiseless: tuple[int, ...] = ()
-    """With noise: rows that the host knows to add none."""
+    """[E, 2], with noise: scale and offset of each row, for `ops.step_log_prob`; of each sample, [E, B, 2]."""
+    noiseless: Mapping[int, Sequence[int]] = MappingProxyType({})
+    """With noise: rows that the host knows to add none, and the samples; held ones, which have none, do not count."""
     weights: Sequence[Any] = ()
     """With guidance, its weight for each evaluation: a float, or where samples differ a tuple of B."""
     units: tuple[tuple[bool, bool], ...] | None = None
@@ -85,12 +86,14 @@ class Table(NamedTuple):
         if not is_readable(self.coefficients):
             return self
         rows = self.coefficients.tolist()
-        if self.of_samples:
-            every = [[{row[column] for row in samples} for column in (0, 7)] for samples in rows]
-            units = tuple((a == {1.0}, c == {0.0}) for a, c in every)
-            return self._replace(units=units, views={})
-        units = tuple((row[0] == 1.0, row[7] == 0.0 and not self.sum_first) for row in rows)
-        noiseless = tuple(k for k, row in enumerate(rows) if self.noise is not None and row[NOISE] == 0.0)
+        if not self.of_samples:
+            rows = [[row] for row in rows]
+        every = [[{row[column] for row in samples} for column in (0, 7)] for samples in rows]
+        units = tuple((a == {1.0}, c == {0.0} and not self.sum_first) for a, c in every)
+        noiseless = {}
+        if self.noise is not None:
+            none = [[b for b, row in enumerate(samples) if row[NOISE] == 0.0 and not _is_held(row)] for samples in rows]
+            noiseless = {row: samples for row, samples in enumerate(none) if samples}
         return self._replace(units=units, views={}, noiseless=noiseless)
 
     def columns(self, dims: int) -> Sequence[reference.Columns]:
@@ -125,22 +128,25 @@ class Table(NamedTuple):
             on_host = self.times.tolist() if times is None or is_readable(self.times) else times()
             return [on_host[evaluation.time] for evaluation in self.evaluations]
 
-        rows = self.coefficients
+        rows, densities = self.coefficients, self.densities
         if samples is not None:
             weights, column = guidance.weights_of_samples(weight, samples, steps, evaluated, rows.dtype)
             if not self.of_samples:
                 rows = rows.unsqueeze(1).expand(-1, samples, -1)
+                if densities is not None:
+                    densities = densities.unsqueeze(1).expand(-1, samples, -1).contiguous()
         else:
             weights = guidance.weights(weight, steps, evaluated, rows.dtype)
             column = guidance.column(weight, weights)
         if not weights:
-            return self._replace(coefficients=rows.contiguous(), views=self.views and {})
+            return self._replace(coefficients=rows.contiguous(), densities=densities, views=self.views and {})
         columns = torch.stack(
             [torch.full_like(column, w) if isinstance(w, float) else w for w in form.weights(column)], dim=-1
         )
         columns = columns.to(rows.dtype).to(rows.device)
         parts = [part(rows, 0, 5, dim=-1), columns, part(rows, 7, 8, dim=-1)]
-        return self._replace(coefficients=torch.cat(parts, dim=-1), weights=weights, views=self.views and {})
+        rows = torch.cat(parts, dim=-1)
+        return self._replace(coefficients=rows, densities=densities, weights=weights, views=self.views and {})
 
 
 def build(
@@ -245,6 +251,11 @@ def _reads(segments: list[Segment]) -> list[tuple[int, int, int]]:
         for earlier in stage.earlier
         for step in range(segment.steps.first, segment.steps.first + segment.steps.n)
     ]
+
+
+def _is_held(row: Sequence[float]) -> bool:
+    """Whether a row is `HELD`, whatever its weights of guidance are."""
+    return tuple(row[:NOISE]) == HELD[:NOISE]
 
 
 def _densities(coefficients: Tensor) -> Tensor:

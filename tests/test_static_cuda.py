@@ -85,7 +85,7 @@ def test_no_contraction_in_ptx(arch: str) -> None:
 def other_rows(request: pytest.FixtureRequest) -> list[static.Row]:
     """Of keyed noise and step_log_prob on an architecture."""
     with build_cache.lock(f"nvcc-others-{request.param}"):
-        return list(static.other_ops([request.param]))
+        return list(static.other_ops("cuda", [request.param]))
 
 
 @pytest.mark.parametrize("other_rows", ARCHS, indirect=True)

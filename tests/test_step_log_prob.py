@@ -12,6 +12,7 @@ from operands import LAYOUTS, Guarded, assert_same_bits, laid_out
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
+from bench import static
 from flowmatch_kernels import use_backend
 from flowmatch_kernels.ops import dispatch, native
 from flowmatch_kernels.ops.fused_step import VELOCITY_DTYPES, dense
@@ -195,27 +196,16 @@ def test_triton_interpreter():
     assert interpreted.run(CASES) == "114 cases\n"
 
 
-@pytest.mark.parametrize("vector", [1, 4])
-def test_triton_does_not_contract(vector):
-    """The PTX: each operation rounded to nearest, no FMA; with `vector` accesses of 16 bytes, one load each of 4."""
-    triton = pytest.importorskip("triton", reason="Triton is not installed: its kernel is not tested")
-    from triton.backends.compiler import GPUTarget
-
-    from flowmatch_kernels.ops import triton as launch
-    from flowmatch_kernels.ops import triton_log_prob
-
-    signature = dict.fromkeys(("out", "base", "v", "next", "coefficients", "densities"), "*fp32")
-    signature |= dict.fromkeys(("row", "elements", "own_rows"), "i64") | dict.fromkeys(
-        ("VECTOR", "LANES", "LEVELS"), "constexpr"
-    )
-    constants = {"VECTOR": vector, "LANES": LANES, "LEVELS": 10}
-    source = triton.compiler.ASTSource(triton_log_prob.step_log_prob_kernel, signature, constants)
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.launch_options(32)).asm["ptx"]
-    assert ptx.count("div.rn.f32") == 1 and ptx.count("sub.rn.f32") == 8  # of 1024 / 128 elements of a thread
-    assert ptx.count("mul.rn.f32") == 25 and ptx.count("add.rn.f32") > 25
+@pytest.mark.parametrize("aligned", [False, True])
+def test_triton_does_not_contract(aligned):
+    """The PTX: each operation rounded to nearest, no FMA; where it can be, one load of 16 bytes of each operand."""
+    pytest.importorskip("triton", reason="Triton is not installed: its kernel is not tested")
+    ptx = static.compile_step_log_prob(torch.float32, torch.float32, aligned, "sm_90").assembly
+    assert ptx.count("div.rn.f32") == 1 and ptx.count("sub.rn.f32") == 4  # of 1024 / 256 elements of a thread
+    assert ptx.count("mul.rn.f32") == 13 and ptx.count("add.rn.f32") > 13
     for wrong in ("fma", ".ftz", ".approx", "mul.f32", "add.f32", "sub.f32", "div.full", ".local", "f64"):
         assert wrong not in ptx, wrong
-    assert ptx.count("ld.global.v4.b32") == (6 if vector == 4 else 0)
+    assert ptx.count("ld.global.v4.b32") == (3 if aligned else 0)
 
 
 # ---- accuracy ----

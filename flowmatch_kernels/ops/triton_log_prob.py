@@ -13,7 +13,11 @@ from torch import Tensor
 
 from .fused_step import dense
 from .step_log_prob import LANES
-from .triton import _LAUNCH_OPTIONS, _elements, _widened
+from .triton import _elements, _widened, launch_options
+
+#: Of a block. A thread has four lanes: with eight, of single elements, it took 128 registers, and spilled on sm_120.
+THREADS = 256
+_LAUNCH_OPTIONS = launch_options(threads=THREADS)
 
 _RUNTIME_ARGUMENTS = ("out", "base", "v", "next", "coefficients", "densities", "row", "elements", "own_rows")
 
@@ -92,11 +96,19 @@ def step_log_prob_(
         return
     base, v, next = dense(base), dense(v), dense(next)
     elements = base.numel() // samples
-    vector = 16 // base.element_size()
-    if (base.data_ptr() | v.data_ptr() | next.data_ptr()) % 16 or elements % vector:
-        vector = 1
+    aligned = (base.data_ptr() | v.data_ptr() | next.data_ptr()) % 16 == 0 and elements % vector(base.dtype) == 0
     own_rows = coefficients.dim() == 3
     first = row * samples if own_rows else row
     arguments = out, base, v, next, coefficients, densities, first, elements, int(own_rows)
     with torch.cuda.device(out.get_device()):  # -1, the CPU, changes nothing
-        step_log_prob_kernel[(samples,)](*arguments, vector, LANES, LANES.bit_length() - 1, **_LAUNCH_OPTIONS)
+        step_log_prob_kernel[(samples,)](*arguments, **constants(base.dtype, aligned), **_LAUNCH_OPTIONS)
+
+
+def vector(state: torch.dtype) -> int:
+    """Elements of one access: 16 bytes of a state, or a thread's lanes where they are fewer."""
+    return min(16 // state.itemsize, LANES // THREADS)
+
+
+def constants(state: torch.dtype, aligned: bool) -> dict[str, int]:
+    """The kernel's constants; `aligned`: samples are of whole accesses, and on their boundary."""
+    return {"VECTOR": vector(state) if aligned else 1, "LANES": LANES, "LEVELS": LANES.bit_length() - 1}

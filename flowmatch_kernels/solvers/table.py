@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +66,7 @@ class Table(NamedTuple):
     """The history buffer that takes the noise of a step, where the solver adds noise."""
     densities: Tensor | None = None
     """[E, 2], with noise: scale and offset of each row, for `ops.step_log_prob`; of each sample, [E, B, 2]."""
-    noiseless: Mapping[int, Sequence[int]] = MappingProxyType({})
+    noiseless: Mapping[int, Sequence[int]] = {}
     """With noise: rows that the host knows to add none, and the samples; held ones, which have none, do not count."""
     weights: Sequence[Any] = ()
     """With guidance, its weight for each evaluation: a float, or where samples differ a tuple of B."""

@@ -141,7 +141,7 @@ def cuda_rows(half: Any) -> Callable[[], object]:
     noise, v, *states = (one.tensor for one in kept)
     turns, host, device = itertools.cycle(states), torch.zeros(SHAPE), torch.device("cuda", 0)
     coefficients = half.on_cuda(torch.zeros(STEPS, 8), 0)
-    solver = FlowMatching(SHAPE[1:])._table(None, STEPS, None, None, host.dtype, host.device, None, 0.0, True)
+    solver = FlowMatching(SHAPE[1:])._table(None, STEPS, None, None, host.dtype, host.device, None, 0.0, True, SHAPE[0])
     table = solver._replace(coefficients=coefficients.tensor)
     velocities = Velocities(SHAPE, host.dtype, device)
     serving = dispatch.BACKENDS["cuda"]._replace(load_launch=lambda: half.capsule)

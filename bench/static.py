@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flowmatch_kernels.ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, VELOCITY_DTYPES, WEIGHTED, arithmetic_dtype
+from flowmatch_kernels.ops.step_log_prob import LANES
 from flowmatch_kernels.solvers import SOLVERS, Grid, build
 
 from . import static_cuda
@@ -154,9 +155,6 @@ _WARP_SIZES = {"gfx942": 64}
 
 def compile_triton(specialisation: Specialisation, arch: str) -> Code:
     """The Triton kernel, compiled ahead of time just as a launch would."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
     from flowmatch_kernels.ops import triton as backend
 
     state, velocity = _TRITON_TYPES[specialisation.state], _TRITON_TYPES[specialisation.velocity]
@@ -171,8 +169,7 @@ def compile_triton(specialisation: Specialisation, arch: str) -> Code:
     types["strength"] = state if specialisation.strength else None
     held = [arithmetic_dtype(specialisation.state).itemsize] * specialisation.keyed
     vector = 16 // max(specialisation.reads + specialisation.writes + held) if specialisation.aligned else 1
-    constants: dict[str, object] = {name: None for name, type_ in types.items() if type_ is None}
-    constants |= {
+    constants: dict[str, object] = {
         "rounding": specialisation.rounding,
         "guidance": specialisation.guidance or WEIGHTED,
         "sum_first": specialisation.sum_first,
@@ -180,16 +177,80 @@ def compile_triton(specialisation: Specialisation, arch: str) -> Code:
         "VECTOR": vector,
         "BLOCK": backend.block(vector),
     }
+    threads = backend.THREADS
+    # Every operand's access is masked, no coefficient's is.
+    is_coefficient = lambda i: not i.predicated  # noqa: E731
+    elements = backend.block(vector) // threads
+    return _compiled(backend.fused_step_kernel, types, constants, arch, threads, elements, is_coefficient)
+
+
+def triton_others(op: str, arch: str) -> Iterator[static_cuda.Other]:
+    """Every compilation of the Triton kernel of another op: one serves one row for all and rows of their own."""
+    for whole, (state, velocities) in product((True, False), VELOCITY_DTYPES.items()):
+        if op == "keyed_noise":
+            yield static_cuda.Other([state], None, whole, compile_keyed_noise(state, whole, arch))
+        else:
+            for velocity in velocities:
+                code = compile_step_log_prob(state, velocity, whole, arch)
+                yield static_cuda.Other([state, velocity], None, whole, code)
+
+
+def compile_keyed_noise(dtype: torch.dtype, whole: bool, arch: str) -> Code:
+    """The Triton kernel of keyed noise; `whole`: samples are of whole fours, which a thread writes at once."""
+    from flowmatch_kernels.ops import triton_noise
+
+    types = {"out": _TRITON_TYPES[dtype], "keys": "i64"}
+    constants = {"FOURS": whole, "BLOCK": triton_noise.BLOCK}
+    # All it loads are keys; a thread has one counter, and so four elements.
+    return _compiled(triton_noise.keyed_noise_kernel, types, constants, arch, triton_noise.BLOCK, 4, lambda i: True)
+
+
+def compile_step_log_prob(state: torch.dtype, velocity: torch.dtype, whole: bool, arch: str) -> Code:
+    """The Triton kernel of step_log_prob; `whole`: samples are of whole accesses, and on their boundary."""
+    from flowmatch_kernels.ops import triton_log_prob
+
+    types = dict.fromkeys(("base", "next"), _TRITON_TYPES[state]) | {"v": _TRITON_TYPES[velocity]}
+    types |= dict.fromkeys(("out", "coefficients", "densities"), _TRITON_TYPES[arithmetic_dtype(state)])
+    threads, kernel = triton_log_prob.THREADS, triton_log_prob.step_log_prob_kernel
+    constants = triton_log_prob.constants(state, whole)
+    # Operands are masked, the sample's row is not.
+    return _compiled(kernel, types, constants, arch, threads, LANES // threads, lambda i: not i.predicated)
+
+
+def _compiled(
+    kernel: Any,
+    types: Mapping[str, str | None],
+    constants: Mapping[str, object],
+    arch: str,
+    threads: int,
+    elements: int,
+    is_coefficient: Callable[[Instruction], bool],
+) -> Code:
+    """A Triton kernel, compiled ahead of time just as a launch would.
+
+    Args:
+        kernel: The JIT function.
+        types: What its pointers point at; None: the argument is None.
+        constants: Its constants. An argument that is in neither is a 64-bit integer.
+        arch: "sm_90", "gfx942", ...
+        threads: Of a block.
+        elements: That a thread takes; in a turn of the loop if there is one.
+        is_coefficient: Which loads are those of a coefficient.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from flowmatch_kernels.ops import triton as backend
+
+    constants = {name: None for name, type_ in types.items() if type_ is None} | dict(constants)
     signature = {
         name: "constexpr" if name in constants else f"*{types[name]}" if name in types else "i64"
-        for name in backend.fused_step_kernel.arg_names
+        for name in kernel.arg_names
     }
     nvidia = arch.startswith("sm_")
     target = GPUTarget("cuda", int(arch[3:]), 32) if nvidia else GPUTarget("hip", arch, _WARP_SIZES[arch])
-    options = backend.launch_options(target.warp_size)
-    compiled = compile(ASTSource(backend.fused_step_kernel, signature, constants), target, options)
-    threads = options["num_warps"] * target.warp_size
-    elements = backend.block(vector) // threads
+    options = backend.launch_options(target.warp_size, threads)
+    compiled = compile(ASTSource(kernel, signature, constants), target, options)
     if nvidia:
         sass, usage = disassembled(compiled.asm["cubin"])
         return Code(
@@ -198,8 +259,7 @@ def compile_triton(specialisation: Specialisation, arch: str) -> Code:
             registers=usage["REG"],
             local_bytes=usage["STACK"] + usage["LOCAL"],
             shared_bytes=compiled.metadata.shared,
-            # Every operand's access is masked, no coefficient's is.
-            accesses=sass_accesses(sass, lambda instruction: not instruction.predicated),
+            accesses=sass_accesses(sass, is_coefficient),
             elements=elements,
         )
     assembly = compiled.asm["amdgcn"]
@@ -209,7 +269,7 @@ def compile_triton(specialisation: Specialisation, arch: str) -> Code:
         machine=assembly,
         registers=usage["vgpr_count"],
         local_bytes=usage["private_segment_fixed_size"],
-        shared_bytes=usage["group_segment_fixed_size"],
+        shared_bytes=compiled.metadata.shared,
         accesses=amd_accesses(assembly),
         elements=elements,
     )
@@ -249,24 +309,31 @@ def rows(kernels: Iterable[str], archs: Iterable[str] | None = None, jobs: int |
         yield from pool.map(measure, *zip(*work, strict=True), chunksize=8)
 
 
-def other_ops(archs: Iterable[str]) -> Iterator[Row]:
-    """Rows for keyed noise and step_log_prob in CUDA C++."""
+#: By kernel what gives the compilations of another op.
+OTHERS: dict[str, Callable[[str, str], Iterable[static_cuda.Other]]] = {
+    "triton": triton_others,
+    "cuda": static_cuda.others,
+}
+
+
+def other_ops(kernel: str, archs: Iterable[str]) -> Iterator[Row]:
+    """Rows for keyed noise and step_log_prob."""
     for op, arch in product(static_cuda.OTHERS, archs):
-        for types, whole, code in static_cuda.others(op, arch):
+        for types, own_rows, whole, code in OTHERS[kernel](op, arch):
             operands = [access for access in code.accesses if not access.coefficient]
             sizes = [dtype.itemsize for dtype in types]
             draws = op == "keyed_noise"
             yield Row(
-                kernel=f"cuda {op}",
+                kernel=f"{kernel} {op}",
                 arch=arch,
                 state=_name(types[0]),
                 velocity="-" if draws else _name(types[1]),
                 guidance="-",
-                operands="-",
+                operands={True: "own rows", False: "one row", None: "-" if draws else "any rows"}[own_rows],
                 aligned=whole,
                 **_of_code(code),
-                coefficient_loads=len(code.accesses) - len(operands),
-                bytes_per_element=sum(access.width for access in operands) / code.elements if draws else None,
+                coefficient_loads=None if arch.startswith("gfx") else len(code.accesses) - len(operands),
+                bytes_per_element=sum(a.width for a in operands if a.store) / code.elements if draws else None,
                 least_bytes_per_element=sizes[0] if draws else 2 * sizes[0] + sizes[1],
                 instructions_per_element=len(instructions(code.machine)) / code.elements,
             )
@@ -304,8 +371,8 @@ def main() -> None:
         else:
             print(f"{kernel} is left out, since it cannot be compiled here: {reason}")
     table = list(rows(kernels, arguments.arch, arguments.jobs))
-    if "cuda" in kernels:
-        table += other_ops(arguments.arch or CUDA_ARCHS)
+    for kernel in kernels:
+        table += other_ops(kernel, arguments.arch or KERNELS[kernel].archs)
     arguments.directory.mkdir(parents=True, exist_ok=True)
     (arguments.directory / "static.md").write_text(markdown(table))
     (arguments.directory / "static.json").write_text(json.dumps([row._asdict() for row in table], indent=1) + "\n")

@@ -207,6 +207,8 @@ class Other(NamedTuple):
 
     types: list[torch.dtype]
     """Of keyed noise the result's; of step_log_prob the state's and the velocity's."""
+    own_rows: bool | None
+    """Each sample has rows of its own; None: the code serves them and one row for all, or the op has no rows."""
     whole: bool
     """Whether each thread takes four elements at once."""
     code: Code
@@ -217,7 +219,8 @@ def others(op: str, arch: str) -> list[Other]:
     dtypes = {name: dtype for dtype, name in _TYPES.items()}
     found = []
     for kernel in instantiations(arch, OTHERS[op]).values():
-        *types, size = kernel.title.split(", ")
+        *names, size = kernel.title.split(", ")
+        types = [dtypes[name] for name in names if name in dtypes]
         code = Code(
             assembly=kernel.ptx,
             machine=kernel.sass,
@@ -227,5 +230,6 @@ def others(op: str, arch: str) -> list[Other]:
             accesses=sass_accesses(kernel.sass, lambda i: ".CONSTANT" in i.name),
             elements=4,
         )
-        found.append(Other([dtypes[name] for name in types], size in ("true", "4"), code))
+        own_rows = names[-1] == "true" if op == "step_log_prob" else None
+        found.append(Other(types, own_rows, size in ("true", "4"), code))
     return found

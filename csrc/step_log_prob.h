@@ -4,6 +4,8 @@
 //   d   = next - m
 //   out = sum(d*d) / n * scale + offset          over a sample's n elements, never an FMA
 //
+// With rows of their own a sample whose scale is 0 has d = 0, whatever the operands hold.
+//
 // kLanes partial sums, which begin at 0: lane j adds elements j, j + kLanes, ... in that order; then lane j adds lane
 // j + kLanes/2, then lane j + kLanes/4, and so on. flowmatch_kernels/ops/step_log_prob.py is the contract and
 // ops/reference_log_prob.py the definition; names agree. Knows nothing of Python or PyTorch.
@@ -24,10 +26,11 @@ struct LogProbOperands {
   const void* base;     // S[samples, elements]
   const void* v;        // V[samples, elements]
   const void* next;     // S[samples, elements]
-  const void* row;      // A[8]: a and b0 are read
-  const void* density;  // A[2]
+  const void* row;      // A[8], or A[samples, 8]: a and b0 are read
+  const void* density;  // A[2], or A[samples, 2]
   std::int64_t samples;
   std::int64_t elements;  // n, at least 1
+  bool own_rows;          // each sample has a row of its own of both; else one row is for all
 };
 
 FLOWMATCH_INLINE float divide(float x, float y) {
@@ -53,8 +56,9 @@ FLOWMATCH_INLINE A square(A a, A base, A b0, A v, A next) {
 }
 
 template <class A>
-FLOWMATCH_INLINE A log_prob(A sum, std::int64_t n, const A* density) {
-  return add(multiply(divide(sum, static_cast<A>(n)), density[kScale]), density[kOffset]);
+FLOWMATCH_INLINE A log_prob(A sum, std::int64_t n, A scale, A offset, bool own_rows) {
+  if (own_rows && scale == A(0)) sum = A(0);
+  return add(multiply(divide(sum, static_cast<A>(n)), scale), offset);
 }
 
 // Calls f(Element{}) with the types S (as E::S), V and A; false where the dtypes do not go together.

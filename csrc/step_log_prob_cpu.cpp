@@ -16,9 +16,11 @@ FLOWMATCH_INLINE void samples(const LogProbOperands& o, std::int64_t begin, std:
   using S = typename E::S;
   using V = typename E::V;
   using A = typename E::A;
-  const A* row = static_cast<const A*>(o.row);
-  const A a = row[kA], b0 = row[kB0];
   for (std::int64_t b = begin; b < end; ++b) {
+    const std::int64_t its = o.own_rows ? b : 0;
+    const A* row = static_cast<const A*>(o.row) + its * kColumns;
+    const A* density = static_cast<const A*>(o.density) + its * kDensityColumns;
+    const A a = row[kA], b0 = row[kB0];
     const S* base = static_cast<const S*>(o.base) + b * o.elements;
     const V* v = static_cast<const V*>(o.v) + b * o.elements;
     const S* next = static_cast<const S*>(o.next) + b * o.elements;
@@ -34,7 +36,7 @@ FLOWMATCH_INLINE void samples(const LogProbOperands& o, std::int64_t begin, std:
     for (int width = kLanes / 2; width; width /= 2) {
       for (int j = 0; j < width; ++j) lanes[j] = add(lanes[j], lanes[j + width]);
     }
-    static_cast<A*>(o.out)[b] = log_prob(lanes[0], o.elements, static_cast<const A*>(o.density));
+    static_cast<A*>(o.out)[b] = log_prob(lanes[0], o.elements, density[kScale], density[kOffset], o.own_rows);
   }
 }
 

@@ -24,15 +24,17 @@ constexpr int kHeld = kLanes / kThreads;  // lanes of one thread
 // bound ptxas took 48 for float64 states with float32 velocities, and spilled (8 bytes, sm_90).
 constexpr int kBlocksAtOnce = 4;
 
-// With kSize kHeld a thread's elements are all there or none, and on a boundary; with 1 each is asked for.
-template <class S, class V, int kSize>
+// With kSize kHeld a thread's elements are all there or none, and on a boundary; with 1 each is asked for. Rows of
+// their own are a kernel of their own: one row for all samples costs nothing more (with a branch 8 registers, sm_80).
+template <class S, class V, bool kOwnRows, int kSize>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) step_log_prob_kernel(const LogProbOperands o) {
   using A = Arithmetic<S>;
   __shared__ A handed_over[kHeld][kThreads];
 
   const int thread = static_cast<int>(threadIdx.x);
   const std::int64_t sample = blockIdx.x, start = sample * o.elements;
-  const A* row = static_cast<const A*>(o.row);
+  const std::int64_t its = kOwnRows ? sample : 0;
+  const A* row = static_cast<const A*>(o.row) + its * kColumns;
   const A a = LoadConstant{}(row + kA), b0 = LoadConstant{}(row + kB0);
   A lanes[kHeld] = {};
   for (std::int64_t i = kHeld * thread; i < o.elements; i += kLanes) {
@@ -68,18 +70,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) step_log_prob_kernel(
 #pragma unroll
     for (int j = 0; j < width; ++j) lanes[j] = add(lanes[j], lanes[j + width]);
   }
-  const A* density = static_cast<const A*>(o.density);
-  const A constants[kDensityColumns] = {LoadConstant{}(density + kScale), LoadConstant{}(density + kOffset)};
-  Vector<A, 1>{log_prob(lanes[0], o.elements, constants)}.to(o.out, sample, Store{});
+  const A* density = static_cast<const A*>(o.density) + its * kDensityColumns;
+  const A scale = LoadConstant{}(density + kScale), offset = LoadConstant{}(density + kOffset);
+  Vector<A, 1>{log_prob(lanes[0], o.elements, scale, offset, kOwnRows)}.to(o.out, sample, Store{});
 }
 
-template <class S, class V>
+template <class S, class V, bool kOwnRows>
 void launch(const LogProbOperands& o, cudaStream_t stream) {
   const bool whole = o.elements % kHeld == 0 && on_boundary<S, kHeld>(o.base) && on_boundary<V, kHeld>(o.v) &&
                      on_boundary<S, kHeld>(o.next);
   void* arguments[] = {const_cast<LogProbOperands*>(&o)};
-  launch_blocks(whole ? &step_log_prob_kernel<S, V, kHeld> : &step_log_prob_kernel<S, V, 1>, o.samples, arguments,
-                stream, "step_log_prob", o.samples * o.elements);
+  launch_blocks(whole ? &step_log_prob_kernel<S, V, kOwnRows, kHeld> : &step_log_prob_kernel<S, V, kOwnRows, 1>,
+                o.samples, arguments, stream, "step_log_prob", o.samples * o.elements);
 }
 
 }  // namespace
@@ -88,7 +90,12 @@ void step_log_prob_cuda(const LogProbOperands& o, Dtype base, Dtype velocity, in
   if (o.samples == 0) return;  // an empty grid is an error
   const DeviceGuard guard(device, "step_log_prob");
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  if (!dispatch_log_prob(base, velocity, [&]<class E>(E) { launch<typename E::S, typename E::V>(o, on); })) {
+  const auto launched = [&]<class E>(E) {
+    using S = typename E::S;
+    using V = typename E::V;
+    o.own_rows ? launch<S, V, true>(o, on) : launch<S, V, false>(o, on);
+  };
+  if (!dispatch_log_prob(base, velocity, launched)) {
     throw std::invalid_argument("step_log_prob: the dtypes do not go together");
   }
 }

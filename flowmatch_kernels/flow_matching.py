@@ -266,7 +266,8 @@ class FlowMatching(BaseDiffusion):
                 evaluation, in float32 unless the state is float64.
             return_log_prob: Of a stochastic solver: return the log-probability of each step too, [B, steps], the mean
                 over a sample's elements. Computed again from the trajectory by `step_log_prob`, with the same
-                velocities, it has the same bits. Not with a constraint or a callback.
+                velocities, it has the same bits. 0.0 for a step of length 0, which is no random event. Not with a
+                constraint or a callback.
             dtype: The state's: float32, float64, bfloat16 or float16. None: the noise's, or torch's default.
                 A bfloat16 state rounds each product and each sum to bfloat16.
             time_steps: [T], strictly monotonic, up or down, instead of the constructor's time grid; step_fn sees
@@ -275,7 +276,7 @@ class FlowMatching(BaseDiffusion):
                 t is [B, L, 1, ..., 1]. Or [B, L1, L2, T], and so on: any number of the first sizes of [B, *x_dims]
                 in front of T, each of which may be 1: one for all. A step of length 0 holds a sample or token: its bits
                 stay, whatever the velocity is. Which solvers take such steps where: see the page Solvers. Not with a
-                fitted solver, nor with return_log_prob.
+                fitted solver; with return_log_prob not of tokens.
             step_sizes: [T - 1], the dt of each step, instead of the differences of the time grid; or [B, T - 1], or
                 [B, L, T - 1].
             velocity_strength: What expands to [B, *x_dims], of the state's dtype, on `device`: a step is
@@ -442,6 +443,9 @@ class FlowMatching(BaseDiffusion):
 
         log p = mean over a sample's elements of -(x_next - mean)^2 / (2 std^2) - log(std) - log(2 pi)/2.
 
+        With times of each sample, it is 0.0 for a sample whose step has length 0: the step is no random event, and adds
+        nothing to a sum.
+
         What it is for: the ratio of policies of reinforcement learning. From a stored trajectory, with the velocities
         of the same network, it has the bits that sample(..., return_log_prob=True) returned: the log-ratio is 0.0.
 
@@ -450,7 +454,8 @@ class FlowMatching(BaseDiffusion):
             v: [B, *x_dims]: the velocity there; with guidance the combined one.
             x_next: [B, *x_dims]: the state after it.
             step: Which step, 0 the first.
-            inference_step, int_method, int_method_options, time_steps, backend: As for sample().
+            inference_step, int_method, int_method_options, backend: As for sample().
+            time_steps: As for sample(); of each sample, those of the samples of x, [B, T].
 
         Returns:
             [B], float32, or float64 for a float64 state.
@@ -480,6 +485,7 @@ class FlowMatching(BaseDiffusion):
         table = self._table(
             *(int_method, inference_step, time_steps, None, x.dtype, x.device, None, 0.0),
             cached=tracing.is_eager(),
+            batch_size=x.shape[0] if x.dim() else 1,
         )
         if table.noise is None:
             named = str(_or(int_method, self.int_method))
@@ -487,8 +493,10 @@ class FlowMatching(BaseDiffusion):
         step = count(step, "step")
         if step >= table.steps:
             raise ValueError(f"step must be below {table.steps}, the number of steps, got {step}")
+        _refuse_tokens(table)
         if step in table.noiseless:
-            raise ValueError(f"step {step} adds no noise, so it has no density")
+            whose = f" to sample {table.noiseless[step][0]}" if table.of_samples else ""
+            raise ValueError(f"step {step} adds no noise{whose}, so it has no density")
         return step_log_prob(table, x, v, x_next, step, _or(backend, self.backend))
 
     def _with_options(self, int_method: IntMethod | None, options: Mapping[str, float]) -> Any:
@@ -887,7 +895,7 @@ class FlowMatching(BaseDiffusion):
         form: str | None,
         weight: Weight,
         cached: bool,
-        batch_size: int | None = None,
+        batch_size: int,
     ) -> Table:
         """The solver's table on the grid that the arguments describe, with the weights of guidance."""
         solver, steps = self._steps(int_method, inference_step)
@@ -896,10 +904,12 @@ class FlowMatching(BaseDiffusion):
         own_times = (time_steps is not None and own_dims(time_steps)) or (
             step_sizes is not None and own_dims(step_sizes)
         )
-        if own_times and (batch_size is None or isinstance(solver, FittedSolver)):
-            what = "one grid is wanted here" if batch_size is None else "a fitted solver brings its own times"
-            raise ValueError(f"time_steps or step_sizes of each sample, and {what}: pass 1-D ones, or none")
-        if batch_size is not None and (own_times or (type(weight) is tuple and own_dims(weight))):
+        if own_times and isinstance(solver, FittedSolver):
+            raise ValueError(
+                "time_steps or step_sizes of each sample, and a fitted solver brings its own times: pass 1-D ones, "
+                "or none"
+            )
+        if own_times or (type(weight) is tuple and own_dims(weight)):
             given = {"time_steps": time_steps, "step_sizes": step_sizes, "inference_guidance_weight": weight}
             sizes = own_sizes((batch_size, *self.x_dims), **given)
         if isinstance(solver, FittedSolver):
@@ -987,6 +997,11 @@ def _temperature(temperature: Any, dtype: torch.dtype) -> float | Tensor:
     return temperature
 
 
+def _refuse_tokens(table: Table) -> None:
+    if len(table.sizes) > 1:
+        raise ValueError("log-probabilities are not for times or weights of each token: pass times [T] or [B, T]")
+
+
 def _check_noise(return_log_prob: bool, hooks: Hooks | None, rounded: int, table: Table) -> None:
     """Raises ValueError where an argument does not go with a stochastic solver, or needs one."""
     if table.noise is None:
@@ -997,17 +1012,15 @@ def _check_noise(return_log_prob: bool, hooks: Hooks | None, rounded: int, table
         raise ValueError("step_rounding must be 'promote' with a solver that adds noise, got 'exact' or 'rounded'")
     if not flag(return_log_prob, "return_log_prob"):
         return
-    if len(table.sizes) > 1:
-        raise ValueError("return_log_prob takes no times or weights of each token: pass one grid, [T], and one weight")
-    if table.of_samples:
-        raise ValueError("return_log_prob takes one row for all samples: not times or weights of each sample")
+    _refuse_tokens(table)
     if hooks is not None:
         what = "a callback" if hooks.constraint is None else "a constraint, which changes the state after its step"
         raise ValueError(f"return_log_prob and {what}: pass one of them")
     if table.noiseless:
+        whose = next(iter(table.noiseless.values()))[0]
         raise ValueError(
-            f"return_log_prob: steps {list(table.noiseless)} add no noise, so they have no density; end the time grid "
-            "before the data, or pass eta > 0"
+            f"return_log_prob: steps {list(table.noiseless)} add no noise{f' to sample {whose}' * table.of_samples}, "
+            "so they have no density; end the time grid before the data, or pass eta > 0"
         )
 
 

@@ -650,7 +650,7 @@ class GraphedSampler:
         signature = (
             (batch_size, *fm.x_dims),
             (dtype, noise),
-            (table.noise, table.noiseless, noises.is_keyed(steps_source), _draws_outside(call)),
+            (table.noise, tuple(table.noiseless), noises.is_keyed(steps_source), _draws_outside(call)),
             (spec, of_leaves),
             tuple((name, _constant(options[name])) for name in _CAPTURED if name in options and name not in copied),
             (form, fm.step_rounding, backend, plain),

@@ -52,8 +52,9 @@ class LogProbs:
         (x, v, u, row), self._before = self._before, None
         after = rows.tensor(state)
         v, u = self._velocities.checked(v, u, row)
-        columns = reference.Columns.of(self._table.coefficients, row, x.dim())
-        v = reference.velocity(v, u, columns, self._guidance)
+        if u is not None:
+            columns = reference.Columns.of(self._table.coefficients, row, x.dim())
+            v = reference.velocity(v, u, columns, self._guidance)
         if self._seen is not None:
             x, v, after = self._seen(x), self._seen(v), self._seen(after)
         self._values.append(step_log_prob(self._table, x, v, after, row, self._backend))

@@ -201,6 +201,13 @@ CASES = {
             **{"return_all_steps": True, "return_log_prob": True},
         },
     ),
+    "sde, times of each sample, log-probabilities": (
+        *(SDE, 5),
+        lambda b: {
+            **{"noise": KeyedNoise(1), "time_steps": held(b) * 0.8 + 0.1},
+            **{"return_all_steps": True, "return_log_prob": True},
+        },
+    ),
     "sde, noise given": (
         *(SDE, 5),
         lambda b: {"noise": start(b), "step_noise": torch.stack([start(b) / (1 + k) for k in range(STEPS)], dim=1)},

@@ -22,8 +22,8 @@ run = dispatch.choose("triton", "cpu").load_log_prob()
 cases = 0
 tried = [(n, torch.float32, v) for n in SIZES for v in (torch.float32, torch.bfloat16)]
 for n, state, velocity in [*tried, *((n, *pair) for n in (1025, 2048) for pair in PAIRS)]:
-    for special in (False, True):
-        operands = drawn([3, n], state, velocity, special)
+    for special, own_rows in ((False, False), (True, False), (True, True)):
+        operands = drawn([3, n], state, velocity, special, own_rows=own_rows)
         out = Guarded([3], operands[3].dtype)
         run(out.tensor, *operands, 1)
         assert out.intact()

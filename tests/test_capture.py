@@ -33,6 +33,11 @@ CAPTURABLE = {f"solver {name}": ({"int_method": name}, {}) for name in solvers.S
     "bfloat16": ({}, {"dtype": torch.bfloat16}),
     "callback": ({}, {"callback": lambda step, t, x: None}),
     "euler_at_final": ({"int_method": "heun", "euler_at_final": True}, {}),
+    "log_prob": ({"int_method": "dance"}, {"return_log_prob": True}),
+    "log_prob, own times": (
+        {"int_method": "dance"},
+        {"time_steps": [[0.1 * b, 0.5, 0.9] for b in range(6)], "return_log_prob": True},
+    ),
 }
 
 

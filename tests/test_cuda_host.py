@@ -38,7 +38,7 @@ def test_cuda_kernel_on_the_host(part: str, parts: dict[str, subprocess.Popen[st
 
 
 def test_noise_and_log_prob_on_the_host() -> None:
-    host_cuda.finish(host_cuda.start("noise_and_log_prob_cases.py", "not full", source=host_cuda.OTHERS), 19)
+    host_cuda.finish(host_cuda.start("noise_and_log_prob_cases.py", "not full", source=host_cuda.OTHERS), 20)
 
 
 @pytest.mark.full

@@ -162,6 +162,15 @@ def test_stochastic_solvers(place):
         alone = fm.sample(1, step_fn, place.device, backend=place.backend, **given)
         assert_same_bits(alone[0].cpu(), wanted[0][2:])
         assert_same_bits(alone[2].cpu(), wanted[2][2:])
+        given |= {
+            "noise": KeyedNoise(3),
+            "time_steps": [[0.3, 0.3, 0.5, 0.9], [0.0, 0.1, 0.5, 0.5], [0.2, 0.5, 0.6, 0.8]],
+        }
+        wanted = fm.sample(3, step_fn, backend="reference", **given)
+        got = fm.sample(3, step_fn, place.device, backend=place.backend, **given)
+        for one, other in zip(got, wanted, strict=True):
+            assert_same_bits(one.cpu(), other)
+        assert got[2][0, 0] == got[2][1, 2] == 0
 
 
 @placed(PLACES)
@@ -185,8 +194,8 @@ def test_step_log_prob(place):
     """The bits of the reference on the CPU: every pair of dtypes, sizes around the lanes, hostile values."""
     sizes = log_prob_operands.SIZES if place.gpu else (31, 1025)  # the CPU's: tests/test_step_log_prob.py
     for state, velocity in log_prob_operands.PAIRS:
-        for n, special in itertools.product(sizes, (False, True)):
-            operands = log_prob_operands.drawn([3, n], state, velocity, special)
+        for n, (special, own_rows) in itertools.product(sizes, ((False, False), (True, False), (True, True))):
+            operands = log_prob_operands.drawn([3, n], state, velocity, special, own_rows=own_rows)
             there = [x.to(place.device) for x in operands]
             there[1] = torch.cat([there[1].flatten()[:1], there[1].flatten()])[1:].view(there[1].shape)  # off 16 bytes
             for given in ([x.to(place.device) for x in operands], there):

@@ -163,6 +163,8 @@ def test_bits_of_eager(monkeypatch, rows):
         assert sampler.stats.captures == 1
 
 
+#: One grid for each sample, which ends before the data; the second is held in its first step, the last in all.
+OWN_TIMES = [[0.0, 0.2, 0.5, 0.7, 0.9], [0.1, 0.1, 0.3, 0.5, 0.8], [0.2, 0.3, 0.4, 0.6, 0.7], [0.5] * 5]
 STOCHASTIC = {
     "sde": ({"int_method": "sde"}, {}),
     "sde, log_prob": ({"int_method": "sde"}, {"return_log_prob": True}),
@@ -171,6 +173,10 @@ STOCHASTIC = {
     "renoise, bfloat16": ({"int_method": "renoise"}, {"dtype": torch.bfloat16}),
     "sde, float64": ({"int_method": "sde"}, {"dtype": torch.float64, "return_log_prob": True}),
     "sde, guided": ({"int_method": "sde"}, GUIDED | {"return_log_prob": True}),
+    "dance, own times, log_prob": (
+        {"int_method": "dance"},
+        {"time_steps": OWN_TIMES, "return_all_steps": True, "return_log_prob": True},
+    ),
 }
 STEP_SOURCES = {
     "default": {},
@@ -226,6 +232,26 @@ def test_a_step_without_noise_has_no_log_prob(monkeypatch):
     sampler = flow(int_method="sde").graphed(velocity, BATCH, inputs={"features": F}, return_log_prob=True)
     with pytest.raises(ValueError, match=r"steps \[0, 1, 2, 3\] add no noise"):
         sampler(features=F, int_method_options={"eta": 0.0})
+    with pytest.raises(ValueError, match=r"steps \[0, 1, 2, 3\] add no noise to sample 0"):
+        sampler(features=F, int_method_options={"eta": 0.0}, time_steps=OWN_TIMES)
+
+
+def test_log_prob_of_other_times_of_each_sample(monkeypatch):
+    """Other grids, and other steps of length 0, are the same graph; a step without noise raises."""
+    emulated(monkeypatch)
+    fm = flow(int_method="cps")
+    given = {"step_noise": KeyedNoise(2), "time_steps": OWN_TIMES, "return_log_prob": True}
+    sampler = fm.graphed(velocity, BATCH, inputs={"features": F}, **given)
+    grid = torch.linspace(0.0, 0.9, 5)
+    for times in (
+        OWN_TIMES,
+        grid.repeat(BATCH, 1),
+        torch.stack([grid.roll(-k).cummax(0).values for k in range(BATCH)]),
+    ):
+        check(sampler, fm, velocity, {"features": F}, "cps", **given | {"time_steps": times})
+    assert sampler.stats.captures == 1
+    with pytest.raises(ValueError, match=r"steps \[3\] add no noise to sample 0"):
+        sampler(features=F, **given | {"time_steps": grid.repeat(BATCH, 1) / 0.9})
 
 
 SOURCES = {

@@ -10,6 +10,7 @@ import torch
 from operands import assert_same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench import static
 from flowmatch_kernels import FlowMatching, KeyedNoise, available_backends, use_backend
 from flowmatch_kernels.noise import keys as _keys
 from flowmatch_kernels.ops import dispatch, native, reference_noise
@@ -143,16 +144,8 @@ def test_triton_interpreter():
 @pytest.mark.parametrize("fours", [True, False])
 def test_triton_does_not_contract(fours):
     """The PTX: products, sums and square roots rounded to nearest, and no FMA; four elements are one access."""
-    triton = pytest.importorskip("triton", reason="Triton is not installed: its kernel is not tested")
-    from triton.backends.compiler import GPUTarget
-
-    from flowmatch_kernels.ops import triton as launch
-    from flowmatch_kernels.ops import triton_noise
-
-    signature = {"out": "*fp32", "keys": "*i64", "elements": "i64", "counters": "i64", "evaluation": "i64"}
-    signature |= {"FOURS": "constexpr", "BLOCK": "constexpr"}
-    source = triton.compiler.ASTSource(triton_noise.keyed_noise_kernel, signature, {"FOURS": fours, "BLOCK": 128})
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.launch_options(32)).asm["ptx"]
+    pytest.importorskip("triton", reason="Triton is not installed: its kernel is not tested")
+    ptx = static.compile_keyed_noise(torch.float32, fours, "sm_90").assembly
     assert ptx.count("sqrt.rn.f32") == 2
     assert ptx.count("mul.rn.f32") > 80 and ptx.count("add.rn.f32") > 80
     for wrong in ("fma", ".ftz", ".approx", "mul.f32", "add.f32", "local"):

@@ -7,6 +7,7 @@ the call in which each token is a sample.
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 from unittest import mock
 
@@ -163,12 +164,15 @@ def test_held(backend: str) -> None:
         assert not torch.equal(states[1, 3], states[1, 4])
 
 
+STOCHASTIC = sorted(solvers.STOCHASTIC)
+
+
 def test_stochastic() -> None:
-    """Noise of each step; a held step has its own, unused. A log-probability is refused."""
+    """Noise of each step; a held step has its own, unused."""
     x, z = torch.randn(B, *DIMS, generator=generator()), torch.randn(B, N, *DIMS, generator=generator())
     t = held(2, 1) * 0.8 + 0.1
     keys = [KeyedNoise(9, first=b) for b in range(B)]
-    for solver in ("sde", "cps", "dance", "renoise"):
+    for solver in STOCHASTIC:
         fm = FlowMatching(DIMS, solver)
         states, _ = fm.sample(B, field, noise=x, step_noise=z, time_steps=t, return_all_steps=True)
         keyed = fm.sample(B, field, noise=x, step_noise=KeyedNoise(9), time_steps=grids() * 0.9 + 0.01)
@@ -184,8 +188,137 @@ def test_stochastic() -> None:
                 1, field, noise=x[b : b + 1], step_noise=[keys[b]], time_steps=(grids() * 0.9 + 0.01)[b]
             )  # fmt: skip
             assert_same_bits(keyed[b : b + 1], one, f"{solver}, keyed, sample {b}")
-        with pytest.raises(ValueError, match="return_log_prob takes one row for all samples"):
-            fm.sample(B, field, time_steps=t, return_log_prob=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("state, velocity", [(F32, F32), (F32, BF16), (BF16, BF16), (F64, F32)], ids=str)
+def test_log_prob(backend: str, state: torch.dtype, velocity: torch.dtype) -> None:
+    """Each sample's as alone, 0.0 where it is held; the same from the trajectory: a log-ratio of exactly 0.0."""
+    x = torch.randn(B, *DIMS, generator=generator()).to(state)
+    z = torch.randn(B, N, *DIMS, generator=generator())
+    t = held(2, 1) * 0.8 + 0.1
+    t[2, 3] = t[2, 2]  # between others
+
+    def step_fn(x: Tensor, t: Tensor) -> Tensor:
+        v = field(x, t).to(velocity)
+        v[3] = torch.nan  # held in every step: it does not count
+        return v
+
+    for solver, eta in itertools.product(STOCHASTIC, (None, 0.4)):
+        if solver == "renoise" and eta is not None:
+            continue
+        fm = FlowMatching(DIMS, solver, backend=backend)
+        options = {} if eta is None else {"int_method_options": {"eta": eta}}
+        given = options | {"return_all_steps": True}
+        states, times, log_prob = fm.sample(
+            B, step_fn, noise=x, step_noise=z, time_steps=t, return_log_prob=True, **given
+        )
+        plain, _ = fm.sample(B, step_fn, noise=x, step_noise=z, time_steps=t, **given)
+        assert_same_bits(states, plain, solver)
+        assert log_prob.shape == (B, N)
+        holds = t[:, 1:] == t[:, :-1]
+        assert_same_bits(log_prob[holds], torch.zeros_like(log_prob[holds]), solver)
+        assert log_prob[~holds].ne(0).all()
+        for k in range(N):
+            v = step_fn(states[:, k], times[:, k].view(B, 1, 1))
+            for grid in (t, t.tolist()):
+                again = fm.step_log_prob(states[:, k], v, states[:, k + 1], k, time_steps=grid, **options)
+                assert_same_bits(again, log_prob[:, k], f"{solver}, step {k}")
+            part = [2, 0]
+            some = states[part, k], v[part], states[part, k + 1]
+            again = fm.step_log_prob(*some, k, time_steps=t[part], **options)
+            assert_same_bits(again, log_prob[part, k], f"{solver}, step {k}, a part of the batch")
+        for b in (0, 1, 2):
+            kept = [k for k in range(N) if not holds[b, k]]
+            _, _, its = fm.sample(
+                1, lambda x, t: field(x, t).to(velocity), noise=x[b : b + 1], step_noise=z[b : b + 1, kept],
+                time_steps=t[b, [*kept, kept[-1] + 1]], return_log_prob=True, **given,
+            )  # fmt: skip
+            assert_same_bits(log_prob[b : b + 1, kept], its, f"{solver}, sample {b}")
+
+
+def test_log_prob_with_what_goes_with_it() -> None:
+    """Guidance with weights of each sample, one grid too; a format; a derivative; one row of times for all."""
+    x = torch.randn(B, *DIMS, generator=generator())
+    t, w = held(1, 1) * 0.8 + 0.1, torch.rand(B, N, generator=generator(), dtype=F64) * 3
+    fm = FlowMatching(DIMS, "sde", use_classifier_free_guidance=True)
+    key = KeyedNoise(5)
+    given = {"noise": x, "step_noise": key, "unguided_step_fn": other, "return_log_prob": True}
+    for grid in (t, t[0]):
+        _, log_prob = fm.sample(B, field, time_steps=grid, inference_guidance_weight=w, **given)
+        for b in range(3):
+            own = grid if grid.dim() == 1 else grid[b : b + 1]
+            one = given | {"noise": x[b : b + 1], "step_noise": KeyedNoise(5, first=b)}
+            _, its = fm.sample(1, field, time_steps=own, inference_guidance_weight=w[b].tolist(), **one)
+            assert_same_bits(log_prob[b : b + 1], its, f"{grid.dim()}, sample {b}")
+    one_row = fm.sample(B, field, time_steps=t[:1], inference_guidance_weight=1.5, **given)[1]
+    assert_same_bits(one_row, fm.sample(B, field, time_steps=t[0], inference_guidance_weight=1.5, **given)[1])
+
+    image = torch.randn(B, 4, 2, 3).contiguous(memory_format=torch.channels_last)
+    plain = FlowMatching((4, 2, 3), "sde")
+    options = {"step_noise": key, "time_steps": t, "return_log_prob": True}
+    for got, wanted in zip(
+        plain.sample(B, field, noise=image, **options),
+        plain.sample(B, field, noise=image.contiguous(), **options),
+        strict=True,
+    ):
+        assert_same_bits(got, wanted)
+
+    options |= {"differentiable": True, "noise": x}
+    gradients = []
+    for backend in BACKENDS:
+        factor = torch.tensor(0.7, requires_grad=True)
+        sampler = FlowMatching(DIMS, "sde", backend=backend)
+        _, log_prob = sampler.sample(B, lambda x, t, factor=factor: factor * field(x, t), **options)
+        gradients.append(torch.autograd.grad(log_prob.sum(), factor)[0])
+        total = []
+        for b in range(B - 1):
+            _, its = sampler.sample(
+                1, lambda x, t, factor=factor: factor * field(x, t), noise=x[b : b + 1], time_steps=t[b : b + 1],
+                step_noise=KeyedNoise(5, first=b), return_log_prob=True, differentiable=True,
+            )  # fmt: skip
+            total.append(torch.autograd.grad(its.sum(), factor)[0])
+        # autograd adds over the batch in another order
+        torch.testing.assert_close(gradients[-1], sum(total, torch.tensor(0.0)), rtol=1e-5, atol=1e-5)
+
+
+def test_log_prob_compiled() -> None:
+    """By torch.compile, with times in lists: one graph; under FakeTensorMode."""
+    torch._dynamo.reset()
+    fm = FlowMatching(DIMS, "sde")
+    x, t = torch.randn(B, *DIMS, generator=generator()), (held(1, 1) * 0.8 + 0.1).tolist()
+
+    def sampled(x: Tensor) -> Any:
+        return fm.sample(B, field, noise=x, step_noise=KeyedNoise(3), time_steps=t, return_log_prob=True)
+
+    compiled = torch.compile(sampled, backend="aot_eager", fullgraph=True)
+    for got, wanted in zip(compiled(x), sampled(x), strict=True):
+        assert_same_bits(got, wanted)
+    with FakeTensorMode():
+        assert sampled(torch.empty(B, *DIMS))[1].shape == (B, N)
+
+
+def test_no_log_prob_without_noise() -> None:
+    """A real step without noise raises, and says whose; before the model is called."""
+    t, x, calls = held(1), torch.zeros(B, *DIMS), []
+    for solver, steps, message in (
+        ("cps", N - 1, "steps [5] add no noise to sample 0"),
+        ("renoise", N - 1, "steps [5] add no noise to sample 0"),
+        ("sde", 2, "steps [0, 1, 2, 3, 4, 5] add no noise to sample 0"),
+    ):
+        options = {"time_steps": t} | ({"int_method_options": {"eta": 0.0}} if solver == "sde" else {})
+        fm = FlowMatching(DIMS, solver)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            fm.sample(B, lambda x, t: calls.append(1) or x, return_log_prob=True, **options)
+        with pytest.raises(ValueError, match=f"step {steps} adds no noise to sample 0, so it has no density"):
+            fm.step_log_prob(x, x, x, steps, **options)
+    ends = grids() * 0.9
+    ends[2, -1] = 1.0
+    with pytest.raises(ValueError, match=r"steps \[5\] add no noise to sample 2"):
+        FlowMatching(DIMS, "cps").sample(B, field, time_steps=ends, return_log_prob=True)
+    with pytest.raises(ValueError, match=r"a row for each of the 3 samples.*got 4"):
+        FlowMatching(DIMS, "sde").step_log_prob(x[:3], x[:3], x[:3], 0, time_steps=t)
+    assert not calls
 
 
 def test_what_goes_with_it() -> None:
@@ -490,7 +623,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]] 
         {"int_method": "sde"},
         {"time_steps": token_grids() * 0.9, "return_log_prob": True},
         ValueError,
-        r"return_log_prob takes no times or weights of each token: pass one grid, \[T\]",
+        r"not for times or weights of each token: pass times \[T\] or \[B, T\]",
     ),
     "integers": ({}, {"time_steps": torch.ones(B, 3, dtype=torch.int64)}, TypeError, "floating point"),
     "words": ({}, {"time_steps": [["a", "b"]] * B}, TypeError, "time_steps of sample 0, entry 0, must be a number"),
@@ -539,15 +672,15 @@ def test_refused(case: str) -> None:
 
 
 def test_refused_elsewhere() -> None:
-    """A fitted solver, step_log_prob, fit_solver, and a tensor of times that a compiler cannot read."""
+    """A fitted solver, fit_solver, and a tensor of times that a compiler cannot read."""
     fm = FlowMatching(DIMS)
     fitted = FittedSolver((0.0, 0.4, 1.0), ((1.0, 0.4), (1.0, 0.7, -0.1)))
     x = torch.zeros(B, *DIMS)
     for grid in (grids(), token_grids()):
         with pytest.raises(ValueError, match="a fitted solver brings its own times"):
             fm.sample(B, field, int_method=fitted, time_steps=grid)
-        with pytest.raises(ValueError, match="one grid is wanted here"):
-            FlowMatching(DIMS, "sde").step_log_prob(x, x, x, 0, time_steps=grid)
+    with pytest.raises(ValueError, match="not for times or weights of each token"):
+        FlowMatching(DIMS, "sde").step_log_prob(x, x, x, 0, time_steps=token_grids())
     guided = {"use_classifier_free_guidance": True, "unguided_step_fn": other}
     for weight in ([[1.0]], [[[1.0]]]):
         with pytest.raises(ValueError, match="fit and compare with one for all"):

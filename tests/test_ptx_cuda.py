@@ -35,7 +35,7 @@ def cuda(half: cuda_runtime.CudaHalf, request: pytest.FixtureRequest) -> Iterato
 
 def test_every_kernel_is_registered(cuda: cuda_runtime.CudaHalf) -> None:
     """The host's code knows as many kernels as there are in the PTX."""
-    assert cuda.double.double_kernel_count() == len(cuda.names()) == 312 + 8 + 18  # of fused_step, noise, log_prob
+    assert cuda.double.double_kernel_count() == len(cuda.names()) == 312 + 8 + 36  # of fused_step, noise, log_prob
 
 
 def test_steps(cuda: cuda_runtime.CudaHalf) -> None:
@@ -129,8 +129,8 @@ def test_keyed_noise(cuda: cuda_runtime.CudaHalf) -> None:
 def test_step_log_prob(cuda: cuda_runtime.CudaHalf) -> None:
     """Every pair of dtypes, lanes that are filled or not; one launch, none for an empty batch."""
     assert cases.log_probs(cuda.step_log_prob_, log_prob_operands.PAIRS, [31, 1023, 1032, 2048]) == []
-    assert len(cuda.launches) == 72
-    assert len({launch.name for launch in cuda.launches}) == 18
+    assert len(cuda.launches) == 108
+    assert len({launch.name for launch in cuda.launches}) == 36
     x = torch.empty(0, 4)
     cuda.step_log_prob_(torch.empty(0), x, x, x, *log_prob_operands.tables(torch.float32), 0)
 

@@ -104,7 +104,8 @@ def test_keyed_noise(arch: int) -> None:
 @pytest.mark.parametrize("arch", [90, 100], ids=["sm_90", "sm_100"])
 def test_step_log_prob(arch: int) -> None:
     """Lanes that are filled or not, over the warps of a block and its shared memory; one launch."""
-    pairs = [(torch.float32, torch.bfloat16), (torch.float64, torch.float64)]
+    pairs = [(torch.float32, torch.bfloat16), (torch.float64, torch.float64), (torch.float16, torch.float16)]
     with executing(triton_log_prob.step_log_prob_kernel, arch, NOTHING_FIRST) as driver:
         assert cases.log_probs(triton_log_prob.step_log_prob_, pairs, [31, 1023, 2048]) == []
-        assert accesses(driver) == [*[1] * 4, 4, 1, *[1] * 4, 2, 1]
+        assert accesses(driver) == [vector for most in (4, 2, 4) for vector in [*[1] * 6, most, 1, most]]
+        assert [launch.arguments["own_rows"] for launch in driver.launches] == [0, 0, 1] * 9

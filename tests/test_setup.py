@@ -373,4 +373,4 @@ def test_only_its_own_capsule_is_taken():
         with pytest.raises((TypeError, ValueError), match="PyCapsule"):
             extension.keyed_noise_cuda(wrong, *[0] * 7)
         with pytest.raises((TypeError, ValueError), match="PyCapsule"):
-            extension.step_log_prob_cuda(wrong, *[0] * 11)
+            extension.step_log_prob_cuda(wrong, *[0] * 12)

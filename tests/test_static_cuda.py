@@ -85,7 +85,7 @@ def test_no_contraction_in_ptx(arch: str) -> None:
 def other_rows(request: pytest.FixtureRequest) -> list[static.Row]:
     """Of keyed noise and step_log_prob on an architecture."""
     with build_cache.lock(f"nvcc-others-{request.param}"):
-        return list(static.other_ops([request.param]))
+        return list(static.other_ops("cuda", [request.param]))
 
 
 @pytest.mark.parametrize("other_rows", ARCHS, indirect=True)
@@ -101,7 +101,7 @@ def test_rows_of_noise_and_log_prob(other_rows: list[static.Row]) -> None:
         size = row.least_bytes_per_element
         assert row.stores == (f"{1 + (size == 8)}x{min(16, 4 * size)}" if row.aligned else f"4x{size}"), row
     log_prob = [row for row in other_rows if row.kernel == "cuda step_log_prob"]
-    assert len(log_prob) == 2 * sum(map(len, VELOCITY_DTYPES.values()))
+    assert len(log_prob) == 2 * 2 * sum(map(len, VELOCITY_DTYPES.values()))
     for row in log_prob:
         lanes = 1024 * (8 if row.state == "float64" else 4)
         # A barrier a level, unrolled; from sm_80 on CUDA keeps 1024 bytes for itself.

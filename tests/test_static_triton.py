@@ -13,7 +13,14 @@ pytest.importorskip("triton", reason="Triton is not installed: its kernel is not
 
 from bench import static
 from bench.static import Row, Specialisation, compile_triton, contractions, instructions, measure, picked_by_sample
-from flowmatch_kernels.ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, PROMOTE, WEIGHTED, arithmetic_dtype
+from flowmatch_kernels.ops.fused_step import (
+    FROM_GUIDED,
+    FROM_UNGUIDED,
+    PROMOTE,
+    VELOCITY_DTYPES,
+    WEIGHTED,
+    arithmetic_dtype,
+)
 
 pytestmark = pytest.mark.usefixtures("kept_disassemblies")
 
@@ -143,6 +150,36 @@ def test_all_that_sample_can_pick(arch: str) -> None:
         check(measure("triton", arch, specialisation), specialisation)
 
 
+@pytest.mark.parametrize("arch", ["sm_90", *[pytest.param(a, marks=pytest.mark.full) for a in ARCHS if a != "sm_90"]])
+def test_rows_of_noise_and_log_prob(arch: str) -> None:
+    """Nothing local; registers for 12 blocks of 128 threads, and 4 of 256; the least bytes, whole where they can be."""
+    rows = list(static.other_ops("triton", [arch]))
+    noise = [row for row in rows if row.kernel == "triton keyed_noise"]
+    assert len(noise) == 8
+    for row in noise:
+        size = row.least_bytes_per_element
+        # Four float64 are two accesses, which Triton shares out to threads otherwise than it computes them.
+        exchanged = (128 * 4 * 4, 1) if row.aligned and size == 8 else (0, 0)
+        assert (row.local_bytes, row.shared_bytes, row.barriers) == (0, *exchanged), row
+        assert row.registers <= 48 if arch == "gfx942" else row.registers <= 40, row
+        assert row.bytes_per_element == size, row
+        assert row.stores == (f"{1 + (size == 8)}x{min(16, 4 * size)}" if row.aligned else f"4x{size}"), row
+        assert row.coefficient_loads in (3, None), row
+    log_prob = [row for row in rows if row.kernel == "triton step_log_prob"]
+    assert len(log_prob) == 2 * sum(map(len, VELOCITY_DTYPES.values()))
+    for row in log_prob:
+        state, velocity = (getattr(torch, name) for name in (row.state, row.velocity))
+        assert row.local_bytes == 0, row
+        assert row.registers <= 64, row
+        # One exchange a level that spans warps, in memory that the next reuses.
+        assert row.shared_bytes <= 4096 and 0 < row.barriers <= 8, row
+        assert row.stores == ("1x8" if row.state == "float64" else "1x4"), row
+        vector = min(4, 16 // state.itemsize) if row.aligned else 1
+        sizes = [size * vector for size in (state.itemsize, velocity.itemsize, state.itemsize)]
+        if arch != "gfx942":  # there the row is among the loads
+            assert (row.loads, row.coefficient_loads) == (by_width(sizes * (4 // vector)), 4), row
+
+
 @pytest.mark.parametrize("arch", NVIDIA)
 @pytest.mark.parametrize(("state", "velocity"), [(F32, F32), (F32, BF16), (BF16, BF16), (F64, F32)], ids=str)
 def test_loads_are_issued_before_one_is_waited_for(state: torch.dtype, velocity: torch.dtype, arch: str) -> None:
@@ -199,6 +236,7 @@ def test_command(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["static", "--directory", str(tmp_path), "--arch", "sm_90", "--jobs", "1"])
     monkeypatch.setattr(static, "ProcessPoolExecutor", Serial)
     monkeypatch.setattr(static, "KERNELS", {"triton": static.KERNELS["triton"]})
+    monkeypatch.setattr(static, "other_ops", lambda kernel, archs: [])
     static.main()
     table = json.loads((tmp_path / "static.json").read_text())
     assert [(row["guidance"], row["operands"]) for row in table] == [("-", "-"), ("from unguided", "u trajectory")]

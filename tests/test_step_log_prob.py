@@ -1,16 +1,18 @@
 """The log-probability of a step: bits on every backend and in any batch, accuracy, gradients, what watches, errors."""
 
+import itertools
 import math
 from pathlib import Path
 
 import interpreted
 import pytest
 import torch
-from log_prob_operands import PAIRS, SIZES, drawn, tables
+from log_prob_operands import PAIRS, SIZES, alone, drawn, own_tables, tables
 from operands import LAYOUTS, Guarded, assert_same_bits, laid_out
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
+from bench import static
 from flowmatch_kernels import use_backend
 from flowmatch_kernels.ops import dispatch, native
 from flowmatch_kernels.ops.fused_step import VELOCITY_DTYPES, dense
@@ -22,17 +24,19 @@ BACKENDS = ["cpu", "reference"]
 OP = torch.ops.flowmatch_kernels.step_log_prob
 
 on_each_backend = pytest.mark.parametrize("backend", BACKENDS)
+one_row_or_own = pytest.mark.parametrize("own_rows", [False, True], ids=["one row", "own rows"])
 
 
 def by_definition(base, v, next, coefficients, densities, row):
     """The contract, element by element, in Python's floats: float64 only."""
-    a, b0 = coefficients[row, :2].tolist()
-    scale, offset = densities[row].tolist()
+    own_rows = coefficients.dim() == 3
     out = []
-    for x, h, y in zip(*(t.reshape(t.shape[0], -1).tolist() for t in (base, v, next)), strict=True):
+    for b, (x, h, y) in enumerate(zip(*(t.reshape(t.shape[0], -1).tolist() for t in (base, v, next)), strict=True)):
+        a, b0, *_ = (coefficients[row, b] if own_rows else coefficients[row]).tolist()
+        scale, offset = (densities[row, b] if own_rows else densities[row]).tolist()
         lanes = [0.0] * LANES
         for i in range(len(x)):
-            d = y[i] - (a * x[i] + b0 * h[i])
+            d = 0.0 if own_rows and scale == 0.0 else y[i] - (a * x[i] + b0 * h[i])
             lanes[i % LANES] = lanes[i % LANES] + d * d
         width = LANES
         while width > 1:
@@ -46,9 +50,10 @@ def by_definition(base, v, next, coefficients, densities, row):
 
 
 @on_each_backend
-def test_definition(backend):
+@one_row_or_own
+def test_definition(backend, own_rows):
     for n in SIZES:
-        operands = drawn([3, n], torch.float64, torch.float64, seed=n)
+        operands = drawn([3, n], torch.float64, torch.float64, seed=n, own_rows=own_rows)
         assert_same_bits(dispatch.step_log_prob(*operands, 1, backend), by_definition(*operands, 1), n)
 
 
@@ -58,15 +63,15 @@ def test_instruction_sets(state, velocity, level):
     """Each loop of csrc/step_log_prob_cpu.cpp, into guarded NaN; a machine without one takes the next narrower."""
     for n in SIZES:
         for samples in (1, 2, 5):
-            for special in (False, True):
-                base, v, next, coefficients, densities = drawn([samples, n], state, velocity, special, n)
+            for special, own_rows in ((False, False), (True, False), (True, True)):
+                base, v, next, coefficients, densities = drawn([samples, n], state, velocity, special, n, own_rows)
                 out = Guarded([samples], coefficients.dtype)
                 addresses = (x.data_ptr() for x in (out.tensor, base, v, next, coefficients[1], densities[1]))
                 dtypes = native.DTYPES[state], native.DTYPES[velocity]
-                native._C.step_log_prob(*addresses, *dtypes, samples, n, level=level)
+                native._C.step_log_prob(*addresses, *dtypes, samples, n, own_rows, level=level)
                 assert out.intact()
                 wanted = reference(base, v, next, coefficients, densities, 1)
-                assert_same_bits(out.tensor, wanted, f"{samples} x {n}, special={special}")
+                assert_same_bits(out.tensor, wanted, f"{samples} x {n}, special={special}, own_rows={own_rows}")
 
 
 @on_each_backend
@@ -123,11 +128,51 @@ def test_a_sample_is_the_same_everywhere(backend, dtype):
                 assert_same_bits(one, other[part])
 
 
+@on_each_backend
+@pytest.mark.parametrize("state, velocity", PAIRS, ids=str)
+def test_own_rows_are_separate_calls(backend, state, velocity):
+    """Values and gradients: each sample's as alone, with its row as the one for all; any part of a batch too."""
+    for shape in ((5, 7), (4, 3, LANES // 3 + 1), (3,)):
+        operands = drawn(shape, state, velocity, seed=shape[0], own_rows=True)
+        given = [*(x.requires_grad_() for x in operands[:3]), *operands[3:]]
+        whole = dispatch.step_log_prob(*given, 1, backend)
+        gradients = torch.autograd.grad(whole.sum(), given[:3])
+        assert_same_bits(whole[1], torch.zeros_like(whole[1]), "held, with a velocity that is NaN")
+        assert all(gradient[1].eq(0).all() for gradient in gradients)
+        for b in [b for b in range(shape[0]) if b != 1]:
+            one = [x.detach() for x in alone(operands, b)]
+            got = dispatch.step_log_prob(*(x.requires_grad_() for x in one[:3]), *one[3:], 1, backend)
+            assert_same_bits(whole[b : b + 1].detach(), got.detach(), f"sample {b}")
+            for mine, its in zip(torch.autograd.grad(got.sum(), one[:3]), gradients, strict=True):
+                assert_same_bits(mine, its[b : b + 1], f"sample {b}")
+        part = [2, 1, 2]
+        some = [*(x.detach()[part] for x in operands[:3]), *(table[:, part].contiguous() for table in operands[3:])]
+        assert_same_bits(dispatch.step_log_prob(*some, 1, backend), whole.detach()[part])
+
+
+@on_each_backend
+def test_held(backend):
+    """Scale 0 leaves the offset alone, +0.0 of HELD, whatever is NaN; with one row for all it is a factor."""
+    bad = torch.tensor([[math.nan, 1.0], [math.inf, 1.0], [-math.inf, 1.0], [-0.0, 1.0]])
+    coefficients = torch.tensor([[1.0, *[0.0] * 7]])
+    for k in range(3):
+        for scale, offset in ((0.0, 0.0), (-0.0, 0.0), (-0.0, -0.0), (0.0, 1.5)):
+            given = [torch.ones(4, 2), torch.ones(4, 2), torch.ones(4, 2)]
+            given[k] = bad.clone()
+            densities = torch.tensor([[scale, offset]])
+            own = (table.unsqueeze(1).repeat(1, 4, 1) for table in (coefficients, densities))
+            got = dispatch.step_log_prob(*given, *own, 0, backend)
+            wanted = torch.tensor([scale]) * 0.0 + torch.tensor([offset])
+            assert_same_bits(got, wanted.expand(4), f"{k} {scale} {offset}")
+            for_all = dispatch.step_log_prob(*given, coefficients, densities, 0, backend)
+            assert for_all[: 3 if k != 1 else 0].isnan().all()
+
+
 def test_threads():
     """Samples shared out to threads; sizes where one is a thread's share, and where many are."""
     before = torch.get_num_threads()
-    for shape in ((301, 1001), (3, 70001), (40, 40000)):
-        operands = drawn(shape, torch.float32, torch.float32)
+    for shape, own_rows in itertools.product(((301, 1001), (3, 70001), (40, 40000)), (False, True)):
+        operands = drawn(shape, torch.float32, torch.float32, own_rows=own_rows)
         wanted = reference(*operands, 0)
         for threads in (1, 2):
             torch.set_num_threads(threads)
@@ -148,28 +193,19 @@ def test_shapes(backend):
 
 
 def test_triton_interpreter():
-    assert interpreted.run(CASES) == "76 cases\n"
+    assert interpreted.run(CASES) == "114 cases\n"
 
 
-@pytest.mark.parametrize("vector", [1, 4])
-def test_triton_does_not_contract(vector):
-    """The PTX: each operation rounded to nearest, no FMA; with `vector` accesses of 16 bytes, one load each of 4."""
-    triton = pytest.importorskip("triton", reason="Triton is not installed: its kernel is not tested")
-    from triton.backends.compiler import GPUTarget
-
-    from flowmatch_kernels.ops import triton as launch
-    from flowmatch_kernels.ops import triton_log_prob
-
-    signature = dict.fromkeys(("out", "base", "v", "next", "coefficients", "densities"), "*fp32")
-    signature |= dict.fromkeys(("row", "elements"), "i64") | dict.fromkeys(("VECTOR", "LANES", "LEVELS"), "constexpr")
-    constants = {"VECTOR": vector, "LANES": LANES, "LEVELS": 10}
-    source = triton.compiler.ASTSource(triton_log_prob.step_log_prob_kernel, signature, constants)
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.launch_options(32)).asm["ptx"]
-    assert ptx.count("div.rn.f32") == 1 and ptx.count("sub.rn.f32") == 8  # of 1024 / 128 elements of a thread
-    assert ptx.count("mul.rn.f32") == 25 and ptx.count("add.rn.f32") > 25
+@pytest.mark.parametrize("aligned", [False, True])
+def test_triton_does_not_contract(aligned):
+    """The PTX: each operation rounded to nearest, no FMA; where it can be, one load of 16 bytes of each operand."""
+    pytest.importorskip("triton", reason="Triton is not installed: its kernel is not tested")
+    ptx = static.compile_step_log_prob(torch.float32, torch.float32, aligned, "sm_90").assembly
+    assert ptx.count("div.rn.f32") == 1 and ptx.count("sub.rn.f32") == 4  # of 1024 / 256 elements of a thread
+    assert ptx.count("mul.rn.f32") == 13 and ptx.count("add.rn.f32") > 13
     for wrong in ("fma", ".ftz", ".approx", "mul.f32", "add.f32", "sub.f32", "div.full", ".local", "f64"):
         assert wrong not in ptx, wrong
-    assert ptx.count("ld.global.v4.b32") == (6 if vector == 4 else 0)
+    assert ptx.count("ld.global.v4.b32") == (3 if aligned else 0)
 
 
 # ---- accuracy ----
@@ -206,12 +242,28 @@ def test_density():
 # ---- gradients ----
 
 
-def test_gradcheck():
-    base, v, next, *table = drawn([3, 4], torch.float64, torch.float64)
+@one_row_or_own
+def test_gradcheck(own_rows):
+    base, v, next, *_ = drawn([3, 4], torch.float64, torch.float64)
+    table = own_tables(torch.float64, 3) if own_rows else tables(torch.float64)
     given = [x.requires_grad_() for x in (base / 8, v / 8, next / 8)]
     function = lambda *x: OP(*x, *table, 1)  # noqa: E731
     assert torch.autograd.gradcheck(function, given)
     assert torch.autograd.gradgradcheck(function, given)
+
+
+def test_gradients_of_what_is_held():
+    """0, whatever comes back and whatever the operands hold; of the gradient too."""
+    for weight in (1.0, math.inf, math.nan):
+        base, v, next, *table = drawn([3, 4], torch.float64, torch.float64, own_rows=True)
+        given = [x.requires_grad_() for x in (base, v, next)]
+        gradients = torch.autograd.grad(OP(*given, *table, 1)[1] * weight, given, create_graph=True)
+        assert all(gradient[1].eq(0).all() for gradient in gradients)
+        if math.isfinite(weight):
+            again = torch.autograd.grad(sum(gradient[1].sum() for gradient in gradients), given)
+            assert all(gradient[1].eq(0).all() for gradient in again)
+    by_name = torch.func.grad(lambda h: dispatch.step_log_prob(base.detach(), h, next.detach(), *table, 1)[1])
+    assert by_name(v.detach())[1].eq(0).all()
 
 
 @on_each_backend
@@ -259,15 +311,18 @@ def test_no_gradient_is_silently_zero():
 # ---- what watches ----
 
 
-def test_op():
-    base, v, next, *table = drawn([3, 4], torch.float32, torch.bfloat16)
+@one_row_or_own
+def test_op(own_rows):
+    base, v, next, *table = drawn([3, 4], torch.float32, torch.bfloat16, own_rows=own_rows)
     for backend in ("auto", *BACKENDS):
-        torch.library.opcheck(OP.default, (base, v.clone().requires_grad_(), next, *table, 1, backend))
+        velocity = v.clone().requires_grad_()
+        torch.library.opcheck(OP.default, (base, velocity, next, *table, 1, backend))
         assert_same_bits(OP(base, v, next, *table, 1, backend), reference(base, v, next, *table, 1))
 
 
-def test_fake_and_meta():
-    base, v, next, *table = drawn([3, 4], torch.float32, torch.bfloat16)
+@one_row_or_own
+def test_fake_and_meta(own_rows):
+    base, v, next, *table = drawn([3, 4], torch.float32, torch.bfloat16, own_rows=own_rows)
     for state, wanted in ((base, torch.float32), (base.bfloat16(), torch.float32), (base.double(), torch.float64)):
         given = (state, v, next.to(state.dtype), *(t.to(wanted) for t in table))
         with FakeTensorMode() as mode:
@@ -277,8 +332,9 @@ def test_fake_and_meta():
     assert got.is_meta and got.shape == (3,)
 
 
+@one_row_or_own
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
-def test_compiled(compiler):
+def test_compiled(compiler, own_rows):
     """One graph, which holds the op with the backend it was traced with; gradients too."""
     graphs = []
 
@@ -286,12 +342,13 @@ def test_compiled(compiler):
         graphs.append(graph)
         return torch._dynamo.lookup_backend(compiler)(graph, inputs)
 
-    base, v, next, *table = drawn([3, 4], torch.float32, torch.float32)
+    base, v, next, *_ = drawn([3, 4], torch.float32, torch.float32)
+    table = own_tables(torch.float32, 3) if own_rows else tables(torch.float32)
     for backend in BACKENDS:
         torch.compiler.reset()
 
         def function(h, backend=backend):
-            return dispatch.step_log_prob(base, h, next, *table, 0, backend)
+            return dispatch.step_log_prob(base, h, next, *table, 1, backend)
 
         compiled, h, other = torch.compile(function, backend=keep, fullgraph=True), *(v.clone() for _ in range(2))
         got, wanted = compiled(h.requires_grad_()), function(other.requires_grad_())
@@ -306,9 +363,11 @@ def test_compiled(compiler):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_transforms():
+@one_row_or_own
+def test_transforms(own_rows):
     """The reference, in PyTorch's own operations; the op itself under vmap is a loop over it."""
-    base, v, next, *table = drawn([3, 4], torch.float32, torch.float32)
+    base, v, next, *_ = drawn([3, 4], torch.float32, torch.float32)
+    table = own_tables(torch.float32, 3) if own_rows else tables(torch.float32)
     many = torch.stack([v, 2 * v, -v])
     wanted = torch.stack([reference(base, h, next, *table, 0) for h in many])
     for function in (dispatch.step_log_prob, OP):
@@ -326,6 +385,9 @@ def test_transforms():
 
 X = torch.zeros(2, 3)
 T, D = tables(torch.float32)
+OWN, OF_TOKENS = own_tables(torch.float32, 2), own_tables(torch.float32, 6)
+NO_NOISE = OWN[1].clone()
+NO_NOISE[0, 1] = torch.tensor([-math.inf, math.inf])
 
 
 @pytest.mark.parametrize(
@@ -340,9 +402,20 @@ T, D = tables(torch.float32)
         ({"next": X[:1]}, ValueError, r"next must have base's shape \[2, 3\], got \[1, 3\]"),
         ({"next": X.to("meta")}, ValueError, "next must be on base's device cpu, got meta"),
         ({"densities": D.to("meta")}, ValueError, "densities must be on base's device cpu, got meta"),
-        ({"coefficients": T[:, :7]}, ValueError, r"coefficients must be contiguous, \[rows, 8\], got \[2, 7\]"),
-        ({"densities": T[:, :2]}, ValueError, r"densities must be contiguous, \[rows, 2\], got \[2, 2\]"),
-        ({"densities": D[0]}, ValueError, r"densities must be contiguous, \[rows, 2\], got \[2\]"),
+        ({"coefficients": T[:, :7]}, ValueError, r"contiguous, \[rows, 8\] or \[rows, B, 8\], got \[2, 7\]"),
+        ({"densities": T[:, :2]}, ValueError, r"contiguous, \[rows, 2\] or \[rows, B, 2\], got \[2, 2\]"),
+        ({"densities": D[0]}, ValueError, r"contiguous, \[rows, 2\] or \[rows, B, 2\], got \[2\]"),
+        ({"coefficients": OWN[0]}, ValueError, r"both one for each: got \[2, 2, 8\] and \[2, 2\]"),
+        ({"densities": OWN[1]}, ValueError, r"both one for each: got \[2, 8\] and \[2, 2, 2\]"),
+        ({"coefficients": OWN[0].mT.contiguous().mT}, ValueError, r"contiguous.*got \[2, 2, 8\]"),
+        ({"coefficients": OF_TOKENS[0]}, ValueError, r"each of the 2 samples of a state \[2, 3\], got \[2, 6, 8\]"),
+        ({"coefficients": OWN[0], "densities": OF_TOKENS[1]}, ValueError, r"densities.*each of the 2.*got \[2, 6, 2\]"),
+        (
+            {"coefficients": OWN[0], "densities": NO_NOISE},
+            ValueError,
+            r"densities\[0\]\[1\] must be finite, got .*-inf",
+        ),
+        ({"coefficients": OWN[0], "densities": OWN[1], "row": 2}, ValueError, r"row must be in \[0, 2\)"),
         ({"row": 2}, ValueError, r"row must be in \[0, 2\) of coefficients, got 2"),
         ({"row": -1}, ValueError, r"row must be in \[0, 2\) of coefficients, got -1"),
         ({"densities": D[:1], "row": 1}, ValueError, r"row must be in \[0, 1\) of densities, got 1"),

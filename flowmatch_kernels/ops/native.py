@@ -188,8 +188,8 @@ def step_log_prob_(
     given = (
         out.data_ptr(),
         *[x.data_ptr() for x in read],
-        *[table.data_ptr() + row * table.shape[1] * table.element_size() for table in (coefficients, densities)],
-        *(DTYPES[base.dtype], DTYPES[v.dtype], samples, base.numel() // samples),
+        *[table.data_ptr() + row * table.stride(0) * table.element_size() for table in (coefficients, densities)],
+        *(DTYPES[base.dtype], DTYPES[v.dtype], samples, base.numel() // samples, coefficients.dim() == 3),
     )
     if out.is_cuda:
         _C.step_log_prob_cuda(_launch("launch_log_prob"), out.get_device(), *given)

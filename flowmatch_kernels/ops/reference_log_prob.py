@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .step_log_prob import LANES, difference, elements
+from .step_log_prob import LANES, columns, difference, elements
 
 
 def step_log_prob_(
@@ -21,7 +21,7 @@ def step_log_prob_(
 def step_log_prob(base: Tensor, v: Tensor, next: Tensor, coefficients: Tensor, densities: Tensor, row: int) -> Tensor:
     """sum(d*d) / n * scale + offset of each sample, [B], in the order of the contract; a new tensor."""
     samples, n = base.shape[0], elements(base)
-    d = difference(base, v, next, coefficients, row).reshape(samples, n)
+    d = difference(base, v, next, coefficients, densities, row).reshape(samples, n)
     squares = torch.nn.functional.pad(d * d, (0, -n % LANES))  # x + 0 is x: no square is -0
     lanes, *others = squares.split(LANES, dim=1)
     for other in others:
@@ -29,7 +29,7 @@ def step_log_prob(base: Tensor, v: Tensor, next: Tensor, coefficients: Tensor, d
     while lanes.shape[1] > 1:
         lower, upper = lanes.chunk(2, dim=1)
         lanes = lower + upper
-    scale, offset = densities.select(0, row).view(len(densities[0]), 1).unbind()
+    scale, offset = columns(densities, row, 1)
     # A tensor: CUDA's division by a number is a product with its inverse.
     count = torch.full([1], n, dtype=densities.dtype, device=base.device)
     return lanes.squeeze(1) / count * scale + offset

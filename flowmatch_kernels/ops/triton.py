@@ -21,19 +21,19 @@ from .triton_normals import normals, words
 
 #: Elements of a block without 16-byte accesses, and threads of every block.
 _SCALAR_BLOCK = 512
-_THREADS = 128
+THREADS = 128
 
 
-def launch_options(warp_size: int) -> dict[str, object]:
+def launch_options(warp_size: int = 64 if torch.version.hip else 32, threads: int = THREADS) -> dict[str, object]:
     """How to compile for a device with warps of 32 threads (NVIDIA) or 64 (AMD's CDNA).
 
     128 threads either way, each of which makes one 16-byte access an operand. Rounding stays as written only
     without contraction: said here, since Triton's default for it has changed before.
     """
-    return {"num_warps": _THREADS // warp_size, "enable_fp_fusion": False}
+    return {"num_warps": threads // warp_size, "enable_fp_fusion": False}
 
 
-_LAUNCH_OPTIONS = launch_options(64 if torch.version.hip else 32)
+_LAUNCH_OPTIONS = launch_options()
 
 _WEIGHTED, _FROM_UNGUIDED = tl.constexpr(WEIGHTED), tl.constexpr(FROM_UNGUIDED)
 
@@ -363,7 +363,7 @@ def fused_step_kernel(
 
 def block(vector: int) -> int:
     """Elements of a block: one 16-byte access of the widest operand for each of 128 threads."""
-    return _THREADS * vector if vector > 1 else _SCALAR_BLOCK
+    return THREADS * vector if vector > 1 else _SCALAR_BLOCK
 
 
 def elements_per_access(dtypes: list[torch.dtype | None]) -> int:

@@ -13,9 +13,13 @@ from torch import Tensor
 
 from .fused_step import dense
 from .step_log_prob import LANES
-from .triton import _LAUNCH_OPTIONS, _elements, _widened
+from .triton import _elements, _widened, launch_options
 
-_RUNTIME_ARGUMENTS = ("out", "base", "v", "next", "coefficients", "densities", "row", "elements")
+#: Of a block. A thread has four lanes: with eight, of single elements, it took 128 registers, and spilled on sm_120.
+THREADS = 256
+_LAUNCH_OPTIONS = launch_options(threads=THREADS)
+
+_RUNTIME_ARGUMENTS = ("out", "base", "v", "next", "coefficients", "densities", "row", "elements", "own_rows")
 
 
 @triton.jit(do_not_specialize=_RUNTIME_ARGUMENTS)
@@ -28,6 +32,7 @@ def step_log_prob_kernel(
     densities,
     row: tl.int64,
     elements: tl.int64,
+    own_rows: tl.int64,
     VECTOR: tl.constexpr,
     LANES: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -40,18 +45,21 @@ def step_log_prob_kernel(
         out: A[samples].
         base, next: S[samples, elements].
         v: V[samples, elements].
-        coefficients: A[rows, 8].
-        densities: A[rows, 2].
-        row: Which row of both.
+        coefficients: A[rows, 8], or with rows of their own A[rows, samples, 8].
+        densities: A[rows, 2], or A[rows, samples, 2].
+        row: Which row of both, the first of several.
         elements: Of one sample, at least 1.
+        own_rows: 1: each sample has rows of its own; 0: one row for all.
         VECTOR: Elements of one access, or 1. With more than 1, elements is a multiple of VECTOR, and each pointer of
             VECTOR elements.
         LANES: Partial sums, 2^LEVELS.
     """
     A: tl.constexpr = coefficients.dtype.element_ty
-    row, elements = row.to(tl.int64), elements.to(tl.int64)  # the interpreter passes a small integer as int32
+    # The interpreter passes a small integer as int32.
+    row, elements, own_rows = row.to(tl.int64), elements.to(tl.int64), own_rows.to(tl.int64)
     sample = tl.program_id(0).to(tl.int64)
     start = sample * elements
+    row += sample * own_rows
     a = tl.load(coefficients + row * 8)
     b0 = tl.load(coefficients + row * 8 + 1)
     lane = tl.arange(0, LANES)
@@ -70,6 +78,7 @@ def step_log_prob_kernel(
     for k in tl.static_range(1, LEVELS + 1):
         lanes = tl.sum(tl.reshape(lanes, [2, LANES >> k]), axis=0)
     scale = tl.load(densities + row * 2)
+    lanes = tl.where((own_rows != 0) & (scale == 0), 0.0, lanes)
     count = elements.to(A)
     mean = tl.div_rn(lanes, count) if A == tl.float32 else lanes / count
     tl.store(out + sample + tl.arange(0, 1), mean * scale + tl.load(densities + row * 2 + 1))
@@ -87,9 +96,19 @@ def step_log_prob_(
         return
     base, v, next = dense(base), dense(v), dense(next)
     elements = base.numel() // samples
-    vector = 16 // base.element_size()
-    if (base.data_ptr() | v.data_ptr() | next.data_ptr()) % 16 or elements % vector:
-        vector = 1
-    arguments = out, base, v, next, coefficients, densities, row, elements
+    aligned = (base.data_ptr() | v.data_ptr() | next.data_ptr()) % 16 == 0 and elements % vector(base.dtype) == 0
+    own_rows = coefficients.dim() == 3
+    first = row * samples if own_rows else row
+    arguments = out, base, v, next, coefficients, densities, first, elements, int(own_rows)
     with torch.cuda.device(out.get_device()):  # -1, the CPU, changes nothing
-        step_log_prob_kernel[(samples,)](*arguments, vector, LANES, LANES.bit_length() - 1, **_LAUNCH_OPTIONS)
+        step_log_prob_kernel[(samples,)](*arguments, **constants(base.dtype, aligned), **_LAUNCH_OPTIONS)
+
+
+def vector(state: torch.dtype) -> int:
+    """Elements of one access: 16 bytes of a state, or a thread's lanes where they are fewer."""
+    return min(16 // state.itemsize, LANES // THREADS)
+
+
+def constants(state: torch.dtype, aligned: bool) -> dict[str, int]:
+    """The kernel's constants; `aligned`: samples are of whole accesses, and on their boundary."""
+    return {"VECTOR": vector(state) if aligned else 1, "LANES": LANES, "LEVELS": LANES.bit_length() - 1}

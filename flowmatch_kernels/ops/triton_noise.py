@@ -15,7 +15,7 @@ from .triton import _LAUNCH_OPTIONS, _elements, _rounded
 from .triton_normals import normals, words
 
 #: Counters of a block: one for each thread, of four elements.
-_BLOCK = 128
+BLOCK = 128
 
 
 @triton.jit(do_not_specialize=("out", "keys", "elements", "counters", "evaluation"))
@@ -71,6 +71,6 @@ def keyed_noise_(out: Tensor, keys: Tensor, evaluation: int) -> None:
     elements = out.numel() // out.shape[0]
     counters = out.shape[0] * ((elements + 3) // 4)
     fours = elements % 4 == 0 and out.data_ptr() % (4 * out.element_size()) == 0
-    arguments = out, keys, elements, counters, evaluation, fours, _BLOCK
+    arguments = out, keys, elements, counters, evaluation, fours, BLOCK
     with torch.cuda.device(out.get_device()):  # -1, the CPU, changes nothing
-        keyed_noise_kernel[(triton.cdiv(counters, _BLOCK),)](*arguments, **_LAUNCH_OPTIONS)
+        keyed_noise_kernel[(triton.cdiv(counters, BLOCK),)](*arguments, **_LAUNCH_OPTIONS)

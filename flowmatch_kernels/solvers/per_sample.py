@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..arguments import check_dense, number, row_name, spread
 from ..ops.fused_step import HELD
+from ..ops.step_log_prob import HELD as HELD_DENSITY
 from ..tracing import is_readable
 from .grid import on_host
 from .table import Table
@@ -125,14 +126,14 @@ def stacked(structure: Table, rows: Sequence[Row], which: Sequence[int], sizes: 
     Raises:
         ValueError: a row's solver reads other evaluations than this structure gives it.
     """
-    coefficients, times = [], []
+    coefficients, densities, times = [], [], []
     for name, grid, its_steps, table in rows:
         places = _places(structure, table, its_steps, name)
-        held = torch.tensor([HELD], dtype=structure.coefficients.dtype, device="cpu")
-        own = [] if table is None else [table.coefficients]
         none = 0 if table is None else len(table.evaluations)
-        taken = [none if place is None else place for place in places]
-        coefficients.append(torch.cat([*own, held]).index_select(0, torch.tensor(taken, device="cpu")))
+        taken = torch.tensor([none if place is None else place for place in places], device="cpu")
+        coefficients.append(_or_held(None if table is None else table.coefficients, HELD, structure, taken))
+        if structure.densities is not None:
+            densities.append(_or_held(None if table is None else table.densities, HELD_DENSITY, structure, taken))
         # Entries of the grid; then the times of the stages.
         known = grid if table is None else torch.cat([grid, table.times])
         entries = list(range(len(structure.times)))
@@ -147,9 +148,15 @@ def stacked(structure: Table, rows: Sequence[Row], which: Sequence[int], sizes: 
     return structure._replace(
         coefficients=torch.stack(coefficients, dim=1).index_select(1, index),
         times=torch.stack(times, dim=1).index_select(1, index).view(-1, *sizes),
-        densities=None,
+        densities=torch.stack(densities, dim=1).index_select(1, index) if densities else None,
         sizes=sizes,
     )
+
+
+def _or_held(rows: Tensor | None, held: Sequence[float], structure: Table, taken: Tensor) -> Tensor:
+    """Rows of a table, by their numbers; the number after the last stands for the row `held`."""
+    last = torch.tensor([held], dtype=structure.coefficients.dtype, device="cpu")
+    return (last if rows is None else torch.cat([rows, last])).index_select(0, taken)
 
 
 def _places(structure: Table, table: Table | None, steps: tuple[int, ...], name: str) -> list[int | None]:

@@ -161,7 +161,11 @@ class Request(NamedTuple):
             uniform = torch.linspace(*ends, steps + 1, dtype=torch.float64, device="cpu")
             structure = plain._replace(time_steps=uniform, step_sizes=None).make()
         table = stacked(structure, rows, which, sizes)
-        return table._replace(coefficients=table.coefficients.to(self.device), times=table.times.to(self.device))
+        return table._replace(
+            coefficients=table.coefficients.to(self.device),
+            times=table.times.to(self.device),
+            densities=None if table.densities is None else table.densities.to(self.device),
+        )
 
     def _grid(self) -> Grid:
         """The time grid."""

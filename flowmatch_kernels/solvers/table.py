@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import guidance
 from ..guidance import Form, Weight
 from ..ops import reference
-from ..ops.fused_step import COLUMNS
+from ..ops.fused_step import COLUMNS, HELD
 from ..tracing import is_readable
 from .fitted import FittedSolver
 from .grid import Grid, on_host
@@ -66,9 +66,9 @@ class Table(NamedTuple):
     noise: int | None = None
     """The history buffer that takes the noise of a step, where the solver adds noise."""
     densities: Tensor | None = None
-    """[E, 2], with noise: scale and offset of each row, as `ops.step_log_prob` takes them."""
-    noiseless: tuple[int, ...] = ()
-    """With noise: rows that the host knows to add none."""
+    """[E, 2], with noise: scale and offset of each row, for `ops.step_log_prob`; of each sample, [E, B, 2]."""
+    noiseless: Mapping[int, Sequence[int]] = {}
+    """With noise: rows that the host knows to add none, and the samples; held ones, which have none, do not count."""
     weights: Sequence[Any] = ()
     """With guidance, its weight for each evaluation: a float, or where rows of their own differ a tuple of R."""
     units: tuple[tuple[bool, bool], ...] | None = None
@@ -87,13 +87,16 @@ class Table(NamedTuple):
         """This table, with what the host reads of its rows: one synchronisation on a GPU."""
         if not is_readable(self.coefficients):
             return self
-        if self.of_samples:
-            a, *_, c = self.coefficients.unbind(-1)
-            every = torch.stack([(a == 1).all(dim=1), (c == 0).all(dim=1)], dim=1)
-            return self._replace(units=tuple(map(tuple, every.tolist())), views={})
-        rows = self.coefficients.tolist()
-        units = tuple((row[0] == 1.0, row[7] == 0.0 and not self.sum_first) for row in rows)
-        noiseless = tuple(k for k, row in enumerate(rows) if self.noise is not None and row[NOISE] == 0.0)
+        rows = self.coefficients.cpu()
+        if not self.of_samples:
+            rows = rows.unsqueeze(1)
+        ones, zeros = (rows[..., 0] == 1).all(dim=1).tolist(), (rows[..., 7] == 0).all(dim=1).tolist()
+        units = tuple((a, c and not self.sum_first) for a, c in zip(ones, zeros, strict=True))
+        noiseless: dict[int, list[int]] = {}
+        if self.noise is not None:
+            held = (rows[..., :NOISE] == rows.new_tensor(HELD[:NOISE])).all(dim=-1)
+            for row, sample in ((rows[..., NOISE] == 0) & ~held).nonzero().tolist():
+                noiseless.setdefault(row, []).append(sample)
         return self._replace(units=units, views={}, noiseless=noiseless)
 
     def columns(self, dims: int) -> Sequence[reference.Columns]:
@@ -134,23 +137,31 @@ class Table(NamedTuple):
             on_host = given.tolist() if times is None or is_readable(given) else times()
             return [on_host[evaluation.time] for evaluation in self.evaluations]
 
-        rows = self.coefficients
+        rows, densities = self.coefficients, self.densities
         if sizes:
             weights, column = guidance.weights_of_rows(weight, sizes, steps, evaluated, rows.dtype)
-            rows = rows.view(-1, *self.sizes, *[1] * (len(sizes) - len(self.sizes)), len(COLUMNS))
-            rows = rows.expand(-1, *sizes, -1).flatten(1, -2)
+
+            def spread(table: Tensor) -> Tensor:
+                more = [1] * (len(sizes) - len(self.sizes))
+                return table.view(-1, *self.sizes, *more, table.shape[-1]).expand(-1, *sizes, -1).flatten(1, -2)
+
+            rows = spread(rows)
+            densities = None if densities is None else spread(densities).contiguous()
         else:
             weights = guidance.weights(weight, steps, evaluated, rows.dtype)
             column = guidance.column(weight, weights)
         if not weights:
-            return self._replace(coefficients=rows.contiguous(), views=self.views and {}, sizes=sizes)
+            coefficients = rows.contiguous()
+            return self._replace(coefficients=coefficients, densities=densities, views=self.views and {}, sizes=sizes)
         columns = torch.stack(
             [torch.full_like(column, w) if isinstance(w, float) else w for w in form.weights(column)], dim=-1
         )
         columns = columns.to(rows.dtype).to(rows.device)
         parts = [part(rows, 0, 5, dim=-1), columns, part(rows, 7, 8, dim=-1)]
         coefficients = torch.cat(parts, dim=-1)
-        return self._replace(coefficients=coefficients, weights=weights, views=self.views and {}, sizes=sizes)
+        return self._replace(
+            coefficients=coefficients, densities=densities, weights=weights, views=self.views and {}, sizes=sizes
+        )
 
 
 def build(

@@ -27,7 +27,7 @@ void keyed_noise_cuda(std::uintptr_t out, int dtype, std::uintptr_t keys, std::i
 // As flowmatch_kernels._C.step_log_prob_cuda, with the stream told.
 void step_log_prob_cuda(std::uintptr_t out, std::uintptr_t base, std::uintptr_t v, std::uintptr_t next,
                         std::uintptr_t row, std::uintptr_t density, int base_dtype, int velocity_dtype,
-                        std::int64_t samples, std::int64_t elements, int device, std::uintptr_t stream) {
+                        std::int64_t samples, std::int64_t elements, bool own_rows, int device, std::uintptr_t stream) {
   using namespace flowmatch_kernels;
   const LogProbOperands o{.out = pointer(out),
                           .base = pointer(base),
@@ -36,7 +36,8 @@ void step_log_prob_cuda(std::uintptr_t out, std::uintptr_t base, std::uintptr_t 
                           .row = pointer(row),
                           .density = pointer(density),
                           .samples = samples,
-                          .elements = elements};
+                          .elements = elements,
+                          .own_rows = own_rows};
   flowmatch_kernels::step_log_prob_cuda(o, static_cast<Dtype>(base_dtype), static_cast<Dtype>(velocity_dtype), device,
                                         pointer(stream));
 }
@@ -48,7 +49,7 @@ PYBIND11_MODULE(_host_cuda, m) {
   m.def("keyed_noise_cuda", &keyed_noise_cuda, arg("out"), arg("dtype"), arg("keys"), arg("samples"), arg("elements"),
         arg("evaluation"), arg("device") = 0, arg("stream") = 0);
   m.def("step_log_prob_cuda", &step_log_prob_cuda, arg("out"), arg("base"), arg("v"), arg("next"), arg("row"),
-        arg("density"), arg("base_dtype"), arg("velocity_dtype"), arg("samples"), arg("elements"), arg("device") = 0,
-        arg("stream") = 0);
+        arg("density"), arg("base_dtype"), arg("velocity_dtype"), arg("samples"), arg("elements"),
+        arg("own_rows") = false, arg("device") = 0, arg("stream") = 0);
   host_cuda::add_double(m);
 }

@@ -40,6 +40,7 @@ def step_log_prob_(
     _host.step_log_prob_cuda(
         *(x.data_ptr() for x in (out, base, v, next, coefficients[row], densities[row])),
         *(native.DTYPES[base.dtype], native.DTYPES[v.dtype], len(out), base.numel() // len(out)),
+        own_rows=coefficients.dim() == 3,
     )
 
 
@@ -91,6 +92,17 @@ def test_each_operand_of_a_log_prob_is_read_once(double) -> None:
             assert tables == {("c", table + k * size, size) for table in (ROW, DENSITY) for k in range(2)}
             double = _host.fresh()
             double.together, double.touch, double.record = True, False, True
+
+
+def test_rows_of_their_own(double) -> None:
+    """Of the last of many samples: its row and no other, beyond 2^32 bytes."""
+    samples = 2**31 - 1
+    double.touch, double.record, double.run = False, True, Run.ONE
+    double.one = 256 * (samples - 1)
+    _host.step_log_prob_cuda(OUT, BASE, V, NEXT, ROW, DENSITY, 0, 0, samples, 1024, own_rows=True)
+    first, density = ROW + (samples - 1) * 8 * 4, DENSITY + (samples - 1) * 2 * 4
+    wanted = {("c", begin + 4 * k, 4) for begin in (first, density) for k in range(2)}
+    assert {access for access in double.accesses if access[0] == "c"} == wanted
 
 
 @pytest.mark.parametrize("elements", [2**31 + 4, 2**33 + 8])

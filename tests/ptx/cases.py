@@ -171,20 +171,24 @@ def _written(op: Callable[[Tensor], None], out: Guarded, wanted: Tensor, case: s
 def log_probs(
     step_log_prob_: Callable[..., None], pairs: Iterable[tuple[torch.dtype, torch.dtype]], sizes: Iterable[int]
 ) -> list[str]:
-    """Where log-probabilities differ from `reference_log_prob`'s: on 16 bytes, and with one or all operands off."""
+    """Where log-probabilities differ from `reference_log_prob`'s: on 16 bytes, and with one or all operands off.
+
+    Three calls for each size: plain values, special ones with operands off, and rows of their own, one of them held.
+    """
     found, odd = [], itertools.cycle(("base", "v", "next", "all"))
     for state, velocity in pairs:
         for elements in sizes:
-            for special in (False, True):
-                off = next(odd) if special and elements % 8 == 0 else ""
-                *read, coefficients, densities = log_prob_operands.drawn([3, elements], state, velocity, special)
+            for special, own_rows in ((False, False), (True, False), (True, True)):
+                off = next(odd) if special and not own_rows and elements % 8 == 0 else ""
+                operands = log_prob_operands.drawn([3, elements], state, velocity, special, own_rows=own_rows)
+                *read, coefficients, densities = operands
                 given = {}
                 for name, x in zip(("base", "v", "next"), read, strict=True):
                     given[name] = Guarded(tuple(x.shape), x.dtype, aligned=off not in (name, "all")).tensor
                     given[name].copy_(x)
                 out = Guarded((3,), coefficients.dtype, aligned=True)
                 out.tensor.fill_(torch.nan)
-                case = f"[{elements} {state} {velocity} off={off!r} special={special}]"
+                case = f"[{elements} {state} {velocity} off={off!r} special={special} own_rows={own_rows}]"
                 wanted = reference_log_prob.step_log_prob(*read, coefficients, densities, 1)
                 operands = *given.values(), coefficients, densities, 1
                 found += _written(lambda out, operands=operands: step_log_prob_(out, *operands), out, wanted, case)

@@ -249,5 +249,5 @@ def host_on_a_gpu(plan: Plan) -> list[Target]:
     launch = "launch", "launch, cuda", "eager, two operators", "host, idle GPU driver: a launch by cuda", 1.15
     direct = "launch", "launch, direct", "eager, two operators", "host, idle GPU driver: a launch by triton", 1.9
     row = "sample", "sample(), direct", "eager loop", "host, idle GPU driver: a row of sample() by triton", 1.9
-    cuda = "sample", "rows, cuda", "eager loop", "host, idle GPU driver: a row of sample() by cuda", 1.6
+    cuda = "sample", "rows, cuda", "eager loop", "host, idle GPU driver: a row of sample() by cuda", 1.15
     return [target(*one) for one in (launch, direct, row, cuda)]

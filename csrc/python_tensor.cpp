@@ -8,8 +8,11 @@ PyObject* torch_dtypes[4];  // torch.float32, ... in the order of Dtype
 PyObject* torch_int64;
 const dlpack::ExchangeApi* api;
 
+PyObject *is_neg, *is_zerotensor;  // methods of torch.Tensor
+
+// tensor.method(), without a look-up of its name
 bool is(PyObject* tensor, PyObject* method) {
-  const Object answer(PyObject_CallMethodNoArgs(tensor, method));
+  const Object answer(PyObject_Vectorcall(method, &tensor, 1, nullptr));
   return answer.get() == Py_True;
 }
 
@@ -65,6 +68,8 @@ void find_torch(const pybind11::module_& torch) {
   torch_int64 = pybind11::object(torch.attr("int64")).release().ptr();
   const pybind11::object tensor = torch.attr("Tensor");
   tensor_type = pybind11::object(tensor).release().ptr();
+  is_neg = pybind11::object(tensor.attr("is_neg")).release().ptr();
+  is_zerotensor = pybind11::object(tensor.attr("_is_zerotensor")).release().ptr();
   if (!pybind11::hasattr(tensor, dlpack::kAttribute)) return;
   const pybind11::object capsule = tensor.attr(dlpack::kAttribute);
   const auto* found = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsule));
@@ -140,22 +145,15 @@ bool View::contiguous() const {
   return true;
 }
 
-bool negative(PyObject* tensor) {
-  static PyObject* const is_neg = interned("is_neg");
-  return is(tensor, is_neg);
-}
+bool negative(PyObject* tensor) { return is(tensor, is_neg); }
 
-bool lazy(PyObject* tensor) {
-  static PyObject* const is_zerotensor = interned("_is_zerotensor");
-  return negative(tensor) || is(tensor, is_zerotensor);
-}
+bool lazy(PyObject* tensor) { return negative(tensor) || is(tensor, is_zerotensor); }
 
 Object dense(PyObject* tensor) {
-  static PyObject* const names[] = {interned("_is_zerotensor"), interned("clone"), interned("resolve_neg"),
-                                    interned("contiguous")};
-  Object x(is(tensor, names[0]) ? PyObject_CallMethodNoArgs(tensor, names[1]) : Py_NewRef(tensor));
-  x = Object(PyObject_CallMethodNoArgs(x.get(), names[2]));
-  return Object(PyObject_CallMethodNoArgs(x.get(), names[3]));
+  static PyObject* const names[] = {interned("clone"), interned("resolve_neg"), interned("contiguous")};
+  Object x(is(tensor, is_zerotensor) ? PyObject_CallMethodNoArgs(tensor, names[0]) : Py_NewRef(tensor));
+  x = Object(PyObject_CallMethodNoArgs(x.get(), names[1]));
+  return Object(PyObject_CallMethodNoArgs(x.get(), names[2]));
 }
 
 }  // namespace flowmatch_kernels

@@ -68,10 +68,11 @@ bool TableRows::usable(PyObject* v, const View& view) const {
 
 std::optional<TableRows::Row> TableRows::row(PyObject* v, PyObject* u, std::int64_t number,
                                              PyObject* evaluation) const {
-  const View first(v), second(u);
-  const bool guided = u != Py_None;
-  if (!usable(v, first) || (guided && !(usable(u, second) && second.dtype == first.dtype))) return std::nullopt;
-  if (numel_ && (!first.memory || (guided && !second.memory))) {
+  const View first(v);
+  std::optional<View> second;
+  if (u != Py_None) second.emplace(u);
+  if (!usable(v, first) || (second && !(usable(u, *second) && second->dtype == first.dtype))) return std::nullopt;
+  if (numel_ && (!first.memory || (second && !second->memory))) {
     raise(PyExc_ValueError, "a velocity has no memory (a wrapped tensor, or a storage that was resized?)");
   }
   if (!PyTuple_Check(evaluation) || PyTuple_GET_SIZE(evaluation) != 4) {
@@ -83,7 +84,7 @@ std::optional<TableRows::Row> TableRows::row(PyObject* v, PyObject* u, std::int6
   Operands o{.out = nullptr,
              .base = nullptr,
              .v = first.memory,
-             .u = second.memory,
+             .u = second ? second->memory : nullptr,
              .h = {},
              .row = rows_ + number * R_ * row_bytes,
              .trajectory = commit ? trajectory_ : nullptr,

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <iterator>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "launch.h"
@@ -19,7 +20,7 @@ class TensorRows : public TableRows {
   struct Given {
     PyObject *shape, *coefficients, *times, *trajectory, *history, *strength, *empty_like, *launch, *fused_step_,
         *changed;
-    int dtype, device, rounding, guidance, sum_first;
+    int dtype, device, rounding, guidance, sum_first, read_once;
   };
 
   explicit TensorRows(const Given& given)
@@ -31,7 +32,8 @@ class TensorRows : public TableRows {
         empty_like_(kept(given.empty_like)),
         launch_(kept(given.launch)),
         fused_step_(kept(given.fused_step_)),
-        changed_(kept(given.changed)) {
+        changed_(kept(given.changed)),
+        read_once_(given.read_once) {
     if (!PyTuple_Check(given.times) || !PyTuple_Check(given.history)) {
       raise(PyExc_TypeError, "TensorRows: wanted tuples of times and of history buffers");
     }
@@ -45,17 +47,20 @@ class TensorRows : public TableRows {
     }
   }
 
-  // v = step_fn(x=x, t=t), x being a tensor of its own over the state. A write to x is a write to the state.
-  PyObject* evaluate(PyObject* step_fn, PyObject* state, Py_ssize_t k) const {
+  // v = step_fn(x=x, t=t), x being a tensor of its own over the state, or the state itself where nobody else reads it
+  // but the step that follows. A write to x is a write to the state.
+  PyObject* evaluate(PyObject* step_fn, PyObject* state, Py_ssize_t k) {
     if (k < 0 || k >= PyTuple_GET_SIZE(times_.get())) raise(PyExc_IndexError, "Rows: there is no such time");
-    static PyObject* const detach = interned("detach");
     const bool counted = trajectory_ && at_base_;
     const std::int64_t before = counted ? version(state) : 0;
-    const Object x(PyObject_CallMethodNoArgs(state, detach));
+    const bool itself = unread_ && unread_->get() == state;
+    unread_.reset();
+    const Object x = itself ? kept(state) : detached(state);
     Object v(call(step_fn, x.get(), PyTuple_GET_ITEM(times_.get(), k)));
-    if (!same_memory(state, x.get()) || (counted && version(state) != before)) {
+    const bool replaced = !is_state(x.get(), itself ? unread_memory_ : View(state).memory);
+    if (replaced || (counted && version(state) != before)) {
       PyObject* const trajectory = counted ? trajectory_tensor_.get() : Py_None;
-      Object(PyObject_CallFunctionObjArgs(changed_.get(), state, x.get(), trajectory,
+      Object(PyObject_CallFunctionObjArgs(changed_.get(), state, x.get(), replaced ? Py_True : Py_False, trajectory,
                                           Object(PyLong_FromLongLong(slot_)).get(), nullptr));
     }
     return v.release();
@@ -74,6 +79,7 @@ class TensorRows : public TableRows {
       } else {
         launch_by_python(*made, out.get(), base, v, u, number, evaluation);
       }
+      if (read_once_) unread_.emplace(Py_NewRef(out.get())), unread_memory_ = made->operands.out;
     }
     took(*made);
     return out.release();
@@ -82,12 +88,17 @@ class TensorRows : public TableRows {
  private:
   static Object kept(PyObject* object) { return Object(Py_NewRef(object)); }
 
+  static Object detached(PyObject* tensor) {
+    static PyObject* const detach = interned("detach");
+    return Object(PyObject_CallMethodNoArgs(tensor, detach));
+  }
+
   static char* memory(PyObject* tensor) {
     if (tensor == Py_None) return nullptr;
     const View view(tensor);
     if (!view.seen || !view.memory) {
       if (view.seen && view.numel() == 0) return nullptr;
-      raise(PyExc_ValueError, "a state has no memory (a storage that was resized?)");
+      no_memory();
     }
     return static_cast<char*>(view.memory);
   }
@@ -98,10 +109,16 @@ class TensorRows : public TableRows {
     return view.ndim > 1 ? view.shape[1] : 0;
   }
 
-  // Whether x is the state, contiguous and in its shape, as it was made.
-  bool same_memory(PyObject* state, PyObject* x) const {
-    const View a(state), b(x);
-    return a.seen && fits(b) && b.dtype == dtype_ && a.memory == b.memory && b.contiguous() && !negative(x);
+  // Whether x is the state of this memory, contiguous and in its shape, as it was made.
+  bool is_state(PyObject* x, const void* memory) const {
+    const View view(x);
+    if (!fits(view) || view.dtype != dtype_) return false;
+    if (numel_ && !view.memory && !lazy(x)) no_memory();
+    return view.memory == memory && view.contiguous() && !negative(x);
+  }
+
+  [[noreturn]] static void no_memory() {
+    raise(PyExc_ValueError, "a state has no memory (a storage that was resized?)");
   }
 
   // Two launches have one key only where their kernel is the same, but for alignments.
@@ -244,8 +261,9 @@ class TensorRows : public TableRows {
       return k < PyTuple_GET_SIZE(read) ? history(PyTuple_GET_ITEM(read, k)) : Py_None;
     };
     PyObject* const write = PyTuple_GET_ITEM(evaluation, 3);
+    const Object plain_base = detached(base);  // a step_fn may have asked for its gradient
     const Object operands(Py_BuildValue(
-        "(OOOOOOOOLiiOOOLO)", out, base, v, u, term(0), term(1), term(2), coefficients_.get(),
+        "(OOOOOOOOLiiOOOLO)", out, plain_base.get(), v, u, term(0), term(1), term(2), coefficients_.get(),
         static_cast<long long>(number), static_cast<int>(rounding_), static_cast<int>(guidance_),
         sum_first_ ? Py_True : Py_False, strength_tensor_.get(), row.commit ? trajectory_tensor_.get() : Py_None,
         static_cast<long long>(row.operands.slot), write == Py_None ? Py_None : history(write)));
@@ -261,16 +279,19 @@ class TensorRows : public TableRows {
 
   Object times_, trajectory_tensor_, history_tensors_, empty_like_, launch_, fused_step_, changed_;
   LaunchCuda* launch_cuda_ = nullptr;
+  bool read_once_;                // each state by one call of step_fn and by the step that follows it
+  std::optional<Object> unread_;  // the last state, until a step_fn gets it
+  const void* unread_memory_ = nullptr;
   std::vector<Compiled> compiled_;  // few: a table has few kinds of rows
 };
 
 PyObject* tensor_rows_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
   return guard([&]() -> PyObject* {
     TensorRows::Given given;
-    if (!PyArg_ParseTuple(arguments, "OiiOOOOiipOOOOO:TensorRows", &given.shape, &given.dtype, &given.device,
+    if (!PyArg_ParseTuple(arguments, "OiiOOOOiipOpOOOO:TensorRows", &given.shape, &given.dtype, &given.device,
                           &given.coefficients, &given.times, &given.trajectory, &given.history, &given.rounding,
-                          &given.guidance, &given.sum_first, &given.strength, &given.empty_like, &given.launch,
-                          &given.fused_step_, &given.changed)) {
+                          &given.guidance, &given.sum_first, &given.strength, &given.read_once, &given.empty_like,
+                          &given.launch, &given.fused_step_, &given.changed)) {
       return nullptr;
     }
     return make(type, std::make_unique<TensorRows>(given));
@@ -297,7 +318,7 @@ void add_tensor_rows(pybind11::module_& m) {
   m.attr("TensorRows") = pybind11::reinterpret_steal<pybind11::object>(
       type_of<TensorRows>("flowmatch_kernels._C.TensorRows", tensor_rows_new, kMethods,
                           "TensorRows(shape, dtype, device, coefficients, times, trajectory, history, rounding, "
-                          "guidance, sum_first, strength, empty_like, launch, fused_step_, changed)\n--\n\n"
+                          "guidance, sum_first, strength, read_once, empty_like, launch, fused_step_, changed)\n--\n\n"
                           "The states of one sample(), each a tensor that PyTorch allocated."));
 }
 

@@ -358,7 +358,7 @@ class Fresh(_Fresh):
         made = rows(
             *(velocities.shape, native.DTYPES[velocities.dtype], native.device(velocities.device)),
             *(table.coefficients, self._times, self._trajectory, self._history),
-            *(setting.rounding, setting.guidance, table.sum_first, setting.strength),
+            *(setting.rounding, setting.guidance, table.sum_first, setting.strength, _read_once(setting)),
             *(_empty_like(), backend.load_launch(), partial(_by_operands, backend.load()), changed),
         )
         self.evaluate, self.step, self.slot = made.evaluate, made.step, made.slot  # type: ignore[method-assign]
@@ -384,8 +384,9 @@ class FreshInPython(_Fresh):
         counted = self._trajectory is not None and self._at_base
         before, x = state._version if counted else 0, state.detach()
         v = step_fn(x=x, t=self._times[time])
-        if not _same_memory(state, x) or (counted and state._version != before):
-            changed(state, x, self._trajectory if counted else None, self._slot)
+        replaced = not _same_memory(state, x)
+        if replaced or (counted and state._version != before):
+            changed(state, x, replaced, self._trajectory if counted else None, self._slot)
         return v
 
     def step(self, state: Tensor, base: Tensor, v: Any, u: Any, row: int, evaluation: Evaluation) -> Tensor | None:
@@ -494,12 +495,19 @@ def _by_operands(fused_step_: Callable[..., None], fields: Sequence[Any], *key: 
     fused_step_(Operands(*fields), *key)
 
 
-def changed(state: Tensor, x: Tensor, trajectory: Tensor | None, slot: int) -> None:
-    """A step_fn wrote to x, a tensor over the state, or replaced it: the state has its values, and so has its slot."""
-    if not _same_memory(state, x):
+def _read_once(setting: Setting) -> bool:
+    """Whether each state is read by one call of step_fn and by the step that follows it, and by nothing else."""
+    table, guidance = setting.table, setting.velocities.guidance
+    two_models = guidance is not None and guidance.unguided_step_fn is not None
+    return len(table.evaluations) == table.steps and not two_models
+
+
+def changed(state: Tensor, x: Tensor, replaced: bool, trajectory: Tensor | None, slot: int) -> None:
+    """A step_fn wrote to x, the state or a tensor over it, or replaced it: the state and its slot have its values."""
+    if replaced:
         with _ordinary():
             settle(state, x)
-    keep(state, trajectory, slot)
+    keep(state.detach(), trajectory, slot)  # a step_fn may have asked for x's gradient
 
 
 def keep(state: Tensor, trajectory: Tensor | None, slot: int) -> None:

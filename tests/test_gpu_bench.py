@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -233,8 +234,16 @@ def test_whole_run(tmp_path, capsys, monkeypatch):
     assert kept[-1]["failures"] == []
 
 
-def test_tests_are_counted_as_they_come(tmp_path):
-    """Of a run that is stopped at its limit, what had ended; there is no XML then."""
+def test_tests_are_counted_as_they_come(tmp_path, monkeypatch):
+    """Of a run that is stopped at its limit, what had ended; there is no XML then. Here the limit is a test's end."""
+
+    class Limit(threading.Thread):
+        def __init__(self, seconds, function):
+            super().__init__(target=lambda: reached.wait(seconds) and function())
+
+        def cancel(self):
+            pass
+
     file = tmp_path / "test_some.py"
     file.write_text(
         "import pytest, time\n"
@@ -243,13 +252,17 @@ def test_tests_are_counted_as_they_come(tmp_path):
         "def test_c(): pytest.skip('no such GPU')\n"
         "def test_d(): time.sleep(600)\n"
     )
-    lines = []
+    lines, reached = [], threading.Event()
 
     def tell(line):
         lines.append(line)
+        if "test_c SKIPPED" in line:
+            reached.set()
 
-    found = gpu.run_tests("not full", 15, tell, str(file))
-    assert found["pytest"] == "stopped after 15 seconds"
+    with monkeypatch.context() as patched:
+        patched.setattr(gpu, "threading", SimpleNamespace(Timer=Limit))
+        found = gpu.run_tests("not full", 300, tell, str(file))
+    assert found["pytest"] == "stopped after 300 seconds"
     assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 1)
     assert [entry["test"].split("::")[1] for entry in found["not_passed"]] == ["test_b", "test_c"]
     assert any("test_a PASSED" in line for line in lines)

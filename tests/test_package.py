@@ -413,6 +413,27 @@ def test_info_is_one_block_to_paste(monkeypatch, capsys):
     assert "secret" not in "\n".join(lines) and ROOT not in "\n".join(lines)
 
 
+@pytest.mark.parametrize("argument", ["info", "--version"])
+def test_a_reader_that_has_closed_the_output(argument):
+    """`info | head -1` ends without a traceback, with the exit code that Python's documentation asks for."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    # Unbuffered, argparse's own write fails, which it ignores.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-m", "flowmatch_kernels", argument],
+            env=environment | {"PYTHONPATH": ROOT},
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
 @pytest.mark.parametrize(
     "line, version",
     [

@@ -162,16 +162,124 @@ def test_rows_end_with_sample(kind: list[Any]) -> None:
         gc.enable()
 
 
-def test_a_velocity_without_memory(kind: list[Any]) -> None:
-    """A storage that the model has resized, and a state whose storage it has."""
+first_row_and_a_later_one = pytest.mark.parametrize("first", [0.0, 0.5])
+
+
+@first_row_and_a_later_one
+def test_a_velocity_without_memory(kind: list[Any], first: float) -> None:
+    """A state whose storage the model has resized."""
 
     def resized(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        x.untyped_storage().resize_(0)
+        if t[0, 0, 0] >= first:
+            x.untyped_storage().resize_(0)
         return torch.zeros(SHAPE)
 
     if native.TensorRows is not None:  # Python does not look at addresses
         with pytest.raises(ValueError, match="has no memory"):
             FlowMatching(SHAPE[1:], backend="triton").sample(3, resized)
+
+
+@first_row_and_a_later_one
+def test_x_replaced_by_a_zero_tensor(kind: list[Any], first: float) -> None:
+    """Which has no memory either, and is zeros."""
+
+    def zeroed(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if t[0, 0, 0] >= first:
+            x.data = torch._efficientzerotensor(SHAPE)
+        return torch.ones(SHAPE)
+
+    found = FlowMatching(SHAPE[1:], num_inference_steps=4, backend="triton").sample(3, zeroed)
+    assert_same_bits(found, torch.full(SHAPE, 0.25))
+
+
+def test_what_a_model_does_to_x_is_gone_in_the_next_row(kind: list[Any]) -> None:
+    """Gradients and attributes of x, which one row reads and no other; what is kept of it keeps its values."""
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @torch.enable_grad()  # type: ignore[untyped-decorator, unused-ignore]
+    def step_fn(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        assert not x.requires_grad and x.is_leaf and x.grad is None and not hasattr(x, "tag")
+        x.tag = "mine"  # type: ignore[attr-defined]
+        x.mul_(0.5)
+        x.requires_grad_()
+        (x**2).sum().backward()  # type: ignore[no-untyped-call]
+        kept.append((x, x.detach().clone()))
+        assert x.grad is not None
+        return x.grad
+
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    found = []
+    for backend, differentiable in (("triton", False), ("triton", True), ("reference", False)):
+        with torch.set_grad_enabled(differentiable):
+            fm = FlowMatching(SHAPE[1:], num_inference_steps=4, backend=backend)
+            found.append(fm.sample(3, step_fn, noise=noise, return_all_steps=True, differentiable=differentiable)[0])
+        assert not found[-1].requires_grad
+    for got in found[:2]:
+        assert_same_bits(got, found[2])
+    for x, values in kept:
+        assert_same_bits(x.detach(), values)
+
+
+@pytest.mark.skipif(native._C is None, reason="the extension is not built")
+@pytest.mark.parametrize("read_once", [False, True])
+def test_a_state_that_is_read_once_is_x_itself(read_once: bool) -> None:
+    """Which saves a tensor; the first state, and what is read again, is x by a tensor of its own."""
+    seen: list[torch.Tensor] = []
+
+    def step_fn(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return torch.ones(3, 4)
+
+    made = rows_of(torch.zeros(3, 4), [], read_once)
+    state = torch.zeros(3, 4)
+    for _ in range(3):
+        v = made.evaluate(step_fn, state, 0)
+        made.evaluate(step_fn, state, 0)
+        assert [x.data_ptr() for x in seen] == [state.data_ptr()] * 2
+        assert [x is state for x in seen] == [read_once and state.tolist() == [[7.0] * 4] * 3, False]
+        seen.clear()
+        state = made.step(state, state, v, None, 0, EULER)
+        state.fill_(7.0)
+
+
+def doubled(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x, -x])
+
+
+GUIDED = {"use_classifier_free_guidance": True}
+
+
+@pytest.mark.skipif(native._C is None, reason="the extension is not built")
+@pytest.mark.parametrize(
+    ("int_method", "model", "options", "wanted"),
+    [
+        ("euler", velocity, {}, True),
+        ("ab2", velocity, {}, True),
+        ("ab3", velocity, {}, False),  # the first of its steps has two rows
+        ("heun", velocity, {}, False),
+        ("euler", velocity, GUIDED | {"unguided_step_fn": velocity}, False),
+        ("euler", doubled, GUIDED | {"combined_guidance": True}, True),
+    ],
+)
+def test_which_states_are_read_once(
+    int_method: str, model: Any, options: dict[str, Any], wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No step of several rows, which read its first state again, and no second model."""
+    made, given = native.TensorRows, []
+    monkeypatch.setattr(native, "Rows", None)
+    monkeypatch.setattr(native, "TensorRows", lambda *arguments: given.append(arguments) or made(*arguments))
+    FlowMatching(4, int_method, 4, backend="cpu").sample(2, model, **options)
+    ((*_, read_once, _, _, _, _),) = given
+    assert read_once == wanted
+
+
+def rows_of(x: torch.Tensor, steps: list[Any], read_once: bool = False) -> Any:
+    """`native.TensorRows` of states like x, whose steps are appended to a list."""
+    assert native.TensorRows is not None
+    return native.TensorRows(
+        *(tuple(x.shape), native.DTYPES[x.dtype], -1, torch.zeros(2, 8), (torch.zeros(3, 1),), None, ()),
+        *(0, 0, False, None, read_once, torch.empty_like, None, steps.append, rows.changed),
+    )
 
 
 @pytest.mark.skipif(native._C is None, reason="the extension is not built")
@@ -184,16 +292,10 @@ def test_unusable() -> None:
     steps: list[Any] = []
     base, bf16 = torch.zeros(3, 4), torch.zeros(3, 4, dtype=torch.bfloat16)
 
-    def rows_of(x: torch.Tensor) -> Any:
-        return native.TensorRows(
-            *(tuple(x.shape), native.DTYPES[x.dtype], -1, torch.zeros(2, 8), (torch.zeros(3, 1),), None, ()),
-            *(0, 0, False, None, torch.empty_like, None, steps.append, rows.changed),
-        )
-
     no = [base.double(), base[:2], base[None], base.int(), base.to("meta"), base.to_sparse()]
     no += [base.as_subclass(Subclass), None, 1.0, torch.nested.nested_tensor([torch.zeros(4)] * 3)]
     no += [torch.zeros(4, 3).T, torch._neg_view(base), torch._efficientzerotensor((3, 4))]
-    made = rows_of(base)
+    made = rows_of(base, steps)
     for v, u in [(base, None), (base, base), (bf16, None), (bf16, bf16)]:
         out = made.step(base, base, v, u, 1, EULER)
         assert out.shape == base.shape
@@ -203,18 +305,15 @@ def test_unusable() -> None:
         assert o[3] is u
     assert [made.step(base, base, v, None, 0, EULER) for v in no] == [None] * 13
     assert [made.step(base, base, base, u, 0, EULER) for u in [*no[:7], *no[8:], bf16]] == [None] * 13
-    assert rows_of(bf16).step(bf16, bf16, base, None, 0, EULER) is None
+    assert rows_of(bf16, steps).step(bf16, bf16, base, None, 0, EULER) is None
     assert steps == []
     assert made.slot() == 4
 
 
 @pytest.mark.skipif(native._C is None, reason="the extension is not built")
 def test_wrong_calls() -> None:
-    made = native.TensorRows(
-        *((3, 4), 0, -1, torch.zeros(2, 8), (torch.zeros(3, 1),), None, ()),
-        *(0, 0, False, None, torch.empty_like, None, None, rows.changed),
-    )
     x = torch.zeros(3, 4)
+    made = rows_of(x, [])
     with pytest.raises(IndexError, match="no such time"):
         made.evaluate(velocity, x, 1)
     with pytest.raises(TypeError, match="wanted an Evaluation"):
@@ -222,4 +321,4 @@ def test_wrong_calls() -> None:
     with pytest.raises(TypeError, match="takes 6 arguments, got 1"):
         made.step(x)
     with pytest.raises(TypeError, match="wanted a shape"):
-        native.TensorRows([3, 4], 0, -1, x, (), None, (), 0, 0, False, None, None, None, None, None)
+        native.TensorRows([3, 4], 0, -1, x, (), None, (), 0, 0, False, None, False, None, None, None, None)

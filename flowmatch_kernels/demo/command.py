@@ -143,7 +143,7 @@ def _course(
         predicting, _ = train(diffusion, predicting, states, taken, math.inf)
     training = time.perf_counter() - training
     # Again, now that the speed is known over all of training: another process may have come or gone.
-    sizes = chosen(training / (course.networks * taken) if taken else step, 0).sizes
+    sizes = chosen(training / (course.networks * taken), 0).sizes
     notes = []
     if taken < args.train_steps:
         notes.append(f"Training was cut short: {taken:,} of {args.train_steps:,} steps, {training:.0f} s.")

@@ -100,7 +100,7 @@ def train(
         network: On the device of `states`.
         states: The training set, [N, *x_dims].
         steps: Optimizer steps, each on 256 states drawn with replacement.
-        seconds: After which training stops, if the steps take longer.
+        seconds: After which training stops, if the steps take longer; one step is always taken.
         progress_bar: Whether it is shown.
 
     Returns:
@@ -118,9 +118,10 @@ def train(
     with tqdm(range(steps), desc="training", unit="step", disable=not progress_bar) as bar:
         for step in bar:
             progress = max(step / steps, (time.perf_counter() - started) / seconds)
-            if progress >= 1:
+            if step and progress >= 1:
                 break
-            rate = PEAK_LEARNING_RATE * min(1, (step + 1) / WARM_UP_STEPS) * (1 + math.cos(math.pi * progress)) / 2
+            annealed = (1 + math.cos(math.pi * min(progress, 1))) / 2
+            rate = PEAK_LEARNING_RATE * min(1, (step + 1) / WARM_UP_STEPS) * annealed
             optimizer.param_groups[0]["lr"] = rate
             batch = states[torch.randint(len(states), (BATCH_SIZE,), device=states.device)]
             pair = method.construct_training_data(batch)
@@ -152,4 +153,4 @@ def step_seconds(flow_matching: FlowMatching, states: Tensor, seconds: float) ->
     train(flow_matching, network, states, 5, seconds, progress_bar=False)  # the first steps allocate and load
     began = now(states.device)
     _, taken = train(flow_matching, network, states, 1_000_000, seconds, progress_bar=False)
-    return (now(states.device) - began) / max(taken, 1)
+    return (now(states.device) - began) / taken

@@ -323,7 +323,7 @@ class Rows:
             *(tuple(noise.shape), native.DTYPES[noise.dtype], half.device, self.on_cuda(table.coefficients)),
             times(table.times, noise.shape)[1],
             *(None if self._slots is None else self.on_cuda(self._slots), tuple(map(self.on_cuda, buffers))),
-            *(0, guidance, table.sum_first, None, self._empty_like, half.capsule, None, None),
+            *(0, guidance, table.sum_first, None, False, self._empty_like, half.capsule, None, None),
         )
         self.first = self.on_cuda(noise.clone())
 

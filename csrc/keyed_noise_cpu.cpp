@@ -23,40 +23,49 @@ struct Strip {
 
 #if defined(__x86_64__)
 // Philox on lanes of 64 bits, of which only the lower halves count; MULTIPLY is their product. Compilers do not find
-// that instruction: they multiply 64 bits by 64, which takes six times as long. It runs to a multiple of the lanes.
-#define FLOWMATCH_PHILOX(NAME, TARGET, LANES, VECTOR, MULTIPLY)                                        \
-  TARGET void NAME(Strip& s, std::int64_t n) {                                                         \
-    using Wide = std::uint64_t __attribute__((vector_size(8 * (LANES))));                              \
-    using Narrow = std::uint32_t __attribute__((vector_size(4 * (LANES))));                            \
-    for (std::int64_t j = 0; j < n; j += (LANES)) {                                                    \
-      Narrow words[6];                                                                                 \
-      for (int k = 0; k < 4; ++k) std::memcpy(&words[k], s.c[k] + j, sizeof words[k]);                 \
-      for (int k = 0; k < 2; ++k) std::memcpy(&words[4 + k], s.k[k] + j, sizeof words[k]);             \
-      Wide c0 = __builtin_convertvector(words[0], Wide), c1 = __builtin_convertvector(words[1], Wide); \
-      Wide c2 = __builtin_convertvector(words[2], Wide), c3 = __builtin_convertvector(words[3], Wide); \
-      Wide k0 = __builtin_convertvector(words[4], Wide), k1 = __builtin_convertvector(words[5], Wide); \
-      for (int round = 0; round < 10; ++round) {                                                       \
-        const Wide p0 = (Wide)MULTIPLY((VECTOR)(Wide{} + kMultiplier0), (VECTOR)c0);                   \
-        const Wide p1 = (Wide)MULTIPLY((VECTOR)(Wide{} + kMultiplier1), (VECTOR)c2);                   \
-        c0 = (p1 >> 32) ^ c1 ^ k0;                                                                     \
-        c1 = p1;                                                                                       \
-        c2 = (p0 >> 32) ^ c3 ^ k1;                                                                     \
-        c3 = p0;                                                                                       \
-        k0 += kWeyl0;                                                                                  \
-        k1 += kWeyl1;                                                                                  \
-      }                                                                                                \
-      words[0] = __builtin_convertvector(c0, Narrow);                                                  \
-      words[1] = __builtin_convertvector(c1, Narrow);                                                  \
-      words[2] = __builtin_convertvector(c2, Narrow);                                                  \
-      words[3] = __builtin_convertvector(c3, Narrow);                                                  \
-      for (int k = 0; k < 4; ++k) std::memcpy(s.c[k] + j, &words[k], sizeof words[k]);                 \
-    }                                                                                                  \
+// that instruction: they multiply 64 bits by 64, which takes six times as long. Each of the ten rounds waits for the
+// one before, so CHAINS vectors go through them side by side, as many as there are registers for. It runs to a multiple
+// of the lanes of all of them.
+#define FLOWMATCH_PHILOX(NAME, TARGET, LANES, CHAINS, VECTOR, MULTIPLY)                                    \
+  TARGET void NAME(Strip& s, std::int64_t n) {                                                             \
+    using Wide = std::uint64_t __attribute__((vector_size(8 * (LANES))));                                  \
+    using Narrow = std::uint32_t __attribute__((vector_size(4 * (LANES))));                                \
+    static_assert(kStrip % ((LANES) * (CHAINS)) == 0);                                                     \
+    for (std::int64_t j = 0; j < n; j += (LANES) * (CHAINS)) {                                             \
+      Wide x[CHAINS][6];                                                                                   \
+      for (int chain = 0; chain < (CHAINS); ++chain) {                                                     \
+        for (int word = 0; word < 6; ++word) {                                                             \
+          Narrow words;                                                                                    \
+          std::memcpy(&words, (word < 4 ? s.c[word] : s.k[word - 4]) + j + chain * (LANES), sizeof words); \
+          x[chain][word] = __builtin_convertvector(words, Wide);                                           \
+        }                                                                                                  \
+      }                                                                                                    \
+      for (int round = 0; round < 10; ++round) {                                                           \
+        for (int chain = 0; chain < (CHAINS); ++chain) {                                                   \
+          auto& [c0, c1, c2, c3, k0, k1] = x[chain];                                                       \
+          const Wide p0 = (Wide)MULTIPLY((VECTOR)(Wide{} + kMultiplier0), (VECTOR)c0);                     \
+          const Wide p1 = (Wide)MULTIPLY((VECTOR)(Wide{} + kMultiplier1), (VECTOR)c2);                     \
+          c0 = (p1 >> 32) ^ c1 ^ k0;                                                                       \
+          c1 = p1;                                                                                         \
+          c2 = (p0 >> 32) ^ c3 ^ k1;                                                                       \
+          c3 = p0;                                                                                         \
+          k0 += kWeyl0;                                                                                    \
+          k1 += kWeyl1;                                                                                    \
+        }                                                                                                  \
+      }                                                                                                    \
+      for (int chain = 0; chain < (CHAINS); ++chain) {                                                     \
+        for (int word = 0; word < 4; ++word) {                                                             \
+          const Narrow words = __builtin_convertvector(x[chain][word], Narrow);                            \
+          std::memcpy(s.c[word] + j + chain * (LANES), &words, sizeof words);                              \
+        }                                                                                                  \
+      }                                                                                                    \
+    }                                                                                                      \
   }
-FLOWMATCH_PHILOX(philox_sse2, , 2, __m128i, _mm_mul_epu32)
-FLOWMATCH_PHILOX(philox_avx2, FLOWMATCH_AVX2, 4, __m256i, _mm256_mul_epu32)
+FLOWMATCH_PHILOX(philox_sse2, , 2, 2, __m128i, _mm_mul_epu32)
+FLOWMATCH_PHILOX(philox_avx2, FLOWMATCH_AVX2, 4, 2, __m256i, _mm256_mul_epu32)
 // With a mask, or GCC 12 warns of its own header.
 #define FLOWMATCH_MULTIPLY_512(x, y) _mm512_maskz_mul_epu32(0xff, x, y)
-FLOWMATCH_PHILOX(philox_avx512, FLOWMATCH_AVX512, 8, __m512i, FLOWMATCH_MULTIPLY_512)
+FLOWMATCH_PHILOX(philox_avx512, FLOWMATCH_AVX512, 8, 4, __m512i, FLOWMATCH_MULTIPLY_512)
 #else
 void philox_each(Strip& s, std::int64_t n) {
   for (std::int64_t j = 0; j < n; ++j) {

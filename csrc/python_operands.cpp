@@ -56,8 +56,13 @@ Object dense(PyObject* tensor, Field k) {
   try {
     return flowmatch_kernels::dense(tensor);
   } catch (const PythonError&) {  // no question beforehand: it costs 0.1 us
-    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw;
-    PyErr_Clear();
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    if (is_tensor(tensor)) {
+      PyErr_Restore(type, value, traceback);
+      throw;
+    }
+    for (PyObject* const one : {type, value, traceback}) Py_XDECREF(one);
     refuse(PyExc_TypeError, k, " must be a tensor, got " + type_name(tensor));
   }
 }

@@ -497,28 +497,30 @@ def test_flush_denormal(state, velocity):
 # ---- step roundings, out of the velocity's dtype, and the sums first ----
 
 
-@pytest.mark.parametrize(
+every_size = pytest.mark.parametrize(
     "numel, aligned", [(0, False), (1, False), (31, False), (1024, True), (1025, True), (40_000, True)]
 )
+
+
+def check_native(cases):
+    """By the extension's function and by the registered op."""
+
+    def registered(o):
+        torch.ops.flowmatch_kernels.fused_step_(*o)
+
+    for case in cases:
+        assert triton_cases.failures(native.fused_step_, case) == []
+        assert triton_cases.failures(registered, case) == []
+
+
+@every_size
 def test_sum_first_and_out_of_the_velocity_dtype(numel, aligned):
-    def registered(o):
-        torch.ops.flowmatch_kernels.fused_step_(*o)
-
-    for case in triton_cases.special(numel, aligned):
-        assert triton_cases.failures(native.fused_step_, case) == []
-        assert triton_cases.failures(registered, case) == []
+    check_native(triton_cases.special(numel, aligned))
 
 
-@pytest.mark.parametrize(
-    "numel, aligned", [(0, False), (1, False), (31, False), (1024, True), (1025, True), (40_000, True)]
-)
+@every_size
 def test_noise_by_keys(numel, aligned):
-    def registered(o):
-        torch.ops.flowmatch_kernels.fused_step_(*o)
-
-    for case in triton_cases.keyed(numel, aligned):
-        assert triton_cases.failures(native.fused_step_, case) == []
-        assert triton_cases.failures(registered, case) == []
+    check_native(triton_cases.keyed(numel, aligned))
 
 
 def test_noise_by_keys_is_a_draw_that_is_read():

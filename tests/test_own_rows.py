@@ -101,6 +101,12 @@ def compare(
         assert_same_bits(states[b : b + 1], wanted.contiguous(), f"{what}, sample {b}")
 
 
+def writes(x: Tensor, t: Tensor) -> Tensor:
+    """A model that writes to its times."""
+    t.add_(0.125)
+    return x * t
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_sample_as_alone(backend: str) -> None:
     """Every solver, dtypes, predictions, both ends of time, guidance and its weights, step sizes, steps of length 0."""
@@ -378,10 +384,6 @@ def test_what_goes_with_it() -> None:
         wanted = torch.autograd.grad(separate.square().sum(), y)[0]
         torch.testing.assert_close(gradients[-1], wanted, rtol=1e-5, atol=1e-5)  # autograd adds in another order
 
-    def writes(x: Tensor, t: Tensor) -> Tensor:
-        t.add_(0.125)
-        return x * t
-
     before = t.clone()
     _, written = FlowMatching(DIMS).sample(B, writes, noise=x, time_steps=t, return_all_steps=True)
     assert_same_bits(t, before)
@@ -542,10 +544,6 @@ def test_what_goes_with_tokens() -> None:
             out = fm.sample(batch, field, noise=noise, time_steps=grid, differentiable=True)
             gradients.append(torch.autograd.grad(out.square().sum(), y)[0])
         torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)  # autograd adds in another order
-
-    def writes(x: Tensor, t: Tensor) -> Tensor:
-        t.add_(0.125)
-        return x * t
 
     before = t.clone()
     _, written = FlowMatching(DIMS).sample(B, writes, noise=x, time_steps=t, return_all_steps=True)

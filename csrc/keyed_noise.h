@@ -77,6 +77,12 @@ FLOWMATCH_INLINE Single operator*(Single x, Single y) { return {multiply(x.x, y.
 FLOWMATCH_INLINE Single operator+(Single x, Single y) { return {add(x.x, y.x)}; }
 FLOWMATCH_INLINE Single operator-(Single x, Single y) { return {add(x.x, -y.x)}; }
 FLOWMATCH_INLINE Single operator-(Single x) { return {-x.x}; }
+// x * y + z of an x * y that float32 holds: an FMA, where there is one, has the same bits.
+template <bool kFma>
+FLOWMATCH_INLINE Single add_exact_product(Single x, Single y, Single z) {
+  if constexpr (kFma) return {__builtin_fmaf(x.x, y.x, z.x)};
+  return x * y + z;
+}
 FLOWMATCH_INLINE Single choose(bool condition, Single x, Single y) { return {condition ? x.x : y.x}; }
 FLOWMATCH_INLINE Single square_root(Single x) {
 #if defined(__CUDA_ARCH__)
@@ -101,11 +107,19 @@ FLOWMATCH_INLINE Twofold halves(Single x) {
   return {high, x - high};
 }
 
+// x - root * root, which float32 holds where root is the square root of x, rounded: again an FMA has the same bits.
+template <bool kFma>
+FLOWMATCH_INLINE Single remainder(Single x, Single root) {
+  if constexpr (kFma) return {__builtin_fmaf(-root.x, root.x, x.x)};
+  const Twofold part = halves(root);
+  return ((x - part.high * part.high) - (part.high + part.high) * part.low) - part.low * part.low;
+}
+
 // ---- Box-Muller ----
 
-// sqrt(-2 ln u), u being the uniform of a word: (word + 1/2) / 2^32, where its distance from the nearer of 0 and 1 is
-// rounded to float32.
-FLOWMATCH_INLINE Twofold radius(std::uint32_t word) {
+// -2 ln u, u being the uniform of a word: (word + 1/2) / 2^32, where its distance from the nearer of 0 and 1 is rounded
+// to float32.
+FLOWMATCH_INLINE Twofold minus_twice_logarithm(std::uint32_t word) {
   const bool upper = static_cast<std::int32_t>(word) < 0;
   const std::uint32_t k = upper ? ~word : word;          // below 2^31
   const float distance = static_cast<float>(2 * k + 1);  // of u from the nearer end, times 2^33
@@ -134,30 +148,34 @@ FLOWMATCH_INLINE Twofold radius(std::uint32_t word) {
   const Single rest = (0.5f * square - (f * square) * p) + times * -2.12194442e-4f;
   const Twofold leading = sum(times * 0.693359375f, -f);
   const Twofold minus_ln = sum(leading.high, leading.low + rest);
+  return {minus_ln.high + minus_ln.high, minus_ln.low + minus_ln.low};
+}
 
-  // The square root, and what it leaves, by one step of Newton's from half a percent of 1/sqrt.
-  const Single high = minus_ln.high + minus_ln.high, low = minus_ln.low + minus_ln.low;
-  const Single root = square_root(high);
-  const Twofold part = halves(root);
-  const Single left =
-      (((high - part.high * part.high) - (part.high + part.high) * part.low) - part.low * part.low) + low;
-  Single inverse = {float_of(0x5f3759dfu - (float_bits(high.x) >> 1))};
-  inverse = inverse * (1.5f - ((0.5f * high) * inverse) * inverse);
+// The square root, and what it leaves, by one step of Newton's from half a percent of 1/sqrt.
+template <bool kFma>
+FLOWMATCH_INLINE Twofold radius(Twofold square) {
+  const Single root = square_root(square.high);
+  const Single left = remainder<kFma>(square.high, root) + square.low;
+  Single inverse = {float_of(0x5f3759dfu - (float_bits(square.high.x) >> 1))};
+  inverse = inverse * (1.5f - ((0.5f * square.high) * inverse) * inverse);
   return {root, (0.5f * left) * inverse};
 }
 
 // high * high + ..., rounded once but for a thousandth of an ulp.
+template <bool kFma>
 FLOWMATCH_INLINE Single product(Twofold x, Twofold y) {
   const Single high = x.high * y.high;
   const Twofold a = halves(x.high), b = halves(y.high);
-  const Single error = ((a.high * b.high - high) + (a.high * b.low + a.low * b.high)) + a.low * b.low;
+  const Single leading = add_exact_product<kFma>(a.high, b.high, -high);
+  const Single mixed = add_exact_product<kFma>(a.high, b.low, a.low * b.high);
+  const Single error = add_exact_product<kFma>(a.low, b.low, leading + mixed);
   return high + (error + (x.high * y.low + x.low * y.high));
 }
 
-// Two normals of two words: radius times cosine and sine of (angle + 1/2) / 2^32 of a turn, where the distance from the
-// nearest quarter turn is rounded to float32.
-FLOWMATCH_INLINE void normals(std::uint32_t word, std::uint32_t angle, float& z0, float& z1) {
-  const Twofold r = radius(word);
+// Two normals: a radius times cosine and sine of (angle + 1/2) / 2^32 of a turn, where the distance from the nearest
+// quarter turn is rounded to float32.
+template <bool kFma>
+FLOWMATCH_INLINE void turn(Twofold r, std::uint32_t angle, float& z0, float& z1) {
   const std::uint32_t quarter = (angle + 0x20000000u) >> 30;
   const auto offset = static_cast<std::int32_t>(angle - (quarter << 30));  // in [-2^29, 2^29)
   const Single y = Single{static_cast<float>(2 * offset + 1)} * 0x1p-31f;  // of a quarter turn: [-1/2, 1/2]
@@ -179,11 +197,16 @@ FLOWMATCH_INLINE void normals(std::uint32_t word, std::uint32_t angle, float& z0
   const Twofold cosine = sum(one_less.high, one_less.low - q * p);
 
   // Turned by the quarters: (c, s), (-s, c), (-c, -s), (s, -c).
-  const float on = product(r, cosine).x, across = product(r, sine).x;
+  const float on = product<kFma>(r, cosine).x, across = product<kFma>(r, sine).x;
   const bool odd = (quarter & 1u) != 0;
   const float first = odd ? across : on, second = odd ? on : across;
   z0 = float_of(float_bits(first) ^ (((quarter + 1u) & 2u) << 30));
   z1 = float_of(float_bits(second) ^ ((quarter & 2u) << 30));
+}
+
+// Two normals of two words.
+FLOWMATCH_INLINE void normals(std::uint32_t word, std::uint32_t angle, float& z0, float& z1) {
+  turn<false>(radius<false>(minus_twice_logarithm(word)), angle, z0, z1);
 }
 
 }  // namespace flowmatch_kernels

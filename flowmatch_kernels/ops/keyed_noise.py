@@ -22,8 +22,9 @@ Uniforms. The radius is sqrt(-2 ln u). u is (word + 1/2) / 2^32, its distance fr
 to float32: so u is never 0 or 1, the smallest distance is 2^-33, and the largest radius 6.76. The angle is
 (word + 1/2) / 2^32 of a turn, its distance from the nearest quarter turn being rounded to float32.
 
-Rounding. Integers, and float32 products, sums and square roots, each rounded by itself to nearest even, in one order;
-never an FMA. So every backend gives the same bits. Against the exact normal of the same u and angle the error is at
+Rounding. Integers, and float32 products, sums and square roots, each rounded by itself to nearest even, in one order.
+An FMA may take the place of a product and a sum only where float32 holds the product exactly: it has the same bits
+there. So every backend gives the same bits. Against the exact normal of the same u and angle the error is at
 most 2 ulp, as are those of -2 ln u, of the sine and of the cosine; measured, all are below 0.9 ulp. A float64 result is
 the float32 one, widened; a 16-bit one is rounded from it.
 

@@ -139,14 +139,17 @@ def minus_twice_logarithm(word: Tensor) -> Twofold:
     return Twofold(high + high, low + low)
 
 
-def radius(word: Tensor) -> Twofold:
-    """sqrt(-2 ln u): the square root, and what it leaves, by a step of Newton's from half a percent of 1/sqrt."""
-    high, low = minus_twice_logarithm(word)
-    root = _square_root(high)
+def _remainder(x: Tensor, root: Tensor) -> Tensor:
+    """x - root * root, exactly; root is the square root of x, rounded."""
     part = _halves(root)
-    left = high - part.high * part.high
-    left = left - (part.high + part.high) * part.low
-    left = left - part.low * part.low + low
+    return ((x - part.high * part.high) - (part.high + part.high) * part.low) - part.low * part.low
+
+
+def radius(square: Twofold) -> Twofold:
+    """The square root, and what it leaves, by one step of Newton's from half a percent of 1/sqrt."""
+    high, low = square
+    root = _square_root(high)
+    left = _remainder(high, root) + low
     inverse = (0x5F3759DF - (_bits(high) >> 1)).view(torch.float32)
     inverse = inverse * (1.5 - ((high * 0.5) * inverse) * inverse)
     return Twofold(root, (left * 0.5) * inverse)
@@ -178,7 +181,7 @@ def _product(x: Twofold, y: Twofold) -> Tensor:
 
 def normals(word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
     """Two float32 normals of two words."""
-    r = radius(word)
+    r = radius(minus_twice_logarithm(word))
     quarter, y = angle(angle_word)
     sine, cosine = sine_cosine(y)
     on, across = _product(r, cosine), _product(r, sine)

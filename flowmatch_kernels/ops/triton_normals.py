@@ -53,8 +53,8 @@ def _halves(x):
 
 
 @triton.jit
-def radius(word):
-    """sqrt(-2 ln u) of a word's uniform, as high and low."""
+def minus_twice_logarithm(word):
+    """-2 ln u of a word's uniform, as high and low."""
     upper = word >= 0x80000000
     distance = (tl.where(upper, word ^ 0xFFFFFFFF, word) * 2 + 1).to(tl.float32)
     bits = distance.to(tl.uint32, bitcast=True) + (0x3F800000 - 0x3F3504F3)
@@ -77,13 +77,21 @@ def radius(word):
     rest = (square * 0.5 - (f * square) * p) + n * -2.1219444170128554e-4
     leading, leading_low = _sum(n * 0.693359375, -f)
     high, low = _sum(leading, leading_low + rest)
-    high, low = high + high, low + low
+    return high + high, low + low
 
-    root = tl.sqrt_rn(high)
+
+@triton.jit
+def _remainder(x, root):
+    """x - root * root, exactly; root is the square root of x, rounded."""
     a, b = _halves(root)
-    left = high - a * a
-    left = left - (a + a) * b
-    left = left - b * b + low
+    return ((x - a * a) - (a + a) * b) - b * b
+
+
+@triton.jit
+def radius(high, low):
+    """The square root, and what it leaves, by one step of Newton's from half a percent of 1/sqrt."""
+    root = tl.sqrt_rn(high)
+    left = _remainder(high, root) + low
     inverse = (0x5F3759DF - (high.to(tl.uint32, bitcast=True) >> 1)).to(tl.float32, bitcast=True)
     inverse = inverse * (1.5 - ((high * 0.5) * inverse) * inverse)
     return root, (left * 0.5) * inverse
@@ -102,7 +110,8 @@ def _product(x, x_low, y, y_low):
 @triton.jit
 def normals(word, angle):
     """Two float32 normals of two words."""
-    root, root_low = radius(word)
+    square, square_low = minus_twice_logarithm(word)
+    root, root_low = radius(square, square_low)
     quarter = (angle + 0x20000000) >> 30
     offset = (angle - (quarter << 30)).to(tl.int32, bitcast=True)
     y = (offset * 2 + 1).to(tl.float32) * 4.656612873077393e-10  # 2^-31

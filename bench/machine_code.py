@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -80,20 +81,36 @@ class Access(NamedTuple):
     """Reads from the row of coefficients, not from an operand."""
 
 
-class Code(NamedTuple):
-    """A compiled kernel."""
+class Machine(NamedTuple):
+    """The machine code of a kernel, and what it takes."""
 
-    assembly: str
-    """PTX, or the assembly of an AMD GPU."""
-    machine: str
+    text: str
     """SASS; for an AMD GPU the assembly again."""
     registers: int
     local_bytes: int
     """Spills and stack, of one thread."""
-    shared_bytes: int
     accesses: list[Access]
-    elements: int
-    """Elements of the state that one thread computes."""
+
+
+class Code:
+    """A compiled kernel.
+
+    Attributes:
+        assembly: PTX, or the assembly of an AMD GPU.
+        elements: Elements of the state that one thread computes.
+        shared_bytes: Shared memory of a block.
+    """
+
+    def __init__(self, assembly: str, elements: int, shared_bytes: int, read: Callable[[], Machine]) -> None:
+        self.assembly = assembly
+        self.elements = elements
+        self.shared_bytes = shared_bytes
+        self._read = read
+
+    @functools.cached_property
+    def machine(self) -> Machine:
+        """Read when it is first asked for: to disassemble a kernel takes as long as to compile it."""
+        return self._read()
 
 
 # ---- reading machine code ----
@@ -166,8 +183,9 @@ def disassembled(cubin: bytes) -> tuple[str, dict[str, int]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
+        # Without data-flow analysis, which labels branches and takes a third of the time.
         sass = subprocess.run(
-            [nvidia_tool("nvdisasm"), "-c", file.name], check=True, capture_output=True, text=True
+            [nvidia_tool("nvdisasm"), "-c", "-ndf", file.name], check=True, capture_output=True, text=True
         ).stdout
         usage = subprocess.run(
             [nvidia_tool("cuobjdump"), "-res-usage", file.name], check=True, capture_output=True, text=True

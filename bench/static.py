@@ -26,7 +26,7 @@ from flowmatch_kernels.ops.step_log_prob import LANES
 from flowmatch_kernels.solvers import SOLVERS, Grid, build
 
 from . import static_cuda
-from .machine_code import Code, Specialisation, amd_accesses, disassembled, instructions, sass_accesses
+from .machine_code import Code, Machine, Specialisation, amd_accesses, disassembled, instructions, sass_accesses
 from .machine_code import Instruction as Instruction  # for those who read on from here
 from .machine_code import contractions as contractions
 
@@ -101,10 +101,10 @@ def picked_by_sample(forms: Iterable[int] = GUIDANCE) -> list[Specialisation]:
 
 def _of_code(code: Code) -> dict[str, Any]:
     """The entries of a row that the code alone gives."""
-    operands = [access for access in code.accesses if not access.coefficient]
+    operands = [access for access in code.machine.accesses if not access.coefficient]
     return {
-        "registers": code.registers,
-        "local_bytes": code.local_bytes,
+        "registers": code.machine.registers,
+        "local_bytes": code.machine.local_bytes,
         "shared_bytes": code.shared_bytes,
         "barriers": len(re.findall(r"\bbar\.|\bbarrier\.|\bs_barrier", code.assembly)),
         "loads": _by_width(access.width for access in operands if not access.store),
@@ -115,8 +115,8 @@ def _of_code(code: Code) -> dict[str, Any]:
 def measure(kernel: str, arch: str, specialisation: Specialisation) -> Row:
     """Compiles one kernel for one architecture and reads what it became."""
     code = KERNELS[kernel].compile(specialisation, arch)
-    operands = [access for access in code.accesses if not access.coefficient]
-    coefficient_loads = None if arch.startswith("gfx") else len(code.accesses) - len(operands)
+    operands = [access for access in code.machine.accesses if not access.coefficient]
+    coefficient_loads = None if arch.startswith("gfx") else len(code.machine.accesses) - len(operands)
     return Row(
         kernel=kernel,
         arch=arch,
@@ -129,7 +129,7 @@ def measure(kernel: str, arch: str, specialisation: Specialisation) -> Row:
         coefficient_loads=coefficient_loads,
         bytes_per_element=sum(access.width for access in operands) / code.elements,
         least_bytes_per_element=sum(specialisation.reads) + sum(specialisation.writes),
-        instructions_per_element=len(instructions(code.machine)) / code.elements,
+        instructions_per_element=len(instructions(code.machine.text)) / code.elements,
     )
 
 
@@ -252,27 +252,20 @@ def _compiled(
     options = backend.launch_options(target.warp_size, threads)
     compiled = compile(ASTSource(kernel, signature, constants), target, options)
     if nvidia:
-        sass, usage = disassembled(compiled.asm["cubin"])
-        return Code(
-            assembly=compiled.asm["ptx"],
-            machine=sass,
-            registers=usage["REG"],
-            local_bytes=usage["STACK"] + usage["LOCAL"],
-            shared_bytes=compiled.metadata.shared,
-            accesses=sass_accesses(sass, is_coefficient),
-            elements=elements,
-        )
+
+        def disassemble() -> Machine:
+            sass, usage = disassembled(compiled.asm["cubin"])
+            return Machine(sass, usage["REG"], usage["STACK"] + usage["LOCAL"], sass_accesses(sass, is_coefficient))
+
+        return Code(compiled.asm["ptx"], elements, compiled.metadata.shared, disassemble)
     assembly = compiled.asm["amdgcn"]
-    usage = {name: int(value) for name, value in re.findall(r"\.(\w+_(?:count|size)):\s+(\d+)", assembly)}
-    return Code(
-        assembly=assembly,
-        machine=assembly,
-        registers=usage["vgpr_count"],
-        local_bytes=usage["private_segment_fixed_size"],
-        shared_bytes=compiled.metadata.shared,
-        accesses=amd_accesses(assembly),
-        elements=elements,
-    )
+
+    def read() -> Machine:
+        usage = {name: int(value) for name, value in re.findall(r"\.(\w+_(?:count|size)):\s+(\d+)", assembly)}
+        local = usage["private_segment_fixed_size"]
+        return Machine(assembly, usage["vgpr_count"], local, amd_accesses(assembly))
+
+    return Code(assembly, elements, compiled.metadata.shared, read)
 
 
 def _triton_unavailable() -> str | None:
@@ -320,7 +313,7 @@ def other_ops(kernel: str, archs: Iterable[str]) -> Iterator[Row]:
     """Rows for keyed noise and step_log_prob."""
     for op, arch in product(static_cuda.OTHERS, archs):
         for types, own_rows, whole, code in OTHERS[kernel](op, arch):
-            operands = [access for access in code.accesses if not access.coefficient]
+            operands = [access for access in code.machine.accesses if not access.coefficient]
             sizes = [dtype.itemsize for dtype in types]
             draws = op == "keyed_noise"
             yield Row(
@@ -332,10 +325,10 @@ def other_ops(kernel: str, archs: Iterable[str]) -> Iterator[Row]:
                 operands={True: "own rows", False: "one row", None: "-" if draws else "any rows"}[own_rows],
                 aligned=whole,
                 **_of_code(code),
-                coefficient_loads=None if arch.startswith("gfx") else len(code.accesses) - len(operands),
+                coefficient_loads=None if arch.startswith("gfx") else len(code.machine.accesses) - len(operands),
                 bytes_per_element=sum(a.width for a in operands if a.store) / code.elements if draws else None,
                 least_bytes_per_element=sizes[0] if draws else 2 * sizes[0] + sizes[1],
-                instructions_per_element=len(instructions(code.machine)) / code.elements,
+                instructions_per_element=len(instructions(code.machine.text)) / code.elements,
             )
 
 

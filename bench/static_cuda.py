@@ -23,7 +23,7 @@ import torch
 
 from flowmatch_kernels.ops.fused_step import PROMOTE, arithmetic_dtype
 
-from .machine_code import Access, Code, Specialisation, sass_accesses
+from .machine_code import Access, Code, Machine, Specialisation, sass_accesses
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "csrc" / "fused_step_cuda.cu"
@@ -151,16 +151,15 @@ def compile_cuda(specialisation: Specialisation, arch: str) -> Code:
     """The CUDA kernel for this specialisation, and what of its code such a launch comes by."""
     title, vector = picked(specialisation)
     kernel = instantiations(arch)[title]
+    machine = _machine(kernel)
+    accesses = _come_by(machine.accesses, specialisation, vector)
+    return Code(kernel.ptx, vector, kernel.usage["SHARED"], lambda: machine._replace(accesses=accesses))
+
+
+def _machine(kernel: Instantiation) -> Machine:
     accesses = sass_accesses(kernel.sass, lambda i: ".CONSTANT" in i.name)
-    return Code(
-        assembly=kernel.ptx,
-        machine=kernel.sass,
-        registers=kernel.usage["REG"],
-        local_bytes=kernel.usage["STACK"] + kernel.usage["LOCAL"],
-        shared_bytes=kernel.usage["SHARED"],
-        accesses=_come_by(accesses, specialisation, vector),
-        elements=vector,
-    )
+    local = kernel.usage["STACK"] + kernel.usage["LOCAL"]
+    return Machine(kernel.sass, kernel.usage["REG"], local, accesses)
 
 
 def _come_by(accesses: list[Access], specialisation: Specialisation, vector: int) -> list[Access]:
@@ -221,15 +220,7 @@ def others(op: str, arch: str) -> list[Other]:
     for kernel in instantiations(arch, OTHERS[op]).values():
         *names, size = kernel.title.split(", ")
         types = [dtypes[name] for name in names if name in dtypes]
-        code = Code(
-            assembly=kernel.ptx,
-            machine=kernel.sass,
-            registers=kernel.usage["REG"],
-            local_bytes=kernel.usage["STACK"] + kernel.usage["LOCAL"],
-            shared_bytes=kernel.usage["SHARED"],
-            accesses=sass_accesses(kernel.sass, lambda i: ".CONSTANT" in i.name),
-            elements=4,
-        )
+        code = Code(kernel.ptx, 4, kernel.usage["SHARED"], functools.partial(_machine, kernel))
         own_rows = names[-1] == "true" if op == "step_log_prob" else None
         found.append(Other(types, own_rows, size in ("true", "4"), code))
     return found

@@ -294,7 +294,8 @@ def check_arithmetic(code: Code, state: torch.dtype, velocity: torch.dtype, arch
     sums = re.findall(r"\badd\.(\w+\.)?(?:b?f16|f32|f64)(?:x2)?\b", code.assembly)
     assert sums or (velocity, arch) == (BF16, "sm_80")  # of bfloat16 alone: `contractions` says what stands there
     assert set(sums) <= {"rn."}
-    assert not re.search(r"\bFFMA|\bDFMA|\bFMAD", code.machine)
+    if arch == "sm_90":  # PTX has each operation rounded by name, which ptxas keeps; that it does is seen once
+        assert not re.search(r"\bFFMA|\bDFMA|\bFMAD", code.machine.text)
 
 
 def check_evictions(code: Code, state: torch.dtype, velocity: torch.dtype) -> None:

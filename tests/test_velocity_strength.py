@@ -99,7 +99,7 @@ def test_with_guidance_a_constraint_and_channels_last(backend: str) -> None:
     assert_same_bits(plain, ones)
 
 
-@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 def test_compile(compiler: str) -> None:
     torch._dynamo.reset()
     fm, noise = FlowMatching(SHAPE[1:]), torch.randn(SHAPE)

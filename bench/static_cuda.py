@@ -95,7 +95,7 @@ def _run(*command: str | None, text: str | None = None) -> str:
     return done.stdout
 
 
-def _built(arch: str, kind: str, source: Path) -> Path:
+def built(arch: str, kind: str, source: Path) -> Path:
     """A compiled file, "cubin" or "ptx", from build/cubin where nothing has changed; one compilation makes both."""
     nvcc = tools()["nvcc"]
     digest = hashlib.sha256("\0".join([*FLAGS, _run(nvcc, "--version")]).encode())
@@ -116,10 +116,10 @@ def _built(arch: str, kind: str, source: Path) -> Path:
 @functools.cache
 def instantiations(arch: str, source: Path = SOURCE) -> dict[str, Instantiation]:
     """Every kernel of one op for one architecture, by title."""
-    cubin = str(_built(arch, "cubin", source))
+    cubin = str(built(arch, "cubin", source))
     dump = _run(tools()["cuobjdump"], "-sass", cubin).split("Function : ")[1:]
     usage = dict(re.findall(r"Function (\S+):\s+(REG:.*)", _run(tools()["cuobjdump"], "-res-usage", cubin)))
-    entries = re.split(r"\.entry (?=\w+\()", _built(arch, "ptx", source).read_text())[1:]
+    entries = re.split(r"\.entry (?=\w+\()", built(arch, "ptx", source).read_text())[1:]
     ptx = {entry.partition("(")[0]: entry for entry in entries}
     names = [sass.split()[0] for sass in dump]
     plain = _run(tools()["c++filt"], text="\n".join(names))

@@ -31,7 +31,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define FLOWMATCH_INLINE __host__ __device__ __forceinline__
-#else
+#elif !defined(FLOWMATCH_INLINE)  // a build that is not to be fast, and is to compile fast, says `inline`
 #define FLOWMATCH_INLINE inline __attribute__((always_inline))
 #endif
 

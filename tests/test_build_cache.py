@@ -118,7 +118,7 @@ def test_nvcc_is_keyed_by_sources_flags_and_version(monkeypatch, tmp_path):
     monkeypatch.setattr(static_cuda, "_run", run)
 
     def built(arch, kind):
-        return static_cuda._built(arch, kind, source)
+        return static_cuda.built(arch, kind, source)
 
     paths = [built("sm_90", "cubin")]
     assert built("sm_90", "cubin") == paths[0]

@@ -84,7 +84,7 @@ def test_no_contraction_in_ptx(arch: str) -> None:
 @pytest.fixture
 def other_rows(request: pytest.FixtureRequest) -> list[static.Row]:
     """Of keyed noise and step_log_prob on an architecture."""
-    with build_cache.lock(f"nvcc-others-{request.param}"):
+    with build_cache.lock(f"nvcc-{request.param}"):
         return list(static.other_ops("cuda", [request.param]))
 
 
@@ -118,7 +118,7 @@ def test_rows_of_noise_and_log_prob(other_rows: list[static.Row]) -> None:
 @pytest.mark.parametrize("arch", ["sm_90"])
 def test_noise_and_log_prob_round_each_operation(arch: str) -> None:
     """The PTX holds no multiply-add, and square roots and quotients to nearest."""
-    with build_cache.lock(f"nvcc-others-{arch}"):
+    with build_cache.lock(f"nvcc-{arch}"):
         kernels = {op: static_cuda.instantiations(arch, source) for op, source in static_cuda.OTHERS.items()}
     for op, there in kernels.items():
         for kernel in there.values():

@@ -25,6 +25,7 @@ FUSED_STEP, OTHERS = "bindings.cpp", "noise_and_log_prob.cpp"
 #: -O0 compiles fastest. AddressSanitizer is asked by cuda_runtime.h at each access: instrumented by the compiler too,
 #: the build takes 100 s instead of 35.
 FLAGS = ["-std=c++20", "-O0", "-g0", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
+FLAGS += ["-DFLOWMATCH_INLINE=inline"]
 #: A word of 16 bytes is read where floats were written, as in CUDA.
 FLAGS += [
     "-fno-strict-aliasing",

@@ -128,6 +128,7 @@ def test_two_processes_without_a_gpu(outcome):
     assert f"2 {LEFT_OUT}" in output
 
 
+@pytest.mark.full
 def test_two_processes_required_with_a_gpu(outcome):
     """The GPU test runs in one worker; that the other ran none is no failure, nor are their children asked."""
     on_gpu = ON_GPU.format(f"assert {VARIABLE!r} not in os.environ")
@@ -146,6 +147,7 @@ def test_two_processes_required_without_a_gpu(outcome):
     assert NO_GPU_TEST_RAN in output
 
 
+@pytest.mark.full
 def test_two_processes_none_ran(outcome):
     """Every GPU test skips: only the controller, which hears of the others' success, can fail the run."""
     on_gpu = ON_GPU.format("pytest.skip('broken')")

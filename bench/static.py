@@ -250,7 +250,11 @@ def _compiled(
     nvidia = arch.startswith("sm_")
     target = GPUTarget("cuda", int(arch[3:]), 32) if nvidia else GPUTarget("hip", arch, _WARP_SIZES[arch])
     options = backend.launch_options(target.warp_size, threads)
-    compiled = compile(ASTSource(kernel, signature, constants), target, options)
+    # As the JIT says it: then what a launch has compiled is found in Triton's cache.
+    attributes: dict[tuple[int], list[object]] = {
+        (k,): [] for k, name in enumerate(kernel.arg_names) if name in constants
+    }
+    compiled = compile(ASTSource(kernel, signature, constants, attributes), target, options)
     if nvidia:
 
         def disassemble() -> Machine:

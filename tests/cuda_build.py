@@ -50,8 +50,10 @@ def compiled_for(extension: str) -> set[str]:
     assert tool is not None, "cuobjdump is in Triton's wheel, and in the CUDA toolkit"
     found = set()
     for option, suffix in (("--list-elf", ""), ("--list-ptx", "+PTX")):
-        listed = subprocess.run([tool, option, extension], check=True, capture_output=True, text=True).stdout
-        found |= {f"{major}.{minor}{suffix}" for major, minor in re.findall(r"\.sm_(\d+)(\d)[a-z]?\.", listed)}
+        listed = subprocess.run([tool, option, extension], capture_output=True, text=True)
+        if listed.returncode and "does not contain device code" not in listed.stdout + listed.stderr:
+            raise RuntimeError(f"{tool} {option} {extension} failed:\n{listed.stdout}{listed.stderr}")
+        found |= {f"{major}.{minor}{suffix}" for major, minor in re.findall(r"\.sm_(\d+)(\d)[a-z]?\.", listed.stdout)}
     return found
 
 

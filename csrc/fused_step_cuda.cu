@@ -23,15 +23,17 @@ namespace flowmatch_kernels {
 namespace {
 
 // Blocks that a multiprocessor holds at once: 6 leave each thread 40 registers. The 64-bit operands of float64 states
-// would spill (4 bytes, sm_90): 5 leave them 48. On sm_75 the 1024 threads that fit are 4 blocks with 64 registers; so
-// where vectors have rows of their own, a kernel that holds every operand (32 bytes spilled at 40 registers, sm_90);
-// and where h1 is noise (8 bytes at 48).
-template <class S, bool kEveryOperand>
+// would spill (4 bytes, sm_90): 5 leave them 48, but with every operand (4 bytes, sm_100). On sm_75 the 1024 threads
+// that fit are 4 blocks with 64 registers; so where vectors have rows of their own, a kernel that holds every operand
+// (32 bytes spilled at 40 registers, sm_90); and where h1 is noise (8 bytes at 48).
+template <class S, class Present, int kSize>
 constexpr int blocks_at_once() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
   return 4;
 #else
-  return kEveryOperand ? 4 : sizeof(S) == 8 ? 5 : 6;
+  if (Present::kDrawn || (Present::kOwnRows && kSize > 1)) return 4;
+  if (sizeof(S) == 8) return Present::kEveryOperand ? 4 : 5;
+  return 6;
 #endif
 }
 
@@ -42,6 +44,7 @@ constexpr int blocks_at_once() {
 template <bool kGuided, int kTerms, bool kStrength>
 struct Known {
   static constexpr bool kOwnRows = false, kDrawn = false;
+  static constexpr bool kEveryOperand = kGuided && kTerms == 3;
   __device__ __forceinline__ explicit Known(const Operands&) {}
   __device__ __forceinline__ constexpr bool u() const { return kGuided; }
   __device__ __forceinline__ constexpr bool strength() const { return kStrength; }
@@ -53,6 +56,7 @@ template <bool kOwnRows_, bool kDrawn_ = false>
 struct Tested {
   static constexpr bool kOwnRows = kOwnRows_;  // with kDrawn there may be some, or one row for all elements
   static constexpr bool kDrawn = kDrawn_;      // h1 is noise
+  static constexpr bool kEveryOperand = false;
   const Operands& o;
   __device__ __forceinline__ explicit Tested(const Operands& operands) : o(operands) {}
   __device__ __forceinline__ bool u() const { return o.u != nullptr; }
@@ -194,8 +198,7 @@ __device__ __forceinline__ void step(const Operands& o, const Divisor& divisor, 
 // Thread t takes vector t; threads after the last whole vector take one of the elements that are left over.
 // With kSize 1 nothing but an element's own alignment is asked.
 template <class E, class Present, int kSize>
-__global__ void __launch_bounds__(kThreads,
-                                  blocks_at_once<typename E::B, (Present::kOwnRows && kSize > 1) || Present::kDrawn>())
+__global__ void __launch_bounds__(kThreads, blocks_at_once<typename E::B, Present, kSize>())
     fused_step_kernel(const Operands o, const Divisor divisor) {
   using A = typename E::A;
   constexpr int kRowWord = kSize > 1 ? kAccess / sizeof(A) : 1;

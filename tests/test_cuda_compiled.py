@@ -161,7 +161,7 @@ def test_no_contraction(arch: str) -> None:
 def test_no_flush_and_nothing_approximate(arch: str) -> None:
     found = wrong(arch, r".*\.FTZ|MUFU|.*\.(RZ|RM|RP)\b")
     # Which row an element lies in is a quotient of integers: ptxas makes it of these, and corrects it.
-    quotient = re.compile(r"\+own rows.*: (I2F\.U\d+\.RP|MUFU\.RCP|F2I\.FTZ\.U\d+\.TRUNC\S*) ")
+    quotient = re.compile(r"\+own rows.*: (U?I2F\.U\d+\.RP|MUFU\.RCP|F2I\.FTZ\.U\d+\.TRUNC\S*) ")
     assert not [one for one in found if not quotient.search(one) and "+noise" not in one]
 
 
@@ -182,10 +182,11 @@ def test_no_shared_memory_and_no_barrier(arch: str) -> None:
 def test_registers(arch: str) -> None:
     """40 leave 6 blocks to a multiprocessor; float64 operands are twice as wide, and sm_75 holds 4 blocks.
 
-    So do those with rows of their own, which hold the row of a thread beside all operands.
+    So do those with rows of their own, which hold the row of a thread beside all operands, and float64 ones with all.
     """
     for k in kernels(arch):
-        bound = 64 if arch == "sm_75" or k.own_rows else 48 if k.state == "double" else 40
+        every_double = k.state == "double" and k.guided and k.terms == 3
+        bound = 64 if arch == "sm_75" or k.own_rows or every_double else 48 if k.state == "double" else 40
         assert k.registers <= bound, f"{k.title}: {k.registers} registers"
 
 

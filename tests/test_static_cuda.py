@@ -39,11 +39,12 @@ def arch(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("arch", ARCHS, indirect=True)
 def test_rows(arch: str) -> None:
-    """The least bytes, nothing local, shared or waited for, and registers for 5 or 6 blocks."""
+    """The least bytes, nothing local, shared or waited for, and registers for 6 blocks; of float64 for 5, or 4."""
     for row in [static.measure("cuda", arch, s) for s in SPECIALISATIONS]:
         assert row.bytes_per_element == row.least_bytes_per_element, row
         assert (row.local_bytes, row.shared_bytes, row.barriers) == (0, 0, 0), row
-        assert row.registers <= (64 if arch == "sm_75" else 48 if row.state == "float64" else 40), row
+        of_float64 = 64 if row.operands.startswith("u h1 h2 h3") else 48
+        assert row.registers <= (64 if arch == "sm_75" else of_float64 if row.state == "float64" else 40), row
         if row.aligned:
             assert "x16" in row.loads, row
 

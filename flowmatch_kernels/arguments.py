@@ -257,6 +257,8 @@ def _numeric(value: Any) -> bool:
         return value.dtype is not torch.bool and not value.is_complex()
     if isinstance(value, (bool, str, *BYTES)):
         return False
+    if type(value) is int:  # also a compiler's symbol, of which no attribute can be asked
+        return True
     return getattr(getattr(value, "dtype", None), "kind", "f") not in "bcmMOSU"  # NumPy's
 
 

@@ -262,17 +262,20 @@ def test_predictions_are_checked_while_tracing():
 SCALARS = (
     "temperature",
     "weight",
+    "weight, int",
+    "weight, function",
     "weights",
     "time_steps",
     "batch",
     "temperature, first 1",
+    "temperature, int",
     "temperature, tensor",
     "weight, first 1",
-    "weight, int",
     "weight, tensor",
     "weight, from_guided",
+    "weights, int",
     "weights, tensor",
-    "weight, function",
+    "time_steps, int",
     "time_steps, tensor",
     "step_sizes",
 )
@@ -289,6 +292,7 @@ def scalars():
     return {
         "temperature": [{"temperature": value} for value in three],
         "temperature, first 1": [{"temperature": value} for value in (1.0, 0.5, 0.7)],
+        "temperature, int": [{"temperature": value} for value in (3, 2, 4)],
         "temperature, tensor": [{"temperature": torch.tensor(value)} for value in (0.5, 1.0, 0.7)],
         "weight": weights(*three),
         "weight, first 1": weights(1.0, 2.5, 0.3),
@@ -296,16 +300,18 @@ def scalars():
         "weight, tensor": weights(*map(torch.tensor, three)),
         "weight, from_guided": weights(*three, guidance_form="from_guided"),
         "weights": weights(*([value, 2.0] for value in three)),
+        "weights, int": weights(*([value, 5] for value in (3, 2, 4))),
         "weights, tensor": weights(*(torch.tensor([value, 2.0]) for value in three)),
         "weight, function": weights(*map(jump_from, three)),
         "time_steps": [{"int_method": "ab3", "time_steps": [0.0, v, 0.5, 0.7, 1.0]} for v in (0.1, 0.2, 0.3)],
+        "time_steps, int": [{"time_steps": [0, v, 7]} for v in (3, 2, 4)],
         "time_steps, tensor": [{"time_steps": torch.tensor([0.0, v, 1.0])} for v in (0.1, 0.2, 0.3)],
         "step_sizes": [{"time_steps": [0.0, 0.5, 1.0], "step_sizes": [v, 0.2]} for v in (0.1, 0.2, 0.3)],
         "batch": [{"batch": value} for value in (4, 3, 2)],
     }
 
 
-@pytest.mark.parametrize("names", [SCALARS[:5], pytest.param(SCALARS[5:], marks=pytest.mark.full)], ids=["few", "rest"])
+@pytest.mark.parametrize("names", [SCALARS[:7], pytest.param(SCALARS[7:], marks=pytest.mark.full)], ids=["few", "rest"])
 @pytest.mark.filterwarnings("ignore")
 def test_scalars_compile_twice_at_most(names):
     """Three values of one argument: the bits of eager mode, and two graphs at most, the second for every value.

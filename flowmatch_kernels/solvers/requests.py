@@ -210,7 +210,8 @@ class Request(NamedTuple):
             known = entries
         if known is not None:
             name, options, known = "uniform", (), tuple(map(_plain, known))
-        return _computed_times(method, self.steps, self.noise_at, name, options, self.grid_dtype, self.device, known)
+        times = _computed_times(method, self.steps, self.noise_at, name, options, self.grid_dtype, self.device, known)
+        return tuple(map(_plain, times))  # of an entry as it comes from the call above Dynamo cannot ask the type
 
 
 def _plain(entry: float) -> float:

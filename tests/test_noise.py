@@ -492,6 +492,23 @@ def test_accuracy(tried):
     assert max(measured.values()) < 1, measured
 
 
+def test_where_an_fma_has_the_same_bits(tried):
+    """csrc/keyed_noise.h has FMAs for these products, which float32 holds, and for what a square root leaves."""
+    word, angle = tried
+    square = reference_noise.minus_twice_logarithm(word)
+    root = reference_noise.radius(square).high
+    left = square.high.double() - root.double() ** 2  # exact: the square has 48 digits
+    assert torch.equal(left, left.float().double())
+    assert torch.equal(reference_noise._remainder(square.high, root), left.float())
+    x = reference_noise._halves(root)
+    for factor in reference_noise.sine_cosine(reference_noise.angle(angle)[1]):
+        y = reference_noise._halves(factor.high)
+        products = [a.double() * b.double() for a in x for b in y]
+        assert all(torch.equal(product, product.float().double()) for product in products)
+        whole = root.double() * factor.high.double()
+        assert not torch.equal(whole, whole.float().double()), "these words cannot tell"
+
+
 def test_reach():
     """Beyond 6.6 sigma, at both ends of the word; and never infinite, NaN or 0."""
     z, _ = reference_noise.normals(torch.tensor([0, WORD]), torch.tensor([0, 0]))

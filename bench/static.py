@@ -26,7 +26,7 @@ from flowmatch_kernels.ops.step_log_prob import LANES
 from flowmatch_kernels.solvers import SOLVERS, Grid, build
 
 from . import static_cuda
-from .machine_code import Code, Machine, Specialisation, amd_accesses, disassembled, instructions, sass_accesses
+from .machine_code import Access, Code, Machine, Specialisation, amd_accesses, disassembled, instructions, sass_accesses
 from .machine_code import Instruction as Instruction  # for those who read on from here
 from .machine_code import contractions as contractions
 
@@ -99,9 +99,13 @@ def picked_by_sample(forms: Iterable[int] = GUIDANCE) -> list[Specialisation]:
     ]
 
 
-def _of_code(code: Code) -> dict[str, Any]:
+def _operands(code: Code) -> list[Access]:
+    return [access for access in code.machine.accesses if not access.coefficient]
+
+
+def _of_code(code: Code, arch: str) -> dict[str, Any]:
     """The entries of a row that the code alone gives."""
-    operands = [access for access in code.machine.accesses if not access.coefficient]
+    operands = _operands(code)
     return {
         "registers": code.machine.registers,
         "local_bytes": code.machine.local_bytes,
@@ -109,14 +113,14 @@ def _of_code(code: Code) -> dict[str, Any]:
         "barriers": len(re.findall(r"\bbar\.|\bbarrier\.|\bs_barrier", code.assembly)),
         "loads": _by_width(access.width for access in operands if not access.store),
         "stores": _by_width(access.width for access in operands if access.store),
+        "coefficient_loads": None if arch.startswith("gfx") else len(code.machine.accesses) - len(operands),
+        "instructions_per_element": len(instructions(code.machine.text)) / code.elements,
     }
 
 
 def measure(kernel: str, arch: str, specialisation: Specialisation) -> Row:
     """Compiles one kernel for one architecture and reads what it became."""
     code = KERNELS[kernel].compile(specialisation, arch)
-    operands = [access for access in code.machine.accesses if not access.coefficient]
-    coefficient_loads = None if arch.startswith("gfx") else len(code.machine.accesses) - len(operands)
     return Row(
         kernel=kernel,
         arch=arch,
@@ -125,11 +129,9 @@ def measure(kernel: str, arch: str, specialisation: Specialisation) -> Row:
         guidance=_form(specialisation.guidance, KERNELS[kernel].forms),
         operands=specialisation.operands,
         aligned=specialisation.aligned,
-        **_of_code(code),
-        coefficient_loads=coefficient_loads,
-        bytes_per_element=sum(access.width for access in operands) / code.elements,
+        **_of_code(code, arch),
+        bytes_per_element=sum(access.width for access in _operands(code)) / code.elements,
         least_bytes_per_element=sum(specialisation.reads) + sum(specialisation.writes),
-        instructions_per_element=len(instructions(code.machine.text)) / code.elements,
     )
 
 
@@ -317,7 +319,6 @@ def other_ops(kernel: str, archs: Iterable[str]) -> Iterator[Row]:
     """Rows for keyed noise and step_log_prob."""
     for op, arch in product(static_cuda.OTHERS, archs):
         for types, own_rows, whole, code in OTHERS[kernel](op, arch):
-            operands = [access for access in code.machine.accesses if not access.coefficient]
             sizes = [dtype.itemsize for dtype in types]
             draws = op == "keyed_noise"
             yield Row(
@@ -328,11 +329,9 @@ def other_ops(kernel: str, archs: Iterable[str]) -> Iterator[Row]:
                 guidance="-",
                 operands={True: "own rows", False: "one row", None: "-" if draws else "any rows"}[own_rows],
                 aligned=whole,
-                **_of_code(code),
-                coefficient_loads=None if arch.startswith("gfx") else len(code.machine.accesses) - len(operands),
-                bytes_per_element=sum(a.width for a in operands if a.store) / code.elements if draws else None,
+                **_of_code(code, arch),
+                bytes_per_element=sum(a.width for a in _operands(code) if a.store) / code.elements if draws else None,
                 least_bytes_per_element=sizes[0] if draws else 2 * sizes[0] + sizes[1],
-                instructions_per_element=len(instructions(code.machine.text)) / code.elements,
             )
 
 

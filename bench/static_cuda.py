@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock  # which torch itself needs
 
 from flowmatch_kernels.ops.fused_step import PROMOTE, arithmetic_dtype
 
@@ -96,14 +97,21 @@ def _run(*command: str | None, text: str | None = None) -> str:
 
 
 def built(arch: str, kind: str, source: Path) -> Path:
-    """A compiled file, "cubin" or "ptx", from build/cubin where nothing has changed; one compilation makes both."""
+    """A compiled file, "cubin" or "ptx", from build/cubin where nothing has changed.
+
+    One compilation makes both, with other processes that ask for them held off.
+    """
     nvcc = tools()["nvcc"]
     digest = hashlib.sha256("\0".join([*FLAGS, _run(nvcc, "--version")]).encode())
     for file in [source, *sorted(source.parent.glob("*.h"))]:
         digest.update(file.read_bytes())
     path = ROOT / "build" / "cubin" / f"{source.stem}-{arch}-{digest.hexdigest()[:16]}.{kind}"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if path.exists():
+            return path
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             new = Path(scratch, f"{source.stem}.cubin")
             keep = "--keep", f"--keep-dir={scratch}"  # the PTX that the machine code is made of

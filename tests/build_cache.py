@@ -33,12 +33,6 @@ def digest(parts: Iterable[str | bytes | Path]) -> str:
     return total.hexdigest()[:32]
 
 
-def lock(name: str) -> FileLock:
-    """Holds off other processes that ask for this name."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    return FileLock(FOLDER / f"{name}.lock")
-
-
 def built(name: str, parts: Iterable[str | bytes | Path], make: Callable[[Path], object]) -> Path:
     """The path of what `make` writes to the path it is given, from the cache where it was made before.
 
@@ -50,7 +44,8 @@ def built(name: str, parts: Iterable[str | bytes | Path], make: Callable[[Path],
     key = digest(parts)
     path = FOLDER / f"{key}-{name}"
     if not path.exists():
-        with lock(key):
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        with FileLock(FOLDER / f"{key}.lock"):
             if not path.exists():
                 with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
                     new = Path(folder, name)

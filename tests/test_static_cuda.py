@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from itertools import product
 
-import build_cache
 import pytest
 
 from bench import static, static_cuda
@@ -29,15 +28,7 @@ SPECIALISATIONS = [
 ]
 
 
-@pytest.fixture
-def arch(request: pytest.FixtureRequest) -> str:
-    """An architecture that the kernel has been compiled for."""
-    with build_cache.lock(f"nvcc-{request.param}"):  # tests/test_cuda_compiled.py asks for it too
-        static_cuda.instantiations(request.param)
-    return request.param
-
-
-@pytest.mark.parametrize("arch", ARCHS, indirect=True)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_rows(arch: str) -> None:
     """The least bytes, nothing local, shared or waited for, and registers for 6 blocks; of float64 for 5, or 4."""
     for row in [static.measure("cuda", arch, s) for s in SPECIALISATIONS]:
@@ -58,7 +49,7 @@ def test_a_kernel_holds_every_form_of_guidance() -> None:
             assert {static_cuda.picked(s) for s in others} == {static_cuda.picked(specialisation)}
 
 
-@pytest.mark.parametrize("arch", ARCHS, indirect=True)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_rows_of_their_own(arch: str) -> None:
     """Two kernels for each set of dtypes, without spills: 4 blocks of vectors, and with noise; else 5 or 6."""
     own = {title: kernel for title, kernel in static_cuda.instantiations(arch).items() if "Tested<true" in title}
@@ -72,7 +63,7 @@ def test_rows_of_their_own(arch: str) -> None:
         assert wide != single, title
 
 
-@pytest.mark.parametrize("arch", ARCHS, indirect=True)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_no_contraction_in_ptx(arch: str) -> None:
     kernels = static_cuda.instantiations(arch).values()
     assert len(kernels) == 312
@@ -85,8 +76,7 @@ def test_no_contraction_in_ptx(arch: str) -> None:
 @pytest.fixture
 def other_rows(request: pytest.FixtureRequest) -> list[static.Row]:
     """Of keyed noise and step_log_prob on an architecture."""
-    with build_cache.lock(f"nvcc-{request.param}"):
-        return list(static.other_ops("cuda", [request.param]))
+    return list(static.other_ops("cuda", [request.param]))
 
 
 @pytest.mark.parametrize("other_rows", ARCHS, indirect=True)
@@ -119,8 +109,7 @@ def test_rows_of_noise_and_log_prob(other_rows: list[static.Row]) -> None:
 @pytest.mark.parametrize("arch", ["sm_90"])
 def test_noise_and_log_prob_round_each_operation(arch: str) -> None:
     """The PTX holds no multiply-add, and square roots and quotients to nearest."""
-    with build_cache.lock(f"nvcc-{arch}"):
-        kernels = {op: static_cuda.instantiations(arch, source) for op, source in static_cuda.OTHERS.items()}
+    kernels = {op: static_cuda.instantiations(arch, source) for op, source in static_cuda.OTHERS.items()}
     for op, there in kernels.items():
         for kernel in there.values():
             assert not static.contractions(kernel.ptx), kernel.title

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -44,16 +45,17 @@ def timing(seconds: list[float], calls: int) -> Timing:
 def in_turn(functions: Mapping[Key, Callable[[], object]], seconds: float, least_runs: int = 9) -> dict[Key, Timing]:
     """Times each function: a run of each in every round, so that a slow spell of the machine hits all.
 
-    Which one begins changes from round to round. Rounds go on until `seconds` are over.
+    Each round has an order of its own, so that no function always finds in the caches what the same other one left
+    there. Rounds go on until `seconds` are over.
     """
     calls = {key: calls_of_a_run(function) for key, function in functions.items()}
     spans: dict[Key, list[float]] = {key: [] for key in functions}
-    order = list(functions)
+    order, shuffle = list(functions), random.Random(0).shuffle
     started, rounds = time.perf_counter(), 0
     while rounds < least_runs or (rounds < MOST_RUNS and time.perf_counter() - started < seconds):
+        shuffle(order)
         for key in order:
             spans[key].append(run(functions[key], calls[key]))
-        order.append(order.pop(0))
         rounds += 1
     return {key: timing(spans[key], calls[key]) for key in functions}
 

@@ -93,8 +93,11 @@ FLOWMATCH_INLINE void strips(const Operands& o, const void* row_of, std::int64_t
   V guided[kStrip];
   A remembered[kStrip], drawn[kStrip];
   S sums[kApart ? kStrip : 1];
-  for (std::int64_t i = begin; i < end; i += kStrip) {
-    const std::int64_t n = std::min(kStrip, end - i);
+  // One loop that needs no room needs no strips: leaving a loop costs a processor the loads that it had under way.
+  const bool one_pass = !(kApart || o.u || o.history || o.h[0] || o.trajectory);
+  const std::int64_t strip = one_pass ? end - begin : kStrip;
+  for (std::int64_t i = begin; i < end; i += strip) {
+    const std::int64_t n = std::min(strip, end - i);
     O* out = static_cast<O*>(o.out) + i;
     const B* base = static_cast<const B*>(o.base) + i;
     const V* v = static_cast<const V*>(o.v) + i;

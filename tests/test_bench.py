@@ -278,11 +278,13 @@ def test_timing():
 
 
 def test_in_turn(monkeypatch):
-    """Each round runs every function once, another one first."""
+    """Each round runs every function once, and each of them sometimes right after each other one."""
     monkeypatch.setattr(measure, "calls_of_a_run", lambda function: 1)
     order = []
-    measure.in_turn({name: lambda name=name: order.append(name) for name in "abc"}, seconds=0.0, least_runs=4)
-    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
+    measure.in_turn({name: lambda name=name: order.append(name) for name in "abc"}, seconds=0.0, least_runs=40)
+    rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert len(rounds) == 40 and all(sorted(turn) == list("abc") for turn in rounds)
+    assert all(any(two in turn for turn in rounds) for two in ("ab", "ba", "ac", "ca", "bc", "cb"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc, which Linux alone has")

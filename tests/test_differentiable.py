@@ -252,6 +252,10 @@ def test_the_op_refuses_tangents():
         with forward_ad.dual_level():
             return function(forward_ad.make_dual(h, h))
 
+    def compiled(function, backend):
+        torch._dynamo.reset()
+        return torch.compile(function, backend=backend)
+
     for derivative in {
         "jvp of v": lambda: jvp(lambda v: step(v=v), (h,), (h,)),
         "jvp of base": lambda: jvp(lambda base: step(base=base), (h,), (h,)),
@@ -260,7 +264,11 @@ def test_the_op_refuses_tangents():
         "jacfwd": lambda: jacfwd(lambda v: step(v=v))(h),
         "vmap of jvp": lambda: vmap(lambda v: jvp(lambda v: step(v=v), (v,), (v,)))(torch.ones(2, 2, 3)),
         "dual": lambda: dual(lambda v: step(v=v)),
+        "of a compiled function": lambda: jvp(compiled(step, "eager"), (x, h), (x, h)),
+        "of a compiled function, AOT": lambda: jvp(compiled(step, "aot_eager"), (x, h), (x, h)),
+        "compiled, jvp": lambda: compiled(lambda v: jvp(lambda v: step(v=v), (v,), (v,))[1], "eager")(h),
         "in place, jvp": lambda: jvp(step_, (h,), (h,)),
+        "in place, of a compiled function": lambda: jvp(compiled(step_, "eager"), (h,), (h,)),
         "in place, dual": lambda: dual(step_),
     }.values():
         with pytest.raises(NotImplementedError, match="no forward-mode derivative"):

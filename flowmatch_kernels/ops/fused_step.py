@@ -60,6 +60,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..tracing import has_tangent
 
@@ -419,11 +420,16 @@ def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _refuse_tangents(operands: Sequence[Any]) -> None:
-    if any(isinstance(x, Tensor) and has_tangent(x) for x in operands):
+    # Dynamo compiles what a frame that it gives up calls, and would see no tangent.
+    if forward_ad._current_level >= 0 and torch.compiler.disable(_any_has_tangent)(operands):
         raise NotImplementedError(
             "torch.ops.flowmatch_kernels.fused_step and fused_step_ have no forward-mode derivative: call "
             "FlowMatching.sample, which then runs in plain PyTorch"
         )
+
+
+def _any_has_tangent(operands: Sequence[Any]) -> bool:
+    return any(isinstance(x, Tensor) and has_tangent(x) for x in operands)
 
 
 class _WithoutTangents:

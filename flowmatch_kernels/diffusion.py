@@ -24,6 +24,7 @@ from .ops import dispatch
 from .ops.fused_step import COLUMNS, PROMOTE, arithmetic_dtype
 from .sampling import solve
 from .solvers import Evaluation, Table
+from .step_functions import Bound, bound
 from .training import check_data, mean_squared_error
 from .velocities import Velocities
 
@@ -149,7 +150,8 @@ class _Diffusion(BaseDiffusion):
             batch_size: B.
             step_fn: The network, called as step_fn(x=x, t=t) with x [B, *x_dims] and the training timestep t
                 [B, 1, ..., 1], a whole number in torch's default dtype (t.flatten().long() for an embedding); returns
-                what prediction_type says, [B, *x_dims]. Guidance: combine the predictions in it.
+                what prediction_type says, [B, *x_dims]. Guidance: combine the predictions in it. A model that wants
+                the timestep otherwise, or the number of the step: `flowmatch_kernels.StepFunction`.
             device: Where to sample.
             return_all_steps: Return the trajectory too.
             inference_step: Steps; None or 0: num_inference_steps.
@@ -190,6 +192,8 @@ class _Diffusion(BaseDiffusion):
             added = noises.StepNoise(*drawing, shape, arithmetic_dtype(dtype), device, backend, None)
         if start is None:
             start = noises.drawn(source, shape, dtype, device, backend, None)
+        functions: list[Bound] = []
+        step_fn = bound(step_fn, functions)
         if self.clip_sample_range is not None:
             velocities = Velocities(shape, dtype, device, differentiable=differentiable)
             step_fn = self._clipped(step_fn, *made[1:], velocities)
@@ -198,6 +202,7 @@ class _Diffusion(BaseDiffusion):
             hooks=hooks,
             noise=added,
             backend=self.backend,
+            functions=functions,
         )
         x = rows.trajectory(state, taken) if return_all_steps else rows.result(state)
         if callback is not None:

@@ -16,6 +16,7 @@ from .ops import dispatch
 from .ops.fused_step import WEIGHTED
 from .rows import Setting, rows_for
 from .solvers import Evaluation, Table
+from .step_functions import Bound, timed
 from .velocities import Model, Velocities, model
 
 
@@ -96,6 +97,7 @@ def solve(
     hooks: Hooks | None = None,
     noise: StepNoise | None = None,
     backend: str = "auto",
+    functions: Sequence[Bound] = (),
 ) -> Integrated:
     """Integrates from a given start, for who has a table of its own; unchecked, without guidance.
 
@@ -110,6 +112,7 @@ def solve(
         hooks: As for `integrate`.
         noise: As for `noisy`.
         backend: As for `dispatch.choose`.
+        functions: The step functions in step_fn, as for `timed`.
     """
     eager = tracing.is_eager()
     if start.requires_grad and not differentiable:
@@ -120,6 +123,8 @@ def solve(
     rest = (return_all_steps, rounding, WEIGHTED, constrained, backend, strength)
     rows = rows_for(Setting(table, velocities, chosen, eager, *rest), start)
     evaluate = model(step_fn, velocities, eager)
+    if functions:
+        evaluate = timed(evaluate, functions, table.times, velocities.shape)
     if noise is not None:
         evaluate = noisy(evaluate, table, noise)
     return integrate(table, rows, rows.start(start, False), evaluate, hooks)

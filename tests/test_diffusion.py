@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from flowmatch_kernels import DDIM, DDPM, KeyedNoise
+from flowmatch_kernels import DDIM, DDPM, KeyedNoise, StepFunction
 
 EXACT = {"rtol": 0, "atol": 0}
 DIMS, BATCH = (5, 3), 4
@@ -109,8 +109,8 @@ def test_ddpm_is_diffusers(monkeypatch):
 
 
 def test_ways_to_sample():
-    """Backends, keys, 16 bits, one sample alone, gradients, hooks."""
-    clipped = DDPM(DIMS, 6, clip_sample_range=2.0)
+    """Backends, keys, models that take the number of the step, 16 bits, one sample alone, gradients, hooks."""
+    clipped, ones = DDPM(DIMS, 6, clip_sample_range=2.0), [1] * len(DIMS)
     for made in (DDIM(DIMS, 6), DDIM(DIMS, 6, eta=1.0), DDPM(DIMS, 6), clipped):
         states, times = made.sample(BATCH, step_fn, noise=KeyedNoise(5), return_all_steps=True)
         assert states.shape == (BATCH, 7, *DIMS) and times.shape == (7,)
@@ -120,6 +120,14 @@ def test_ways_to_sample():
         made.backend = "auto"
         alone = made.sample(1, step_fn, noise=KeyedNoise(5, first=2))
         torch.testing.assert_close(alone, states[2:3, -1], **EXACT)
+        taken = []
+        by_number = StepFunction(
+            lambda x, t, step, taken=taken: taken.append((step, t.tolist())) or step_fn(x, t.view(-1, *ones)),
+            time_as="batch",
+            time_dtype=torch.int64,
+        )
+        torch.testing.assert_close(made.sample(BATCH, by_number, noise=KeyedNoise(5)), other, **EXACT)
+        assert taken == [(k, [int(t)] * BATCH) for k, t in enumerate(times[:-1])]
         w = torch.ones((), requires_grad=True)
         derived = made.sample(BATCH, lambda x, t, w=w: w * step_fn(x, t), noise=KeyedNoise(5), differentiable=True)
         torch.testing.assert_close(derived.detach(), states[:, -1], **EXACT)

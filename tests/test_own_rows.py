@@ -567,9 +567,39 @@ def test_grids_of_tokens_are_built_once() -> None:
         for _ in range(2):
             for grid, weight in itertools.product((t, t.tolist()), (torch.full((B, 3, 1), 0.5), lambda t: t)):
                 FlowMatching(DIMS).sample(B, field, time_steps=grid, inference_guidance_weight=weight, **options)
-    # Of B grids of their own and B with a hold; twice for numbers in two forms; a function shares the table without it.
-    assert len(built) == 4 * 2 * B
+    # Grids without a hold are one table, those with one another; for numbers in two forms; a function shares the table.
+    assert len(built) == 4 * 2
     assert len(solvers.cache._tables) == 4
+
+
+def test_many_grids_side_by_side() -> None:
+    """Each of them has the row, in float64, that it has alone: of solvers, predictions, ends of time and dtypes."""
+    R = 67  # whole vectors and a rest
+    for solver, (noise_at, predicts), dtype in itertools.product(
+        (*SOLVERS, *STOCHASTIC), ((0, None), (1, None), (0, 1), (1, 1)), (F32, F64)
+    ):
+        for n in (1, 2, 3, 10):
+            times = torch.rand(R, n + 1, generator=generator(), dtype=dtype).sort(descending=bool(noise_at)).values
+            request = requests.Request(
+                solvers.loaded(solver),
+                steps=0,
+                dtype=F64,
+                device=torch.device("cpu"),
+                noise_at=noise_at,
+                predicts=predicts,
+                euler_at_final=False,
+                time_grid="uniform",
+                options=(),
+                grid_dtype=F32,
+                time_steps=times * 0.98 + 0.01,
+                sizes=(R,),
+            )
+            whole = request.make(check=True)
+            for r in (0, 1, R - 1):
+                alone = request._replace(time_steps=request.time_steps[r], sizes=()).make(check=True)
+                assert alone.evaluations == whole.evaluations
+                for name in ("times", "coefficients", *(["densities"] if alone.densities is not None else [])):
+                    assert_same_bits(getattr(whole, name)[:, r], getattr(alone, name))
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = {
@@ -647,6 +677,18 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]] 
         ValueError,
         "sample 1 has a step of length 0, step 5, and in step 4",
     ),
+    "a prediction where it says nothing": (
+        {"prediction_type": "noise"},
+        {"time_steps": [[0.1, 0.5, 1]] * 2 + [[0, 0.5, 1]] + [[0.1, 0.5, 1]]},
+        ValueError,
+        "^sample 2: what step_fn predicts stands at t = 0",
+    ),
+    "not finite": (
+        {"int_method": "ab2"},
+        {"time_steps": torch.tensor([[0, 0.5, 1]] * 3 + [[0, 1e-320, 1]], dtype=F64)},
+        ValueError,
+        r"^sample 3: ab2 has no finite coefficients on this time grid, \[0.0, 1e-320, 1.0\]",
+    ),
     "inference_step": ({}, {"time_steps": grids(), "inference_step": 3}, ValueError, "inference_step is 3"),
     "weights": ({}, {"weights": torch.rand(3, 1)}, ValueError, "a row for each of the 4 samples"),
     "weights of steps": ({}, {"weights": torch.rand(B, 3)}, ValueError, "one for each of the 10 steps, got 3"),
@@ -685,6 +727,15 @@ def test_refused_elsewhere() -> None:
             fm.fit_solver(field, 2, inference_guidance_weight=weight, **guided)
     with pytest.raises(Exception, match="pass lists of floats"):
         torch.compile(lambda t: fm.sample(B, field, noise=x, time_steps=t), backend="eager", fullgraph=True)(grids())
+
+
+def test_refused_while_compiling() -> None:
+    """What the numbers of a list say, though those of the coefficients cannot be read."""
+    fm = FlowMatching(DIMS, prediction_type="noise")
+    times = [[0.1, 0.5, 1]] * (B - 1) + [[0, 0.5, 1]]
+    sampled = torch.compile(lambda x: fm.sample(B, field, noise=x, time_steps=times), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=f"sample {B - 1}: .*what step_fn predicts stands at t = 0"):
+        sampled(torch.ones(B, *DIMS))
 
 
 def test_fitted_with_weights() -> None:

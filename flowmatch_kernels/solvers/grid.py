@@ -16,13 +16,20 @@ from ..tracing import is_readable
 
 
 class Grid(NamedTuple):
-    """A time grid, or step sizes."""
+    """A time grid, or step sizes; or several side by side."""
 
     tensor: Tensor
-    """[T], or [T - 1]."""
+    """[T], or [T - 1]; of several [T, R], or [T - 1, R]."""
     entries: tuple[float, ...] | None
     """The same as numbers, for the checks of values; None: a tensor whose values cannot be read. While tracing they are
     those of the list that was given, or, of a grid with a name, those of the uniform one: the ends are the same."""
+    each: tuple[tuple[float, ...], ...] = ()
+    """Of several the entries of each, as far as they are known; `entries` is None."""
+
+    @property
+    def known(self) -> tuple[tuple[float, ...], ...]:
+        """The entries of each grid that is here, as far as they are known."""
+        return self.each if self.entries is None else (self.entries,)
 
 
 def on_host(x: Tensor) -> Tensor:

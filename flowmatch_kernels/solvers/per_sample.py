@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from ..arguments import check_dense, number, row_name, spread
 from ..ops.fused_step import HELD
 from ..ops.step_log_prob import HELD as HELD_DENSITY
 from ..tracing import is_readable
-from .grid import on_host
+from .grid import Grid, on_host
 from .table import Table
 
 
@@ -102,39 +103,77 @@ def _picked(row: Any, which: Sequence[int]) -> Any:
 
 
 class Row(NamedTuple):
-    """What a sample or token has, and others with the same grid: a grid and its table."""
+    """What a sample or token has, and others with the same numbers."""
 
     name: str
     """Of the first that has it, for messages."""
-    grid: Tensor
+    times: Tensor
     """[T], on the CPU."""
     steps: tuple[int, ...]
-    """The numbers of the steps that its table makes."""
-    table: Table | None
-    """On the CPU; None: it has no steps of its own."""
+    """The numbers of its steps that are longer than 0."""
+    grid: Grid | None
+    """The grid of those steps alone; None: there are none."""
+    sizes: Grid | None
+    """Their sizes, where they are given."""
 
 
-def stacked(structure: Table, rows: Sequence[Row], which: Sequence[int], sizes: tuple[int, ...]) -> Table:
-    """The tables of the rows as one, [E, R, 8], with times [., *sizes]. A step that is not a row's own holds it.
+def naming(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function, whose errors then say whose numbers they are about."""
+    try:
+        return function(*arguments)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
+def grouped(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows that have steps of the same numbers: one table can be made of them."""
+    groups: dict[tuple[int, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.steps, []).append(row)
+    return list(groups.values())
+
+
+def side_by_side(group: Sequence[Row]) -> tuple[Grid, Grid | None]:
+    """The grids and step sizes of a group with steps of its own, [., R]."""
+
+    def columns(grids: Sequence[Grid]) -> Grid:
+        each = tuple(grid.entries for grid in grids if grid.entries is not None)
+        return Grid(torch.stack([grid.tensor for grid in grids], dim=1), None, each)
+
+    sizes = [row.sizes for row in group if row.sizes is not None]
+    return columns([row.grid for row in group if row.grid is not None]), columns(sizes) if sizes else None
+
+
+def stacked(
+    structure: Table,
+    groups: Sequence[Sequence[Row]],
+    tables: Sequence[Table | None],
+    which: Sequence[Row],
+    sizes: tuple[int, ...],
+) -> Table:
+    """The tables of the groups as one, [E, R, 8], with times [., *sizes]. A step that is not a row's own holds it.
 
     Args:
         structure: A table of as many steps as the grids have, for its evaluations; its numbers do not count.
-        rows: Those that differ.
-        which: Of these, for each of the R, in order.
+        groups: Rows, of `grouped`.
+        tables: Of each group the table, on the CPU, of its `side_by_side`; None: it has no steps of its own.
+        which: Of all R, in order, the row.
         sizes: The first sizes of the state, whose product is R.
 
     Raises:
         ValueError: a row's solver reads other evaluations than this structure gives it.
     """
     coefficients, densities, times = [], [], []
-    for name, grid, its_steps, table in rows:
-        places = _places(structure, table, its_steps, name)
+    for group, table in zip(groups, tables, strict=True):
+        places = _places(structure, table, group[0].steps, group[0].name)
         none = 0 if table is None else len(table.evaluations)
         taken = torch.tensor([none if place is None else place for place in places], device="cpu")
-        coefficients.append(_or_held(None if table is None else table.coefficients, HELD, structure, taken))
+        coefficients.append(_or_held(None if table is None else table.coefficients, HELD, structure, taken, len(group)))
         if structure.densities is not None:
-            densities.append(_or_held(None if table is None else table.densities, HELD_DENSITY, structure, taken))
+            its_own = None if table is None else table.densities
+            densities.append(_or_held(its_own, HELD_DENSITY, structure, taken, len(group)))
         # Entries of the grid; then the times of the stages.
+        grid = torch.stack([row.times for row in group], dim=1)
         known = grid if table is None else torch.cat([grid, table.times])
         entries = list(range(len(structure.times)))
         step = 0
@@ -144,18 +183,19 @@ def stacked(structure: Table, rows: Sequence[Row], which: Sequence[int], sizes: 
                 entries[evaluation.time] = at
             step += evaluation.commit
         times.append(known.index_select(0, torch.tensor(entries, device="cpu")))
-    index = torch.tensor(which, device="cpu")
+    place_of = {id(row): place for place, row in enumerate(itertools.chain(*groups))}
+    index = torch.tensor([place_of[id(row)] for row in which], device="cpu")
     return structure._replace(
-        coefficients=torch.stack(coefficients, dim=1).index_select(1, index),
-        times=torch.stack(times, dim=1).index_select(1, index).view(-1, *sizes),
-        densities=torch.stack(densities, dim=1).index_select(1, index) if densities else None,
+        coefficients=torch.cat(coefficients, dim=1).index_select(1, index),
+        times=torch.cat(times, dim=1).index_select(1, index).view(-1, *sizes),
+        densities=torch.cat(densities, dim=1).index_select(1, index) if densities else None,
         sizes=sizes,
     )
 
 
-def _or_held(rows: Tensor | None, held: Sequence[float], structure: Table, taken: Tensor) -> Tensor:
-    """Rows of a table, by their numbers; the number after the last stands for the row `held`."""
-    last = torch.tensor([held], dtype=structure.coefficients.dtype, device="cpu")
+def _or_held(rows: Tensor | None, held: Sequence[float], structure: Table, taken: Tensor, R: int) -> Tensor:
+    """Rows of a table, [., R, columns], by their numbers; the number after the last stands for the row `held`."""
+    last = torch.tensor([[held]], dtype=structure.coefficients.dtype, device="cpu").expand(1, R, -1)
     return (last if rows is None else torch.cat([rows, last])).index_select(0, taken)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .stages import Earlier, Segment, Stage, part
 
 
-def predicting(segments: list[Segment], end: int, entries: Sequence[float] | None) -> list[Segment]:
+def predicting(segments: list[Segment], end: int, grids: Sequence[Sequence[float]]) -> list[Segment]:
     """The same solver for a step_fn that predicts the state p at one end of time, instead of the velocity.
 
     v = (p - x) / (end - t) is linear in p and x, and so is each x a solver evaluates at; so only columns
@@ -19,12 +19,13 @@ def predicting(segments: list[Segment], end: int, entries: Sequence[float] | Non
     Args:
         segments: The solver's, for a velocity.
         end: The end of time.
-        entries: [T], the time grid as far as it is known; None: its values cannot be read.
+        grids: The time grids, [T], as far as their values can be read.
 
     Raises:
         ValueError: an evaluation is at `end`, where p says nothing of the velocity.
     """
-    if entries is not None and any(end in segment.evaluated(entries) for segment in segments):
+    entries = next((grid for grid in grids for segment in segments if end in segment.evaluated(grid)), None)
+    if entries is not None:
         noise_at = segments[0].steps.noise_at
         way_out = f"pass time_steps that keep away from t = {end}, as linspace(1e-3, 1 - 1e-3, N + 1) does"
         if entries[0] == end and end != noise_at:

@@ -21,7 +21,7 @@ from ..tracing import is_readable
 from .fitted import FittedSolver
 from .grid import Grid, check_absolute, checked_grid, checked_sizes, named_entries, on_host
 from .ode import ABSOLUTE
-from .per_sample import Row, rows_of, stacked, without_holds
+from .per_sample import Row, grouped, naming, rows_of, side_by_side, stacked, without_holds
 from .stages import part
 from .stochastic import Loaded, StochasticSolver
 from .table import Table, build
@@ -86,16 +86,27 @@ class Request(NamedTuple):
         if own_times := max(own_dims(self.time_steps), own_dims(self.step_sizes)):
             table = self._stacked(self.sizes[:own_times], check)
             return self._guided(table, lambda: table.times.flatten(1).tolist())
-        grid = self._grid()
-        sizes = None
+        grid, sizes = self._checked()
+        return self._guided(self._built(grid, sizes, check), lambda: self._times(grid.entries))
+
+    def _checked(self) -> tuple[Grid, Grid | None]:
+        """The time grid, and the step sizes where they are given."""
+        grid, sizes = self._grid(), None
         if self.step_sizes is not None:
             sizes = checked_sizes(self.step_sizes, grid.tensor.shape[0] - 1, self.device)
-        given = self.time_steps is not None or sizes is not None or callable(self.time_grid)
-        if given and (
-            self.predicts is not None or (self.int_method in ABSOLUTE or isinstance(self.int_method, StochasticSolver))
-        ):
+        computes_with_t = self.int_method in ABSOLUTE or isinstance(self.int_method, StochasticSolver)
+        if self._is_own and (self.predicts is not None or computes_with_t):
             who = str(self.int_method) if self.predicts is None else "prediction_type"
             check_absolute(grid, sizes, self.noise_at, who)
+        return grid, sizes
+
+    @property
+    def _is_own(self) -> bool:
+        """The grid or its step sizes are a user's numbers."""
+        return self.time_steps is not None or self.step_sizes is not None or callable(self.time_grid)
+
+    def _built(self, grid: Grid, sizes: Grid | None, check: bool) -> Table:
+        """The table on a grid, or those on several side by side."""
         table = build(
             self.int_method,
             grid,
@@ -107,9 +118,9 @@ class Request(NamedTuple):
             self.euler_at_final,
             check,
         )
-        if given:
+        if self._is_own:
             check_finite(table, self.int_method, self.noise_at)
-        return self._guided(table, lambda: self._times(grid.entries))
+        return table
 
     def _guided(self, table: Table, times: Callable[[], Any]) -> Table:
         if self.form is None:
@@ -119,7 +130,8 @@ class Request(NamedTuple):
     def _stacked(self, sizes: tuple[int, ...], check: bool) -> Table:
         """The table where each of the first sizes of the state has its own times, without weights.
 
-        Each grid's table is made like any other, once for all samples and tokens that have that grid.
+        Samples and tokens with the same grid share a row of it, and what rows that hold in the same steps have is
+        computed at once.
         """
         R = math.prod(sizes)
         if not R:
@@ -143,24 +155,33 @@ class Request(NamedTuple):
                 return known[key]
             name = row_name(r, sizes)
             own = without_holds(times[r], its_sizes[r], name)
-            table = None
+            checked: tuple[Grid | None, Grid | None] = (None, None)
             if own.times is not None:
-                try:
-                    table = plain._replace(time_steps=own.times, step_sizes=own.sizes).make(check)
-                except (TypeError, ValueError) as error:
-                    raise type(error)(f"{name}: {error}") from None
-            rows.append(Row(name, _row(times[r], self.grid_dtype), own.steps, table))
+                checked = naming(name, plain._replace(time_steps=own.times, step_sizes=own.sizes)._checked)
+            rows.append(Row(name, _row(times[r], self.grid_dtype), own.steps, *checked))
             known[key] = len(rows) - 1
             return known[key]
 
         which = [numbered(r) for r in range(R)]
-        steps = rows[0].grid.shape[0] - 1
-        structure = next((row.table for row in rows if row.table is not None and len(row.steps) == steps), None)
+
+        def table_of(group: Sequence[Row]) -> Table:
+            own = plain._replace(time_steps=())  # each row brings its own
+            try:
+                return own._built(*side_by_side(group), check)
+            except ValueError:
+                for row in group:
+                    naming(row.name, own._built, row.grid, row.sizes, check)
+                raise
+
+        groups = grouped(rows)
+        tables = [table_of(group) if group[0].steps else None for group in groups]
+        steps = rows[0].times.shape[0] - 1
+        structure = next((t for t in tables if t is not None and t.steps == steps), None)
         if structure is None:  # the evaluations of so many steps, whatever their times
             ends = (0.75, 0.25) if self.noise_at else (0.25, 0.75)
             uniform = torch.linspace(*ends, steps + 1, dtype=torch.float64, device="cpu")
             structure = plain._replace(time_steps=uniform, step_sizes=None).make()
-        table = stacked(structure, rows, which, sizes)
+        table = stacked(structure, groups, tables, [rows[number] for number in which], sizes)
         return table._replace(
             coefficients=table.coefficients.to(self.device),
             times=table.times.to(self.device),

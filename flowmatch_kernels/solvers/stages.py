@@ -16,7 +16,7 @@ from ..tracing import is_readable
 
 
 class Steps(NamedTuple):
-    """Consecutive steps of a time grid; every tensor is [n]."""
+    """Consecutive steps of a time grid; every tensor is [n], or of R grids side by side [n, R]."""
 
     first: int
     """The number of the first of them."""
@@ -60,7 +60,7 @@ class Earlier(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """One evaluation of each step. Columns are float64, [n]."""
+    """One evaluation of each step. Columns are float64, of the shape of `Steps`."""
 
     time: Tensor
     """Where to evaluate: [n], in the grid's dtype."""

@@ -180,9 +180,9 @@ def build(
 
     Args:
         int_method: The solver's name, or a fitted solver.
-        grid: The time grid, [T].
-        sizes: Its step sizes, [N]; None: its differences, taken in its dtype. What is computed from them is float64, on
-            the CPU, and rounded to `dtype` last.
+        grid: The time grid, [T]; or several side by side, [T, R], whose coefficients are [E, R, 8].
+        sizes: The step sizes, [N] or [N, R]; None: the differences, taken in the grid's dtype. What is computed from
+            them is float64, on the CPU, and rounded to `dtype` last.
         dtype: Of the coefficients: the arithmetic dtype of the state.
         device: Of the coefficients and times.
         noise_at: The end of time at which the noise is.
@@ -199,14 +199,14 @@ def build(
     if sizes is not None and sizes.tensor.is_meta:  # as the state is
         times = times.to("meta")
     n = int(times.shape[0]) - 1
-    dt = torch.diff(times) if sizes is None else sizes.tensor.to(times.device)
+    dt = torch.diff(times, dim=0) if sizes is None else sizes.tensor.to(times.device)
     steps = Steps(0, n, part(times, 0, n), part(times, 1, n + 1), dt.double(), noise_at)
     segments = _segments(int_method, steps, euler_at_final, euler_at_start)
     if check:
         for segment in segments:
             segment.check()
     if predicts is not None:
-        segments = predicting(segments, predicts, grid.entries)
+        segments = predicting(segments, predicts, grid.known)
 
     read = {(step, s) for step, s, _ in _reads(segments)}
     ring = max([1, *[kept for _, _, kept in _reads(segments)]])
@@ -243,7 +243,7 @@ def build(
                     )
                 )
     rows = [_coefficients(segment) for segment in segments]
-    empty = torch.empty(0, len(COLUMNS), dtype=torch.float64, device=times.device)
+    empty = times.new_empty(0, *times.shape[1:], len(COLUMNS), dtype=torch.float64)
     coefficients = torch.cat([empty, *rows])
     return Table(
         evaluations=tuple(evaluations),
@@ -269,13 +269,13 @@ def _reads(segments: list[Segment]) -> list[tuple[int, int, int]]:
 
 
 def _densities(coefficients: Tensor) -> Tensor:
-    """Scale and offset of log N(next; mean, std^2), [E, 2]: -1/(2 std^2), and -log(std) - log(2 pi)/2."""
-    std = coefficients.select(1, NOISE)
-    return torch.stack([-0.5 / std**2, -torch.log(std) - math.log(2 * math.pi) / 2], dim=1)
+    """Scale and offset of log N(next; mean, std^2), [E, 2] or [E, R, 2]: -1/(2 std^2), -log(std) - log(2 pi)/2."""
+    std = coefficients.select(-1, NOISE)
+    return torch.stack([-0.5 / std**2, -torch.log(std) - math.log(2 * math.pi) / 2], dim=-1)
 
 
 def _coefficients(segment: Segment) -> Tensor:
-    """Rows of a segment in float64: [n * stages, 8]."""
+    """Rows of a segment in float64: [n * stages, 8], or [n * stages, R, 8]."""
     rows = []
     for stage in segment.stages:
         columns: dict[str, Tensor | float] = dict.fromkeys(COLUMNS, 0.0)
@@ -285,7 +285,7 @@ def _coefficients(segment: Segment) -> Tensor:
         filled = [
             column if isinstance(column, Tensor) else torch.full_like(stage.b0, column) for column in columns.values()
         ]
-        rows.append(torch.stack(filled, dim=1))
+        rows.append(torch.stack(filled, dim=-1))
     return torch.stack(rows, dim=1).flatten(0, 1)
 
 

@@ -305,7 +305,7 @@ class _Fresh(_InPlace):
         return None
 
     def start(self, noise: Tensor, drawn: bool) -> Tensor:
-        with _ordinary():
+        with ordinary():
             state = drawn_or_copied(noise, drawn and not noise.is_inference(), self._setting.velocities.dtype)
         keep(state, self._trajectory, self.slot())
         return state
@@ -329,7 +329,7 @@ class _Fresh(_InPlace):
         if type(y) is not Tensor or (self._setting.velocities.differentiable and y.requires_grad):
             return None
         if not _same_memory(state, y):
-            with _ordinary():
+            with ordinary():
                 state = y.detach().clone(memory_format=torch.contiguous_format)
         keep(state, self._trajectory, self.slot())
         return state
@@ -505,7 +505,7 @@ def _read_once(setting: Setting) -> bool:
 def changed(state: Tensor, x: Tensor, replaced: bool, trajectory: Tensor | None, slot: int) -> None:
     """A step_fn wrote to x, the state or a tensor over it, or replaced it: the state and its slot have its values."""
     if replaced:
-        with _ordinary():
+        with ordinary():
             settle(state, x)
     keep(state.detach(), trajectory, slot)  # a step_fn may have asked for x's gradient
 
@@ -551,7 +551,7 @@ def _shares_storage(x: Any, y: Any) -> bool:
     return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
 
-def _ordinary() -> Any:
+def ordinary() -> Any:
     """A context in which tensors are ordinary ones, even under inference mode: they count the writes of a step_fn."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
 

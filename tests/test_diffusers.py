@@ -141,6 +141,76 @@ def test_handed_on(launches):
             ours.step(v, integer, x)
 
 
+@pytest.mark.parametrize("ours", [Ours, FlowMatchSolverScheduler])
+def test_steps_that_the_schedule_does_not_have(ours):
+    """They raise, as diffusers' do past the end, and read nothing outside the rows."""
+    scheduler, x = ours(), torch.ones(2, 4)
+    scheduler.set_timesteps(3)
+    for t in scheduler.timesteps:
+        scheduler.step(-x, t, x)
+    for begin in (None, 3, 7, -1):
+        if begin is not None:
+            scheduler.set_timesteps(3)
+            scheduler.set_begin_index(begin)
+        for step in (scheduler.step, lambda v, t, x: scheduler.step_guided(v, x, 1.5, t, x)):
+            with pytest.raises(IndexError, match=f"step {3 if begin is None else begin} of a schedule of 3"):
+                step(-x, scheduler.timesteps[0], x)
+
+
+@pytest.mark.parametrize("made", [lambda: Ours(), lambda: FlowMatchSolverScheduler(int_method="euler")])
+def test_samples_that_are_not_their_memory(made):
+    """With the negative bit, as of z.conj().imag, or without memory, as autograd's zero tensors."""
+    x = torch.randn(2, 8)
+    for sample, same in ((torch._neg_view(x), -x), (torch._efficientzerotensor(2, 8), torch.zeros(2, 8))):
+        for guided in (False, True):
+            results = []
+            for given in (sample, same):
+                scheduler = made()
+                scheduler.set_timesteps(3)
+                t = scheduler.timesteps[0]
+                found = scheduler.step_guided(x, 2 * x, 1.5, t, given) if guided else scheduler.step(x, t, given)
+                results.append(found.prev_sample)
+            torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "made", [lambda: Ours(), *(lambda m=m: FlowMatchSolverScheduler(int_method=m) for m in ("euler", "ab2"))]
+)
+def test_inference_mode(made):
+    """At set_timesteps, at the first steps, at the last one; and a write to sigmas counts there too."""
+    noise = torch.randn(2, 4)
+
+    def sampled(*modes, guided, written):
+        scheduler, x = made(), noise
+        with torch.inference_mode(modes[0]):
+            scheduler.set_timesteps(4)
+        for k, t in enumerate(scheduler.timesteps):
+            with torch.no_grad(), torch.inference_mode(modes[1 if k < 2 else 2]):
+                if written and k == 1:
+                    scheduler.sigmas[3] = 0.3
+                step = scheduler.step_guided(-x, x / 2, 1.5 + k, t, x) if guided else scheduler.step(-x, t, x)
+                x = step.prev_sample
+        return x.clone()
+
+    for guided, written in itertools.product((False, True), (False, True) if made().__class__ is Ours else (False,)):
+        wanted = sampled(False, False, False, guided=guided, written=written)
+        for modes in itertools.product((False, True), repeat=3):
+            torch.testing.assert_close(sampled(*modes, guided=guided, written=written), wanted, rtol=0, atol=0)
+    assert not written or not torch.equal(wanted, sampled(False, False, False, guided=guided, written=False))
+
+
+def test_other_sigmas_than_the_solvers():
+    """Its rows are made by set_timesteps: the same sigmas may move, others raise. Euler's step takes them."""
+    x = torch.ones(2, 4)
+    scheduler = FlowMatchSolverScheduler()
+    scheduler.set_timesteps(3)
+    scheduler.sigmas = scheduler.sigmas.clone()
+    scheduler.step(-x, scheduler.timesteps[0], x)
+    scheduler.sigmas = scheduler.sigmas * 0.9
+    with pytest.raises(ValueError, match="pass them to set_timesteps"):
+        scheduler.step(-x, scheduler.timesteps[1], x)
+
+
 def test_configuration(tmp_path):
     """from_config of a pipeline's scheduler, and a round trip through a folder."""
     theirs = Theirs(shift=3.0, num_train_timesteps=500)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from .. import tracing
 from ..ops import dispatch
-from ..ops.fused_step import COLUMNS, EXACT, FROM_UNGUIDED, ROUNDED, WEIGHTED, Operands
-from ..rows import terms
+from ..ops.fused_step import COLUMNS, EXACT, FROM_UNGUIDED, ROUNDED, WEIGHTED, Operands, dense
+from ..rows import ordinary, terms
 from ..solvers import Evaluation, FittedSolver, Grid, IntMethod, Table, build, check_finite, loaded, of_the_ode
 from .replacement import needed
 
@@ -88,9 +88,20 @@ class FlowMatchEulerDiscreteScheduler(_Published):
         ...     x = scheduler.step(-x, t, x).prev_sample
     """
 
-    sigmas: Tensor
     timesteps: Tensor
     _plan: _Plan | None = None
+
+    @property
+    def sigmas(self) -> Tensor:
+        """The schedule, as diffusers' schedulers have it; set under inference mode, a copy that counts its writes."""
+        return self._sigmas
+
+    @sigmas.setter
+    def sigmas(self, sigmas: Tensor) -> None:
+        if sigmas.is_inference():
+            with ordinary():
+                sigmas = sigmas.clone()
+        self._sigmas = sigmas
 
     def step(
         self,
@@ -174,6 +185,8 @@ class FlowMatchEulerDiscreteScheduler(_Published):
             and not self.config.get("stochastic_sampling")
             and _are_plain(sample, v, u)
             and sample.is_contiguous()
+            and not sample.is_neg()
+            and not sample._is_zerotensor()
             and self.sigmas.dtype is torch.float32
             and not tracing.is_transforming()
         )
@@ -187,9 +200,18 @@ class FlowMatchEulerDiscreteScheduler(_Published):
         sample: Tensor,
         return_dict: bool,
     ) -> Any:
-        """One launch, and the index one further."""
+        """One launch, and the index one further.
+
+        Raises:
+            IndexError: the schedule has no such step.
+        """
         if self._step_index is None:
             self._init_step_index(timestep)
+        if not 0 <= self._step_index < len(self.sigmas) - 1:
+            raise IndexError(
+                f"step {self._step_index} of a schedule of {len(self.sigmas) - 1}: call set_timesteps before each run, "
+                "and set_begin_index with one of its steps"
+            )
         out = self._launched(v, u, guidance_scale, sample)
         self._step_index += 1
         return _published.FlowMatchEulerDiscreteSchedulerOutput(prev_sample=out) if return_dict else (out,)
@@ -245,7 +267,7 @@ class FlowMatchEulerDiscreteScheduler(_Published):
 
 
 def _are_plain(sample: Any, v: Any, u: Any) -> bool:
-    """Whether the fused step can read these tensors as they are; of the sample, whether it is contiguous aside."""
+    """Whether the fused step can read these tensors as they are; of the sample, whether its memory holds it aside."""
     if type(sample) is not Tensor:
         return False
     shape, device = sample.shape, sample.device
@@ -329,6 +351,7 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
         written = self._solver.to_dict() if isinstance(self._solver, FittedSolver) else self._solver
         self.register_to_config(int_method=written, use_flow_sigmas=use_flow_sigmas)
         self._grid: Tensor | None = None  # the steps' sigmas; `sigmas` are the evaluations'
+        self._known: Tensor | None = None  # `sigmas` whose values are those that the rows were made of
         self._whole: Table | None = None  # the solver's rows on them
         self._table: Table | None = None  # those from the first step that is taken on
         self._first = 0  # the evaluation that it begins with
@@ -378,11 +401,11 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
         table = self._whole = self._build(self._grid)
         check_finite(table, self._solver, self._noise_at)
         self.order = max(1, round(len(table.evaluations) / max(table.steps, 1)))
-        if len(table.evaluations) == table.steps:  # the schedule's own timesteps, which may be scaled otherwise
-            return
-        at = table.times[[evaluation.time for evaluation in table.evaluations]].to(self.sigmas.device)
-        self.timesteps = at * self.config.num_train_timesteps
-        self.sigmas = torch.cat([at, self._grid[-1:]])
+        if len(table.evaluations) != table.steps:  # else the schedule's own timesteps, which may be scaled otherwise
+            at = table.times[[evaluation.time for evaluation in table.evaluations]].to(self.sigmas.device)
+            self.timesteps = at * self.config.num_train_timesteps
+            self.sigmas = torch.cat([at, self._grid[-1:]])
+        self._known = self.sigmas
 
     # Pipelines look whether it takes sigmas.
     set_timesteps.__signature__ = inspect.signature(  # type: ignore[attr-defined]
@@ -444,20 +467,23 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
         """The state to evaluate at next.
 
         Raises:
-            ValueError: the first step is not one at which the solver can start.
+            ValueError: the first step is not one at which the solver can start, or sigmas have changed.
             TypeError: v is of a dtype wider than float32.
         """
+        if self.sigmas is not self._known:
+            self._check_sigmas()
         if self._table is None:
             self._table = self._start(sample.device)
         table, row = self._table, self._step_index - self._first
         if row < 0:  # the solver starts at the next evaluation, which is at the same sigma
             return sample.to(v.dtype)
         evaluation = table.evaluations[row]
-        sample = sample.to(torch.float32).contiguous()
+        sample = dense(sample.to(torch.float32))
         if row == 0 or table.evaluations[row - 1].commit:
             self._base = sample
-        while len(self._history) < table.buffers:
-            self._history.append(torch.empty_like(sample))
+        with ordinary():
+            while len(self._history) < table.buffers:
+                self._history.append(torch.empty_like(sample))
         if guidance_scale is not None and guidance_scale != self._guidance_scale:
             table.coefficients[:, COLUMNS.index("w1")] = self._guidance_scale = guidance_scale
         out = torch.empty_like(sample)
@@ -472,6 +498,15 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
         else:
             torch.ops.flowmatch_kernels.fused_step_(*operands)  # which says what is wrong with them
         return out.to(v.dtype)
+
+    def _check_sigmas(self) -> None:
+        """Raises where `sigmas` were replaced by others; they may have moved to another device."""
+        assert self._known is not None
+        if not torch.equal(self._known.cpu(), self.sigmas.cpu()):
+            raise ValueError(
+                "sigmas were replaced after set_timesteps, which makes the solver's rows: pass them to set_timesteps"
+            )
+        self._known = self.sigmas
 
     def _build(self, grid: Tensor, euler_at_start: bool = False) -> Table:
         """The solver's rows on a grid of sigmas, on the host."""
@@ -511,8 +546,8 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
             self._first = 0
         self._history, self._guidance_scale = [], None
         self._launch = dispatch.choose("auto", device.type).load()
-        # A copy: the guidance scale is written to it.
-        return table._replace(coefficients=table.coefficients.to(device, copy=True))
+        with ordinary():  # a copy: the guidance scale is written to it
+            return table._replace(coefficients=table.coefficients.to(device, copy=True))
 
 
 def _missing(evaluations: Sequence[Evaluation], first: int) -> int | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .ops.fused_step import double
-from .tracing import is_tracing
+from .tracing import has_derivative, is_differentiating, is_tracing
 
 _INFINITY = math.inf
 
@@ -33,6 +33,52 @@ def flag(value: Any, name: str) -> bool:
     if type(value) is bool:
         return value
     raise TypeError(f"{name} must be True or False, got {shown(value)}: bool(...) makes it one")
+
+
+def refuse_derivative(value: Any, name: str) -> None:
+    """Raises where a derivative is being taken with respect to numbers that sample() has none for.
+
+    Args:
+        value: A tensor, or lists that may hold some; anything else has no derivative.
+        name: The argument's.
+
+    Raises:
+        ValueError: it is.
+    """
+    if isinstance(value, Tensor):
+        if has_derivative(value):
+            raise ValueError(f"{name} requires grad, and sample() has no derivative with respect to it: detach it")
+    elif type(value) in (list, tuple) and not set(map(type, value)) <= {float, int}:
+        for entry in value:
+            refuse_derivative(entry, name)
+
+
+def keeps_derivative(asked: bool | None, noise: Tensor | None, **constants: Any) -> bool:
+    """Whether sample() keeps the derivative.
+
+    Raises:
+        TypeError: asked is neither a bool nor None.
+        ValueError: a derivative is taken, and sample() was not told what to do; or one with respect to what has none.
+    """
+    if asked is not None:
+        flag(asked, "differentiable")
+    if asked is False:
+        return False
+    for name, value in constants.items():
+        refuse_derivative(value, name)
+    if asked:
+        return True
+    taken = None
+    if isinstance(noise, Tensor) and has_derivative(noise):
+        taken = "noise requires grad"
+    elif is_differentiating():
+        taken = "a derivative is taken, by torch.func or forward-mode AD"
+    if taken is not None:
+        raise ValueError(
+            f"{taken}, and sample() keeps no derivative unless asked: pass differentiable=True for the derivative of "
+            "the loop, or differentiable=False for a result that is a constant"
+        )
+    return False
 
 
 def integer(value: Any, name: str, wanted: str = "an int") -> int:

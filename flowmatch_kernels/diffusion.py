@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import noise as noises
 from . import tracing
-from .arguments import LARGEST, available_device, count, finite, flag
+from .arguments import LARGEST, available_device, count, finite, flag, keeps_derivative
 from .base import BaseDiffusion, StepFn
 from .flow_matching import Sample
 from .hooks import hooks_of
@@ -142,7 +142,7 @@ class _Diffusion(BaseDiffusion):
         dtype: torch.dtype | None = None,
         constraint: Callable[[Tensor, Tensor], Tensor] | None = None,
         callback: Callable[[int, Tensor, Tensor], bool | None] | None = None,
-        differentiable: bool = False,
+        differentiable: bool | None = None,
     ) -> Any:
         """Samples from noise to data: one evaluation and one launch a step.
 
@@ -157,7 +157,8 @@ class _Diffusion(BaseDiffusion):
             inference_step: Steps; None or 0: num_inference_steps.
             noise, generator, step_noise, dtype, constraint, callback: As for `FlowMatching.sample`. A constraint
                 changes the states; clip_sample_range clips the predicted data within each step.
-            differentiable: Keep the derivative of the loop.
+            differentiable: True: keep the derivative of the loop, but with respect to step_noise. None: as False; where
+                a derivative is asked for (torch.func.grad, jvp, ..., or noise that requires grad), it raises.
 
         Returns:
             The samples [B, *x_dims]; with return_all_steps, all states [B, T, *x_dims] and the timesteps [T], of which
@@ -176,8 +177,8 @@ class _Diffusion(BaseDiffusion):
             raise TypeError(f"step_fn must be callable, got {step_fn!r:.60}")
         hooks = hooks_of(constraint, callback)
         flag(return_all_steps, "return_all_steps")
-        flag(differentiable, "differentiable")
         source, start = noises.source(noise, batch_size, generator)
+        differentiable = keeps_derivative(differentiable, start, step_noise=step_noise)
         shape = (batch_size, *self.x_dims)
         dtype = noises.state_dtype(dtype, start, shape, device)
         steps = self.num_inference_steps

@@ -256,7 +256,7 @@ class _Call:
         (x, *rest), times = self._tensors(result)
         layout = None if times is not None else self._layout  # a trajectory is contiguous
         whole = self._ranks.gathered(x if layout is None else layout.stored(x), sizes)
-        found = [whole if layout is None else layout.seen(whole)]
+        found = [whole if layout is None else layout.seen(whole, differentiable=False)]
         if times is not None and self._own_times:  # a row for each sample
             between = self._fm.x_dims[: self._own_times - 1]
             own = times if self._size else times.new_empty(0, *between, times.shape[-1])

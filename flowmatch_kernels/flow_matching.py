@@ -21,8 +21,10 @@ from .arguments import (
     finite,
     flag,
     held,
+    keeps_derivative,
     own_dims,
     own_sizes,
+    refuse_derivative,
     share,
     shown,
     strength,
@@ -151,6 +153,7 @@ class FlowMatching(BaseDiffusion):
         self._steps(None, None)
         self.train_timestep_sampler = check_time_sampler(train_timestep_sampler)
         self.train_ignore_guidance_rate = share(train_ignore_guidance_rate, "train_ignore_guidance_rate")
+        refuse_derivative(inference_guidance_weight, "inference_guidance_weight")
         guidance.checked(inference_guidance_weight)
         self.train_drop_guidance = flag(train_drop_guidance, "train_drop_guidance")
         self.inference_guidance_weight = inference_guidance_weight
@@ -289,8 +292,8 @@ class FlowMatching(BaseDiffusion):
                 that is the callback's own, and its time [B, 1, ..., 1]. Returning True ends the sampling.
             progress: Show a bar over the evaluations (needs tqdm).
             differentiable: True: the result has the derivative of the loop, in the caller's grad mode, with respect to
-                the noise and what step_fn uses, by autograd, torch.func and forward-mode AD; not with respect to times,
-                step sizes, weights or the temperature. False: the result is a constant. None: as False, but where a
+                the noise and what step_fn uses, by autograd, torch.func and forward-mode AD; with respect to times,
+                step sizes, weights, options, step_noise, velocity_strength and the temperature it raises. False: the result is a constant. None: as False, but where a
                 derivative is asked for (torch.func.grad, jvp, ..., or noise that requires grad), it raises.
             step_rounding: What dt * v is rounded to: "promote", "exact" or "rounded"; None: the constructor's.
             backend: None: the constructor's. A backend asked for by name runs or raises. With "auto", noise and
@@ -324,13 +327,14 @@ class FlowMatching(BaseDiffusion):
         functions: list[Bound] = []
         if isinstance(step_fn, StepFunction) or isinstance(unguided_step_fn, StepFunction):
             step_fn, unguided_step_fn = bound(step_fn, functions), bound(unguided_step_fn, functions)
-        differentiable = _differentiable(
+        differentiable = keeps_derivative(
             differentiable,
             start,
+            step_noise=step_noise,
             time_steps=time_steps,
             step_sizes=step_sizes,
             velocity_strength=velocity_strength,
-            inference_guidance_weight=inference_guidance_weight,
+            inference_guidance_weight=_or(inference_guidance_weight, self.inference_guidance_weight),
             temperature=temperature,
         )
         if not (
@@ -378,10 +382,11 @@ class FlowMatching(BaseDiffusion):
             evaluate = timed(evaluate, functions, table.times, shape)
         log_probs = None
         if table.noise is not None:
-            stored, seen = (None, None) if layout is None else (layout.stored, layout.seen)
+            stored = None if layout is None else layout.stored
             added = noises.StepNoise(*drawing, shape, arithmetic_dtype(dtype), device, backend_.name, stored)
             evaluate = noisy(evaluate, table, added)
             if return_log_prob:
+                seen = None if layout is None else functools.partial(layout.seen, differentiable=differentiable)
                 log_probs = LogProbs(table, velocities, kernel, backend_.name, seen)
                 evaluate = log_probs.watched(evaluate)
         grad = torch.is_grad_enabled()
@@ -480,6 +485,7 @@ class FlowMatching(BaseDiffusion):
         for name, tensor in (("x", x), ("v", v), ("x_next", x_next)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {shown(tensor)}")
+        refuse_derivative(time_steps, "time_steps")
         if int_method_options is not None:
             int_method = self._with_options(int_method, int_method_options)
         table = self._table(
@@ -1022,35 +1028,6 @@ def _check_noise(return_log_prob: bool, hooks: Hooks | None, rounded: int, table
             f"return_log_prob: steps {list(table.noiseless)} add no noise{f' to sample {whose}' * table.of_samples}, "
             "so they have no density; end the time grid before the data, or pass eta > 0"
         )
-
-
-def _differentiable(asked: bool | None, noise: Tensor | None, **constants: Any) -> bool:
-    """Whether sample() keeps the derivative.
-
-    Raises:
-        TypeError: asked is neither a bool nor None.
-        ValueError: a derivative is taken, and sample() was not told what to do; or one with respect to what has none.
-    """
-    if asked is not None:
-        flag(asked, "differentiable")
-    if asked is False:
-        return False
-    for name, value in constants.items():
-        if isinstance(value, Tensor) and tracing.has_derivative(value):
-            raise ValueError(f"{name} requires grad, and sample() has no derivative with respect to it: detach it")
-    if asked:
-        return True
-    taken = None
-    if isinstance(noise, Tensor) and tracing.has_derivative(noise):
-        taken = "noise requires grad"
-    elif tracing.is_differentiating():
-        taken = "a derivative is taken, by torch.func or forward-mode AD"
-    if taken is not None:
-        raise ValueError(
-            f"{taken}, and sample() keeps no derivative unless asked: pass differentiable=True for the derivative of "
-            "the loop, or differentiable=False for a result that is a constant"
-        )
-    return False
 
 
 def _start(

@@ -33,7 +33,7 @@ class Layout(NamedTuple):
         """x, [B, *x_dims], as its memory lies: a view."""
         return x.permute(self.order)
 
-    def seen(self, x: Tensor, differentiable: bool = False) -> Tensor:
+    def seen(self, x: Tensor, differentiable: bool) -> Tensor:
         """A state as users see it, [B, *x_dims], in the noise's format: the same memory, and an object of its own."""
         x = x.permute(self.inverse)
         return x if differentiable else x.detach()  # detached it is no view to autograd, and its writes still count
@@ -114,7 +114,7 @@ class Layout(NamedTuple):
 
         def callback(step: int, t: Tensor, x: Tensor) -> bool | None:
             assert call is not None
-            return call(step, t, self.seen(x))
+            return call(step, t, self.seen(x, velocities.differentiable))
 
         return Hooks(None if constrain is None else constraint, None if call is None else callback)
 

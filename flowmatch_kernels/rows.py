@@ -476,7 +476,7 @@ def times(grid: Tensor, shape: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...
 
 def drawn_or_copied(noise: Tensor, drawn: bool, dtype: torch.dtype, differentiable: bool = False) -> Tensor:
     """The noise as a state, contiguous: an object of our own, since whoever saw the draw keeps what it saw."""
-    if not drawn or noise.dtype is not dtype:
+    if not drawn or noise.dtype is not dtype or not noise.is_contiguous():
         noise = noise.to(dtype, copy=True, memory_format=torch.contiguous_format)
     return noise if differentiable else noise.detach()
 

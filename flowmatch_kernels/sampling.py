@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import tracing
@@ -121,10 +122,11 @@ def solve(
     chosen = dispatch.choose(backend, start.device.type)
     constrained = hooks is not None and hooks.constraint is not None
     rest = (return_all_steps, rounding, WEIGHTED, constrained, backend, strength)
-    rows = rows_for(Setting(table, velocities, chosen, eager, *rest), start)
     evaluate = model(step_fn, velocities, eager)
     if functions:
         evaluate = timed(evaluate, functions, table.times, velocities.shape)
     if noise is not None:
         evaluate = noisy(evaluate, table, noise)
-    return integrate(table, rows, rows.start(start, False), evaluate, hooks)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and differentiable):
+        rows = rows_for(Setting(table, velocities, chosen, eager, *rest), start)
+        return integrate(table, rows, rows.start(start, False), evaluate, hooks)

@@ -49,6 +49,13 @@ def is_differentiating() -> bool:
 is_differentiating._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def keeps_derivatives() -> bool:
+    """Whether PyTorch's own ops keep derivatives here: grad is on, or a transform takes one."""
+    if torch.is_grad_enabled():
+        return True
+    return True if is_differentiating() else False  # noqa: SIM210  # for Dynamo, whose constant it is
+
+
 def has_derivative(x: Tensor) -> bool:
     """Whether a derivative with respect to x is being taken: x requires grad, and grad is on, or it has a tangent."""
     return (torch.is_grad_enabled() and x.requires_grad) or has_tangent(x)

@@ -8,7 +8,7 @@ from operands import assert_same_bits
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
-from flowmatch_kernels import FlowMatching, inpaint, solvers
+from flowmatch_kernels import DDIM, DDPM, FlowMatching, inpaint, solvers
 
 STEPS = 4
 Z, W = torch.randn(3, 2), torch.randn(2, 2)
@@ -135,26 +135,57 @@ def test_dual_tensors():
             sampled(dual, W, backend="cpu")
 
 
-@pytest.mark.parametrize("name", ["time_steps", "step_sizes", "inference_guidance_weight", "temperature"])
+NO_DERIVATIVE = {
+    "time_steps": (torch.linspace(0, 1, STEPS + 1), lambda value: {"time_steps": value}),
+    "time_steps, in a list": (torch.tensor(0.3), lambda value: {"time_steps": [0.0, value, 0.5, 0.7, 1.0]}),
+    "step_sizes": (torch.full((STEPS,), 0.25), lambda value: {"step_sizes": value}),
+    "temperature": (torch.tensor(0.5), lambda value: {"temperature": value}),
+    "inference_guidance_weight": (torch.tensor(1.5), lambda value: {"weight": value}),
+    "inference_guidance_weight, in a list": (torch.tensor(1.5), lambda value: {"weight": [value, 1.0, 1.0, value]}),
+    "inference_guidance_weight, in lists": (torch.tensor(1.5), lambda value: {"weight": [[value]] * len(Z)}),
+    r"what inference_guidance_weight\(t\) returned": (torch.tensor(1.5), lambda value: {"weight": lambda t: t * value}),
+    "eta": (torch.tensor(0.5), lambda value: {"int_method": "sde", "int_method_options": {"eta": value}}),
+    "step_noise": (torch.ones(len(Z), STEPS, *Z.shape[1:]), lambda value: {"int_method": "sde", "step_noise": value}),
+}
+
+
+@pytest.mark.parametrize("name", NO_DERIVATIVE)
 def test_what_has_no_derivative(name):
-    """Of times, step sizes, weights and the temperature there is none: an error, by autograd and by torch.func."""
-    values = {
-        "time_steps": torch.linspace(0, 1, STEPS + 1),
-        "step_sizes": torch.full((STEPS,), 0.25),
-        "inference_guidance_weight": torch.tensor(1.5),
-        "temperature": torch.tensor(0.5),
-    }
+    """Of times, step sizes, weights, options and the like there is none: an error, by autograd and by torch.func."""
+    value, arguments = NO_DERIVATIVE[name]
 
     def run(value):
-        return sampled(Z, W, value) if name == "inference_guidance_weight" else sampled(Z, W, 1.5, **{name: value})
+        given = arguments(value)
+        return sampled(Z, W, given.pop("weight", 1.5), **given)
 
+    assert run(value).isfinite().all()
     for derivative in (
         lambda value: run(value.clone().requires_grad_()),
         grad(lambda value: run(value).sum()),
         lambda value: jvp(run, (value,), (value,)),
     ):
-        with pytest.raises(ValueError, match=f"{name} requires grad"):
-            derivative(values[name])
+        with pytest.raises(ValueError, match=f"{name.split(',')[0]} requires grad"):
+            derivative(value)
+
+
+def test_what_has_no_derivative_elsewhere():
+    """The constructor's weight and options, and the times of a log-probability."""
+    w = torch.tensor(1.5, requires_grad=True)
+    with pytest.raises(ValueError, match="inference_guidance_weight requires grad"):
+        FlowMatching(Z.shape[1:], inference_guidance_weight=w)
+    fm = FlowMatching(Z.shape[1:], use_classifier_free_guidance=True)
+    fm.inference_guidance_weight = w
+    with pytest.raises(ValueError, match="inference_guidance_weight requires grad"):
+        fm.sample(len(Z), lambda x, t: x, unguided_step_fn=lambda x, t: -x, noise=Z, differentiable=True)
+    with pytest.raises(ValueError, match="eta requires grad"):
+        FlowMatching(Z.shape[1:], "sde", int_method_options={"eta": w})
+    fm = FlowMatching(Z.shape[1:], "sde", 2)
+    with pytest.raises(ValueError, match="time_steps requires grad"):
+        fm.step_log_prob(Z, Z, Z + 0.1, 0, time_steps=torch.tensor([0.1, 0.5, 0.9], requires_grad=True))
+    for made in (DDIM(Z.shape[1:], 3, eta=1.0), DDPM(Z.shape[1:], 3)):
+        z = torch.ones(len(Z), 3, *Z.shape[1:], requires_grad=True)
+        with pytest.raises(ValueError, match="step_noise requires grad"):
+            made.sample(len(Z), lambda x, t: x, noise=Z, step_noise=z, differentiable=True)
 
 
 def test_noise_that_requires_grad():

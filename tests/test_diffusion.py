@@ -129,6 +129,9 @@ def test_ways_to_sample():
         torch.testing.assert_close(made.sample(BATCH, by_number, noise=KeyedNoise(5)), other, **EXACT)
         assert taken == [(k, [int(t)] * BATCH) for k, t in enumerate(times[:-1])]
         w = torch.ones((), requires_grad=True)
+        for backend in ("reference", "auto"):
+            made.backend = backend
+            assert not made.sample(BATCH, lambda x, t, w=w: w * step_fn(x, t), noise=KeyedNoise(5)).requires_grad
         derived = made.sample(BATCH, lambda x, t, w=w: w * step_fn(x, t), noise=KeyedNoise(5), differentiable=True)
         torch.testing.assert_close(derived.detach(), states[:, -1], **EXACT)
         assert torch.autograd.grad(derived.sum(), w)[0].abs() > 1e-3
@@ -151,6 +154,25 @@ def test_ways_to_sample():
     noise = torch.randn(BATCH, *DIMS)
     z = torch.stack([*(torch.randn(BATCH, *DIMS) for _ in range(5)), torch.zeros(BATCH, *DIMS)], 1)
     torch.testing.assert_close(drawn, DDPM(DIMS, 6).sample(BATCH, step_fn, noise=noise, step_noise=z), **EXACT)
+
+
+def test_no_zero_in_silence():
+    """A derivative that was not asked for raises, as FlowMatching's."""
+    made, x = DDIM(DIMS, 3), torch.ones(BATCH, *DIMS)
+
+    def loss(w, **options):
+        return made.sample(BATCH, lambda x, t: w * step_fn(x, t), noise=x, **options).sum()
+
+    w = torch.tensor(0.5)
+    for derivative in (
+        lambda: torch.func.grad(loss)(w),
+        lambda: torch.func.jvp(loss, (w,), (w,)),
+        lambda: made.sample(BATCH, step_fn, noise=x.clone().requires_grad_()),
+    ):
+        with pytest.raises(ValueError, match="differentiable=True"):
+            derivative()
+    assert torch.func.grad(lambda w: loss(w, differentiable=True))(w) != 0
+    assert torch.func.grad(lambda w: loss(w, differentiable=False))(w) == 0
 
 
 def test_training_pairs():

@@ -276,6 +276,47 @@ def test_dtypes_and_temperature(state, backend):
     assert_same_bits(got, wanted)
 
 
+@pytest.mark.parametrize("form", [*FORMATS, *CONTIGUOUS])
+def test_a_scaled_noise(form, backend):
+    """A temperature makes a new tensor with the noise's strides: the state is contiguous all the same."""
+    x = noise(*FORMATS[form]) if form in FORMATS else CONTIGUOUS[form]()
+    fm = FlowMatching(x.shape[1:], "ab2", STEPS, backend=backend)
+    w = torch.ones((), requires_grad=True)
+
+    def sampled(noise=x, **options):
+        return fm.sample(len(x), lambda x, t: w * torch.sin(x), noise=noise, temperature=0.5, **options)
+
+    wanted = sampled(x.contiguous())
+    assert_same_bits(sampled(), wanted)
+    assert sampled(inference_step=0).stride() == fm.sample(len(x), field, noise=x).stride()
+    derived = sampled(differentiable=True)
+    assert_same_bits(derived.detach(), wanted)
+    assert len(x) == 0 or torch.autograd.grad(derived.sum(), w)[0] != 0
+    torch._dynamo.reset()
+    if len(x):
+        assert_same_bits(torch.compile(sampled, backend="eager")(), wanted)
+
+
+def test_derivatives_of_what_is_seen():
+    """Of a callback's states and of log-probabilities, in each format."""
+    gradients = []
+    for form in (torch.contiguous_format, torch.channels_last):
+        w = torch.tensor(0.7, requires_grad=True)
+        x = noise(*FORMATS["channels_last"]).contiguous(memory_format=form)
+        kept = []
+        arguments = {"noise": x, "differentiable": True}
+        fm = FlowMatching(x.shape[1:], "euler", STEPS)
+        fm.sample(2, lambda x, t, w=w: w * x, callback=lambda k, t, x, kept=kept: kept.append(x), **arguments)
+        fm = FlowMatching(x.shape[1:], "sde", STEPS)
+        z = torch.ones(2, STEPS, *x.shape[1:])
+        log_prob = fm.sample(2, lambda x, t, w=w: w * x, step_noise=z, return_log_prob=True, **arguments)[1]
+        assert log_prob.requires_grad
+        losses = kept[-1].sum(), kept[0].sum(), log_prob.sum()
+        gradients.append([torch.autograd.grad(loss, w, retain_graph=True)[0] for loss in losses])
+    torch.testing.assert_close(*map(torch.stack, gradients), rtol=1e-5, atol=1e-5)  # sums in another order
+    assert gradients[0][0] != 0 != gradients[0][1]
+
+
 def test_the_result_is_no_view_to_autograd():
     x = noise(*FORMATS["channels_last"])
     got = FlowMatching(x.shape[1:]).sample(2, field, noise=x)

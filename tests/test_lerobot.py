@@ -180,6 +180,9 @@ def test_gradients(module):
         gradients.append(torch.autograd.grad(x.square().sum(), (noise, weight)))
         with torch.no_grad():
             assert not integrate(lambda x, t, w=weight: x * w, noise.detach(), 3).requires_grad
+            w = weight.detach()  # forward mode has no grad mode
+            run = lambda x, integrate=integrate, w=w: integrate(lambda x, t: field(x, t) * w, x, 3)  # noqa: E731
+            gradients[-1] += torch.func.jvp(run, (noise.detach(),), (noise.detach(),))
     for got, wanted in zip(*reversed(gradients), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)  # sums in another order
 

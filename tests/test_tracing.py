@@ -63,6 +63,13 @@ def cases():
             {"time_grid": "shifted", "noise_at": 1},
             guided | {"inference_guidance_weight": jumping},
         ),
+        **{
+            f"weight, function, {name} at final": (
+                {"int_method": name, "euler_at_final": True},
+                guided | {"inference_guidance_weight": jumping},
+            )
+            for name in ("heun", "rk4", "rk4_classic")
+        },
         "weight, function, list": ({}, guided | {"inference_guidance_weight": jumping, "time_steps": GRID}),
         "weight, function, fitted": ({"int_method": FITTED}, guided | {"inference_guidance_weight": jumping}),
         "data": ({"prediction_type": "data"}, {}),

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import tracing
 from ..flow_matching import FlowMatching
 from ..step_functions import StepFunction
 from .euler import euler, is_plain
@@ -124,7 +125,7 @@ def euler_integrate(
         step_rounding="exact",
         constraint=clamp,
         callback=track if tracked else None,
-        differentiable=torch.is_grad_enabled(),
+        differentiable=tracing.keeps_derivatives(),
     )
     return x.x if tracked else x
 

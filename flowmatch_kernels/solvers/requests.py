@@ -231,7 +231,8 @@ class Request(NamedTuple):
             known = entries
         if known is not None:
             name, options, known = "uniform", (), tuple(map(_plain, known))
-        times = _computed_times(method, self.steps, self.noise_at, name, options, self.grid_dtype, self.device, known)
+        rest = self.grid_dtype, self.device, known
+        times = _computed_times(method, self.steps, self.noise_at, self.euler_at_final, name, options, *rest)
         return tuple(map(_plain, times))  # of an entry as it comes from the call above Dynamo cannot ask the type
 
 
@@ -248,6 +249,7 @@ def _computed_times(
     int_method: str | StochasticSolver,
     steps: int,
     noise_at: int,
+    euler_at_final: bool,
     time_grid: str,
     options: tuple[tuple[str, float], ...],
     grid_dtype: torch.dtype,
@@ -258,9 +260,8 @@ def _computed_times(
     with tracing.suspended():
         if device.type != "cuda" or not torch.cuda.is_available():
             device = torch.device("cpu")
-        request = Request(
-            int_method, steps, torch.float64, device, noise_at, None, False, time_grid, options, grid_dtype, entries
-        )
+        rest = euler_at_final, time_grid, options, grid_dtype, entries
+        request = Request(int_method, steps, torch.float64, device, noise_at, None, *rest)
         return tuple(request.make().times.tolist())
 
 

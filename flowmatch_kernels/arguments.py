@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops.fused_step import double
+from .ops.fused_step import dense, double
 from .tracing import has_derivative, is_differentiating, is_tracing
 
 _INFINITY = math.inf
@@ -220,6 +220,16 @@ def elsewhere(tensor: Tensor, device: torch.device) -> bool:
     return tensor.device != device and (device.index is not None or tensor.device.type != device.type)
 
 
+def as_tensor(numbers: Any) -> Tensor:
+    """An array, as NumPy's, as a tensor on the CPU: the same memory, or a copy of a reversed one."""
+    try:
+        return torch.as_tensor(numbers, device="cpu")
+    except ValueError:
+        if not hasattr(numbers, "copy"):
+            raise
+        return torch.as_tensor(numbers.copy(), device="cpu")
+
+
 def strength(value: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """velocity_strength in the state's shape, contiguous.
 
@@ -236,7 +246,7 @@ def strength(value: Any, shape: tuple[int, ...], dtype: torch.dtype, device: tor
         raise ValueError(f"{name} must be {wanted}, got {list(value.shape)}")
     if elsewhere(value, device):
         raise ValueError(f"{name} must be {wanted}, got one on {value.device}")
-    return value.detach().resolve_neg().expand(shape).contiguous()
+    return dense(value.detach().expand(shape))
 
 
 _CPU = torch.device("cpu")

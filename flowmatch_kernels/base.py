@@ -68,9 +68,9 @@ def _dims(x_dims: int | Sequence[int]) -> list[int]:
     several = isinstance(x_dims, Iterable) and getattr(x_dims, "ndim", 1) > 0  # a 0-dim tensor is an int
     entries: list[Any] = list(x_dims) if several else [x_dims]  # type: ignore[arg-type]
     try:
-        dims = [integer(entry, "x_dims") for entry in entries]
+        found = [integer(entry, "x_dims") for entry in entries]
     except TypeError:
         raise TypeError(wrong) from None
-    if not dims or min(dims) <= 0:
+    if not found or min(found) <= 0:
         raise ValueError(f"x_dims must hold one or more positive ints, got {shown(x_dims)}")
-    return dims
+    return found

@@ -188,7 +188,8 @@ class _Diffusion(BaseDiffusion):
         table = self._table(*made, dtype, device)
         backend = dispatch.choose(self.backend, device.type).name
         added = None
-        drawing = noises.step_noise(step_noise, source, shape, table, device, "DDPM, or DDIM with eta > 0")
+        adding = "steps that add noise (all but the last, of DDPM, or DDIM with eta > 0), and there are none"
+        drawing = noises.step_noise(step_noise, source, shape, table, device, adding)
         if table.noise is not None:
             added = noises.StepNoise(*drawing, shape, arithmetic_dtype(dtype), device, backend, None)
         if start is None:

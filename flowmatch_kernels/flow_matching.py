@@ -289,12 +289,14 @@ class FlowMatching(BaseDiffusion):
                 what it returns, of x's shape and dtype, takes x's place. It may write to x and return it.
                 See `flowmatch_kernels.inpaint`.
             callback: Called as callback(step, t, x) after each step, 0 the first, with the state reached, a copy
-                that is the callback's own, and its time [B, 1, ..., 1]. Returning True ends the sampling.
+                that is the callback's own, and its time [B, 1, ..., 1]. Returning True ends the sampling. What a
+                callback or a constraint writes to t changes the time grid, as what step_fn writes to it does.
             progress: Show a bar over the evaluations (needs tqdm).
             differentiable: True: the result has the derivative of the loop, in the caller's grad mode, with respect to
                 the noise and what step_fn uses, by autograd, torch.func and forward-mode AD; with respect to times,
-                step sizes, weights, options, step_noise, velocity_strength and the temperature it raises. False: the result is a constant. None: as False, but where a
-                derivative is asked for (torch.func.grad, jvp, ..., or noise that requires grad), it raises.
+                step sizes, weights, options, step_noise, velocity_strength and the temperature it raises. False: the
+                result is a constant. None: as False, but where a derivative is asked for (torch.func.grad, jvp, ..., or
+                noise that requires grad), it raises.
             step_rounding: What dt * v is rounded to: "promote", "exact" or "rounded"; None: the constructor's.
             backend: None: the constructor's. A backend asked for by name runs or raises. With "auto", noise and
                 velocities of a tensor subclass that the backends do not know, as MaskedTensor, are stepped by
@@ -494,8 +496,8 @@ class FlowMatching(BaseDiffusion):
             batch_size=x.shape[0] if x.dim() else 1,
         )
         if table.noise is None:
-            named = str(_or(int_method, self.int_method))
-            raise ValueError(f"int_method {named:.60} adds no noise: its steps have no density")
+            named = solvers.titled(_or(int_method, self.int_method))
+            raise ValueError(f"int_method {named} adds no noise: its steps have no density")
         step = count(step, "step")
         if step >= table.steps:
             raise ValueError(f"step must be below {table.steps}, the number of steps, got {step}")
@@ -870,7 +872,7 @@ class FlowMatching(BaseDiffusion):
         if self.prediction_type != "velocity" or self._steps(int_method, inference_step)[0] != "euler":
             raise ValueError(
                 "velocity_strength multiplies dt * v of int_method='euler' and prediction_type='velocity': "
-                f"got {_or(int_method, self.int_method)!r:.60} and {self.prediction_type!r}"
+                f"got {solvers.titled(_or(int_method, self.int_method))} and {self.prediction_type!r}"
             )
 
     def _check_times(self, solver: FittedSolver, time_steps: Any, step_sizes: Any, device: torch.device) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Union
 import torch
 from torch import Tensor
 
-from .arguments import check_dense, elsewhere, shown
+from . import tracing
+from .arguments import available_device, check_dense, count, elsewhere, integer, shown
 from .ops import dispatch
 from .ops.fused_step import VELOCITY_DTYPES, arithmetic_dtype
 from .ops.keyed_noise import EVALUATIONS, INDEXES, STREAMS, at_evaluations
@@ -71,7 +72,7 @@ class KeyedNoise:
     def draw(
         self,
         batch_size: int,
-        x_dims: Sequence[int],
+        x_dims: int | Sequence[int],
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         *,
@@ -82,7 +83,7 @@ class KeyedNoise:
 
         Args:
             batch_size: B.
-            x_dims: The shape of one sample.
+            x_dims: The shape of one sample: an int or a sequence of ints.
             device: Where to draw.
             dtype: float32, float64, bfloat16 or float16; None: torch's default. The same normals, widened or rounded.
             evaluation: An int in [0, 2^16); 0 is what sample() starts from.
@@ -92,9 +93,9 @@ class KeyedNoise:
             [B, *x_dims], contiguous.
 
         Raises:
-            TypeError: dtype is none of these.
+            TypeError: dtype is none of these, or an argument is of the wrong type.
             ValueError: an argument is out of its range.
-            RuntimeError: the backend was asked for by name and cannot be used.
+            RuntimeError: the device is not available, or the backend was asked for by name and cannot be used.
 
         Example:
             >>> from flowmatch_kernels import KeyedNoise
@@ -102,8 +103,11 @@ class KeyedNoise:
             torch.Size([2, 64, 2])
         """
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        found = keys(self, batch_size, torch.device(device))
-        return dispatch.keyed_noise(found, tuple(x_dims), dtype, evaluation, backend)
+        batch_size, evaluation = count(batch_size, "batch_size"), integer(evaluation, "evaluation")
+        shape = [count(size, "x_dims") for size in (x_dims if isinstance(x_dims, Sequence) else (x_dims,))]
+        with tracing.unrecorded():  # which cannot record how bits are read
+            found = keys(self, batch_size, available_device(device))
+            return dispatch.keyed_noise(found, shape, dtype, evaluation, backend)
 
 
 def _int(value: Any, name: str) -> int:
@@ -268,8 +272,9 @@ def drawn(
         generators: Any = source
         draws = [torch.randn(1, *x_dims, dtype=dtype, device=one.device, generator=one) for one in generators]
         return torch.cat([one.to(device) for one in draws])
-    found = keys(source, batch_size, device)  # type: ignore[arg-type]
-    return dispatch.keyed_noise(found, x_dims, dtype, 0, backend, out)
+    with tracing.unrecorded():
+        found = keys(source, batch_size, device)  # type: ignore[arg-type]
+        return dispatch.keyed_noise(found, x_dims, dtype, 0, backend, out)
 
 
 #: Steps whose keys are made at once: 24 bytes of each sample for each.
@@ -304,8 +309,10 @@ class StepNoise:
     ) -> None:
         self._source, self._given, self._shape, self._dtype, self._device = source, given, shape, dtype, device
         self._backend, self._stored = backend, stored
-        self._keys = keys(source, shape[0], device) if given is None and is_keyed(source) else None  # type: ignore[arg-type]
-
+        self._keys: Tensor | None = None
+        if given is None and is_keyed(source):
+            with tracing.unrecorded():
+                self._keys = keys(source, shape[0], device)  # type: ignore[arg-type]
         self._keys_at: tuple[Tensor, ...] = ()
         self._first = 0
 
@@ -324,7 +331,8 @@ class StepNoise:
         if self._given is not None:
             z = self._given.select(1, step)
         elif self._keys is not None:
-            z = dispatch.keyed_noise(self._keys, self._shape[1:], self._dtype, step + 1, self._backend, memory)
+            with tracing.unrecorded():
+                z = dispatch.keyed_noise(self._keys, self._shape[1:], self._dtype, step + 1, self._backend, memory)
         else:
             z = drawn(self._source, self._shape, self._dtype, self._device, self._backend, memory)
         if self._stored is not None:

@@ -96,6 +96,11 @@ def is_readable(x: Tensor) -> bool:
     return True
 
 
+def unrecorded() -> contextlib.AbstractContextManager[None]:
+    """Within it torch.jit.trace records nothing: what is made there of numbers alone is a constant of the trace."""
+    return contextlib.nullcontext() if torch._C._get_tracing_state() is None else suspended()
+
+
 @contextlib.contextmanager
 def suspended() -> Iterator[None]:
     """Within it tensors that are made are real: no mode and no tracer sees them."""

@@ -706,6 +706,20 @@ def test_good_values_of_every_kind():
     assert FlowMatching(2, noise_at=np.int64(1)).noise_at == 1
 
 
+def test_reversed_arrays_are_taken():
+    """NumPy's, of which torch makes no tensor over the same memory."""
+    for up in (np.linspace(0, 1, 4, dtype=np.float32), np.linspace(0, 1, 8, dtype=np.float32).reshape(4, 2).T):
+        down = up[..., ::-1]
+        batch = 2 if down.ndim > 1 else 3
+        x = torch.ones(batch, 2)
+        fm = FlowMatching(2)
+        got = fm.sample(batch, lambda x, t: x * t, noise=x, time_steps=down)
+        wanted = fm.sample(batch, lambda x, t: x * t, noise=x, time_steps=torch.from_numpy(down.copy()))
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    with pytest.raises(TypeError, match="time_steps must be"):
+        fm.sample(2, lambda x, t: x, time_steps="none")
+
+
 def test_symbolic_numbers_stay_symbolic():
     """A compiled sample() of another temperature or weight is not compiled again; and its numbers are not checked."""
     torch._dynamo.reset()

@@ -297,6 +297,7 @@ DAMAGED = {
     "another file": (lambda content: '{"lr": 0.1}', r'does not say "format": "flowmatch_kernels\.FittedSolver"'),
     "a list": (lambda content: "[1, 2]", "does not say"),
     "a later version": (changed(version=2), "version 2 and this package reads 1"),
+    "a version that is none": (changed(version=True), "version True and this package reads 1"),
     "no version": (without("version"), "version None"),
     "no times": (without("times"), "it has no times"),
     "no errors": (without("errors"), "it has no errors"),
@@ -335,6 +336,18 @@ def test_bytes_that_are_no_text_raise(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="is not a saved FittedSolver"):
         FittedSolver.load(path)
+
+
+def test_messages_name_it_in_a_line():
+    fm = FlowMatching(DIMS)
+    named = f"a fitted solver with {SOLVER.evaluations} evaluations"
+    with pytest.raises(TypeError, match=f"int_method {named} takes no options, got 'eta'"):
+        fm.sample(BATCH, field, int_method=SOLVER, int_method_options={"eta": 1})
+    with pytest.raises(ValueError, match=f"got {named} and 'velocity'"):
+        fm.sample(BATCH, field, int_method=SOLVER, velocity_strength=torch.ones(1))
+    x = torch.ones(BATCH, *DIMS)
+    with pytest.raises(ValueError, match=f"int_method {named} adds no noise"):
+        fm.step_log_prob(x, x, x, 0, int_method=SOLVER)
 
 
 def test_repr_shows_the_table():

@@ -30,6 +30,14 @@ def test_sample(method):
         assert_same_bits(ours.sample(x, **keywords), theirs.sample(x, **keywords), f"{method} {size} {grid}")
 
 
+def test_under_another_default_dtype():
+    """The default grid is the one that their signature holds."""
+    x = torch.randn(5, 3)
+    torch.set_default_dtype(torch.float64)
+    ours, theirs = ODESolver(velocity_model=velocity), solver.ODESolver(velocity_model=velocity)
+    assert_same_bits(ours.sample(x, 0.1, scale=0.7), theirs.sample(x, 0.1, scale=0.7))
+
+
 def test_gradients_and_likelihood():
     ours, theirs = ODESolver(velocity_model=velocity), solver.ODESolver(velocity_model=velocity)
     x = torch.randn(5, 3, requires_grad=True)

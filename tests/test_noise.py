@@ -11,7 +11,7 @@ from operands import assert_same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import static
-from flowmatch_kernels import FlowMatching, KeyedNoise, available_backends, use_backend
+from flowmatch_kernels import DDPM, FlowMatching, KeyedNoise, available_backends, use_backend
 from flowmatch_kernels.noise import keys as _keys
 from flowmatch_kernels.ops import dispatch, native, reference_noise
 from flowmatch_kernels.ops.fused_step import VELOCITY_DTYPES
@@ -257,6 +257,26 @@ def test_fit_and_compare_take_it():
 
 
 # ---- what watches ----
+
+
+@pytest.mark.filterwarnings("ignore")  # a tracer says what it unrolls
+def test_traced():
+    """By torch.jit.trace, which records no draw: the noise is a constant of the trace. Keys, a list, of each step."""
+    one, two, x = KeyedNoise(7), [KeyedNoise(1), KeyedNoise(2)], torch.full((1,), 0.3)
+    grid = {"time_steps": [0.0, 0.5, 0.9]}
+
+    def field(c):
+        return lambda x, t: x * c
+
+    for drawn in (
+        lambda c: FlowMatching((4,)).sample(2, field(c), noise=one),
+        lambda c: FlowMatching((4,)).sample(2, field(c), noise=two),
+        lambda c: FlowMatching((4,), "sde").sample(2, field(c), noise=one, **grid),
+        lambda c: FlowMatching((4,), "sde").sample(2, field(c), noise=torch.zeros(2, 4), step_noise=two, **grid),
+        lambda c: DDPM((4,), 3).sample(2, field(c), noise=one),
+        lambda c: one.draw(2, 4) * c,
+    ):
+        assert_same_bits(torch.jit.trace(drawn, x + 1, check_trace=False)(x), drawn(x))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
@@ -574,6 +594,11 @@ def test_bad_noise(options, error, message):
     [
         ({"dtype": torch.int32}, TypeError, "dtype must be float32"),
         ({"evaluation": 2**16}, ValueError, r"evaluation must be in \[0, 65536\), got 65536"),
+        ({"evaluation": 1.5}, TypeError, "evaluation must be an int, got 1.5"),
+        ({"batch_size": True}, TypeError, "batch_size must be an int, got True"),
+        ({"batch_size": 2.5}, TypeError, "batch_size must be an int, got 2.5"),
+        ({"batch_size": -2}, ValueError, "batch_size must not be negative, got -2"),
+        ({"x_dims": (3, -1)}, ValueError, "x_dims must not be negative, got -1"),
         ({"evaluation": -1}, ValueError, r"evaluation must be in \[0, 65536\), got -1"),
         ({"backend": "triton"}, RuntimeError, "'triton' was asked for"),
         ({"backend": "none"}, ValueError, "unknown backend 'none'"),
@@ -581,7 +606,7 @@ def test_bad_noise(options, error, message):
 )
 def test_bad_draw(options, error, message):
     with pytest.raises(error, match=message):
-        KeyedNoise(1).draw(2, (3,), **options)
+        KeyedNoise(1).draw(**{"batch_size": 2, "x_dims": (3,)} | options)
 
 
 @pytest.mark.parametrize(

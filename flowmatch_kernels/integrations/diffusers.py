@@ -23,7 +23,7 @@ from .. import tracing
 from ..ops import dispatch
 from ..ops.fused_step import COLUMNS, EXACT, FROM_UNGUIDED, ROUNDED, WEIGHTED, Operands, dense
 from ..rows import ordinary, terms
-from ..solvers import Evaluation, FittedSolver, Grid, IntMethod, Table, build, check_finite, loaded, of_the_ode
+from ..solvers import Evaluation, FittedSolver, Grid, IntMethod, Table, build, check_finite, loaded, of_the_ode, titled
 from .replacement import needed
 
 _published = needed("diffusers.schedulers.scheduling_flow_match_euler_discrete", "diffusers", ">= 0.32")
@@ -527,7 +527,7 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
             if evaluations[first].time != evaluations[first + 1].time:
                 raise ValueError(
                     f"the first step is evaluation {first} of {len(evaluations)}, which is within a step of "
-                    f"{self._solver}: start at a multiple of {self.order}"
+                    f"{titled(self._solver)}: start at a multiple of {self.order}"
                 )
             first += 1  # the end of a step, where the next begins
         if isinstance(self._solver, FittedSolver):

@@ -9,6 +9,7 @@ Source: github.com/facebookresearch/flow_matching, flow_matching/solver/ode_solv
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     _Published = Any
 else:
     _Published = _published.ODESolver
+
+_TIME_GRID: Tensor = inspect.signature(_Published.sample).parameters["time_grid"].default
 
 
 class ODESolver(_Published):
@@ -65,7 +68,7 @@ class ODESolver(_Published):
         Returns:
             The last state, in x_init's shape; or [T, *x_init.shape].
         """
-        grid = torch.tensor([0.0, 1.0]) if time_grid is None else time_grid
+        grid = _TIME_GRID if time_grid is None else time_grid
         with torch.set_grad_enabled(enable_grad):
             states: Tensor = odeint(
                 lambda t, x: self.velocity_model(x=x, t=t, **model_extras),

@@ -6,7 +6,7 @@ the noise, table.py makes the rows, per_sample.py puts those of several grids si
 step sizes, and requests.py keeps the tables.
 """
 
-from .fitted import FittedSolver
+from .fitted import FittedSolver, titled
 from .grid import Grid, checked_grid
 from .ode import SOLVERS, IntMethod, ab2, ab3, dpmpp_2m, euler, heun, loaded, midpoint, rk4, rk4_classic, solver, unipc
 from .requests import Request, cache, check_finite, table_for
@@ -47,5 +47,6 @@ __all__ = [
     "rk4_classic",
     "solver",
     "table_for",
+    "titled",
     "unipc",
 ]

@@ -124,7 +124,7 @@ class FittedSolver:
         """
         if not isinstance(content, Mapping) or content.get("format") != FORMAT:
             raise ValueError(f'it does not say "format": "{FORMAT}"')
-        if content.get("version") != VERSION:
+        if type(content.get("version")) is not int or content["version"] != VERSION:
             raise ValueError(f"it has version {content.get('version')!r:.20} and this package reads {VERSION}")
         fields = {field.name for field in dataclasses.fields(cls)}
         missing = fields - content.keys()
@@ -172,6 +172,13 @@ class FittedSolver:
         if self.fitted_with:
             lines.append("Fitted with " + ", ".join(f"{name}: {value}" for name, value in self.fitted_with.items()))
         return "\n".join([head, *lines])
+
+
+def titled(solver: Any) -> str:
+    """A solver in a message, in one line."""
+    if not isinstance(solver, FittedSolver):
+        return f"{str(solver)!r:.60}"
+    return f"a fitted solver with {solver.evaluations} evaluation{'s' * (solver.evaluations > 1)}"
 
 
 def _floats(values: Any, name: str) -> tuple[float, ...]:

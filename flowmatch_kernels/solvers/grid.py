@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import check_dense, number, tensor
+from ..arguments import as_tensor, check_dense, number, tensor
 from ..ops.fused_step import FLOAT64_DEVICES
 from ..tracing import is_readable
 
@@ -88,7 +88,7 @@ def _checked(given: Any, name: str, dtype: torch.dtype, device: torch.device) ->
         grid = tensor(numbers, dtype)
         return Grid(grid, tuple(grid.tolist()) if is_readable(grid) else numbers)
     try:
-        grid = (given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")).detach()
+        grid = (given if isinstance(given, Tensor) else as_tensor(given)).detach()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a tensor or a sequence of floats, got {given!r:.60}") from None
     if not grid.is_floating_point():

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .fitted import FittedSolver
+from .fitted import FittedSolver, titled
 from .stages import Earlier, Segment, Solver, Stage, Steps, part
 from .stochastic import STOCHASTIC, Loaded, StochasticSolver, of_the_ode, stochastic
 
@@ -224,7 +224,7 @@ def loaded(int_method: IntMethod, options: Mapping[str, float] | None = None) ->
     if isinstance(int_method, str) and int_method in STOCHASTIC:
         return stochastic(int_method, options)
     if options:
-        raise TypeError(f"int_method {int_method!r:.60} takes no options, got {', '.join(map(repr, options))}")
+        raise TypeError(f"int_method {titled(int_method)} takes no options, got {', '.join(map(repr, options))}")
     if isinstance(int_method, os.PathLike) or (isinstance(int_method, str) and int_method.endswith(".json")):
         return FittedSolver.load(int_method)
     solver(int_method)

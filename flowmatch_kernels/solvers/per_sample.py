@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import check_dense, number, row_name, spread
+from ..arguments import as_tensor, check_dense, number, row_name, spread
 from ..ops.fused_step import HELD
 from ..ops.step_log_prob import HELD as HELD_DENSITY
 from ..tracing import is_readable
@@ -31,7 +31,7 @@ def rows_of(numbers: Any, sizes: Sequence[int], name: str) -> list[Any]:
         ValueError: sizes are others, rows differ in length, or they cannot be read.
     """
     if not isinstance(numbers, (list, tuple)):
-        numbers = numbers if isinstance(numbers, Tensor) else torch.as_tensor(numbers, device="cpu")  # NumPy's
+        numbers = numbers if isinstance(numbers, Tensor) else as_tensor(numbers)
         if not numbers.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {numbers.dtype}")
         check_dense(numbers, name)

@@ -18,7 +18,7 @@ from ..arguments import own_dims, row_name, tensor
 from ..guidance import Weight
 from ..ops.fused_step import dense
 from ..tracing import is_readable
-from .fitted import FittedSolver
+from .fitted import FittedSolver, titled
 from .grid import Grid, check_absolute, checked_grid, checked_sizes, named_entries, on_host
 from .ode import ABSOLUTE
 from .per_sample import Row, grouped, naming, rows_of, side_by_side, stacked, without_holds
@@ -94,8 +94,9 @@ class Request(NamedTuple):
         grid, sizes = self._grid(), None
         if self.step_sizes is not None:
             sizes = checked_sizes(self.step_sizes, grid.tensor.shape[0] - 1, self.device)
-        computes_with_t = self.int_method in ABSOLUTE or isinstance(self.int_method, StochasticSolver)
-        if self._is_own and (self.predicts is not None or computes_with_t):
+        if self._is_own and (
+            self.predicts is not None or isinstance(self.int_method, StochasticSolver) or self.int_method in ABSOLUTE
+        ):
             who = str(self.int_method) if self.predicts is None else "prediction_type"
             check_absolute(grid, sizes, self.noise_at, who)
         return grid, sizes
@@ -406,7 +407,7 @@ def check_finite(table: Table, int_method: Loaded, noise_at: int) -> None:
     ):
         grid = part(table.times, 0, table.steps + 1).tolist()
         raise ValueError(
-            f"{int_method} has no finite coefficients on this time grid, {grid!s:.200}: it needs one that runs from "
-            f"the noise, at t = {noise_at}, to the data, with neither end of time inside it, entries that differ, and "
-            "step_sizes, where they are given, other than 0"
+            f"{titled(int_method)} has no finite coefficients on this time grid, {grid!s:.200}: it needs one that runs "
+            f"from the noise, at t = {noise_at}, to the data, with neither end of time inside it, entries that differ, "
+            "and step_sizes, where they are given, other than 0"
         )

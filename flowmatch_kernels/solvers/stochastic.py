@@ -90,8 +90,8 @@ def _sigmas(steps: Steps) -> tuple[Tensor, Tensor]:
 
 STOCHASTIC: dict[str, Callable[..., list[Segment]]] = {f.__name__: f for f in (sde, cps, dance, renoise)}
 
-#: What an argument is for, where the solver adds no noise; for messages.
-ADDING = f"a solver that adds noise ({', '.join(STOCHASTIC)}), and int_method adds none"
+#: What an argument is for, where no step adds noise; for messages.
+ADDING = f"steps that add noise ({', '.join(STOCHASTIC)}), and there are none"
 #: The largest value of each option; the smallest is 0.
 _OPTIONS: Mapping[str, Mapping[str, float]] = {
     "sde": {"eta": math.inf},

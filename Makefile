@@ -93,10 +93,10 @@ gpu-memory: .venv/gpu.stamp
 		--error-exitcode 1 $(BIN)/python -m pytest tests/test_gpu.py -m "gpu and not full" \
 		-k "sizes or layouts or eager or combinations" $(ARGS)
 
-# torch and Triton are not those of constraints.txt: a machine may hold those as builds for the CPU.
+# torch, Triton and CUDA are not those of constraints.txt: a machine may hold those as builds for the CPU.
 cuda-build:
 	mkdir -p build/cuda
-	sed '/^torch==/d; /^triton==/d' constraints.txt > build/cuda/constraints.txt
+	sed '/^torch==/d; /^triton==/d; /^cuda-toolkit==/d' constraints.txt > build/cuda/constraints.txt
 	$(PYTHON) -m venv build/cuda/venv
 	build/cuda/venv/bin/python -m pip install --disable-pip-version-check --quiet \
 		--constraint build/cuda/constraints.txt '$(CUDA_TORCH)' setuptools ninja pybind11 numpy

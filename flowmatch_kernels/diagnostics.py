@@ -70,6 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
             result = self_test(name)
             failed |= result.failure is not None
             print(f"  {name:<11}available on {result.device}; self-test: {result}")
+            costly = BACKENDS[name].costly(result.device.type)
+            if costly is not None:
+                print(f"  {'':<11}auto takes it last of the kernels: {costly}")
     broken = native.broken()
     for reason in broken:
         print(f"\nBROKEN: {reason}.\nTo mend it: {native.REMEDY} for the torch that is installed.")

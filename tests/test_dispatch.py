@@ -255,7 +255,9 @@ def test_order_on_cuda(monkeypatch, caplog):
     for name in reasons:
         backend = dispatch.BACKENDS[name]
         unavailable = lambda device_type, name=name: reasons[name]  # noqa: E731
-        monkeypatch.setitem(dispatch.BACKENDS, name, backend._replace(unavailable=unavailable))
+        monkeypatch.setitem(
+            dispatch.BACKENDS, name, backend._replace(unavailable=unavailable, costly=lambda device_type: None)
+        )
     assert dispatch.choose("auto", "cuda").name == "triton"
     reasons["triton"] = "broken"
     with caplog.at_level(logging.WARNING, logger="flowmatch_kernels"):
@@ -286,6 +288,24 @@ def gpu(monkeypatch):
     monkeypatch.setattr(driver, "_active", SimpleNamespace(utils=SimpleNamespace(launch=None)))
     yield driver
     dispatch._triton_cannot_start.cache_clear()
+
+
+def test_a_triton_whose_launch_is_not_known_comes_after_cuda(gpu, monkeypatch, caplog):
+    """Where cuda cannot serve it is taken all the same, by its ordinary launch."""
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", "9.9.0")
+    monkeypatch.setattr(dispatch, "_logged", set())
+    with caplog.at_level(logging.WARNING, logger="flowmatch_kernels"):
+        for _ in range(2):
+            assert dispatch.choose("auto", "cuda").name == "cuda"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "'triton' is skipped on cuda: Triton 9.9.0 is not one of those known, 3.6" in line
+    assert "costs the host more" in line
+    assert dispatch.choose("triton", "cuda").name == "triton"
+    assert available_backends()["triton"] is None
+    monkeypatch.setattr(native, "cuda_unavailable", lambda: "not built")
+    assert dispatch.choose("auto", "cuda").name == "triton"
 
 
 def no_compiler(monkeypatch):

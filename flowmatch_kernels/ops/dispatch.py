@@ -46,6 +46,8 @@ class Backend(NamedTuple):
     """Its keyed_noise_, of out, keys and the evaluation; unchecked."""
     load_log_prob: Callable[[], Callable[..., None]] = lambda: reference_log_prob.step_log_prob_
     """Its step_log_prob_, of out and the op's operands; unchecked."""
+    costly: Callable[[str], str | None] = lambda device_type: None
+    """Why "auto" rather takes the next kernel that can serve; None: it does not. With no other it takes this one."""
 
 
 _TRITON = f"{__package__}.triton"
@@ -83,6 +85,13 @@ def _triton_cannot_start() -> str | None:
         return f"Triton cannot start its driver: {missing or error}"
     # Before Triton 3.7 each kernel's launcher is a C module of its own.
     return None if hasattr(utils, "launch") else missing
+
+
+def _triton_costly(device_type: str) -> str | None:
+    if device_type != "cuda":
+        return None
+    reason: str | None = importlib.import_module(f"{__package__}.triton_launcher").unknown_release()
+    return reason and f"{reason}: it would be launched by Triton's JIT, which costs the host more"
 
 
 def _no_c_compiler() -> str | None:
@@ -132,6 +141,7 @@ BACKENDS = {
             lambda: _triton().compiled,
             lambda: importlib.import_module(f"{__package__}.triton_noise").keyed_noise_,
             lambda: importlib.import_module(f"{__package__}.triton_log_prob").step_log_prob_,
+            _triton_costly,
         ),
         Backend(
             "cuda",
@@ -156,8 +166,8 @@ BACKENDS = {
 
 _NAMES = ("auto", *BACKENDS)
 
-#: What "auto" tries, in this order. On a GPU: Triton, where it can compile and load; else CUDA, where the extension
-#: holds code for that GPU.
+#: What "auto" tries, in this order. On a GPU: Triton, where it can compile and load, and its direct launch is known for
+#: this release; else CUDA, where the extension holds code for that GPU; else Triton by its ordinary launch.
 PREFERENCE = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
 
 _override: ContextVar[str | None] = ContextVar("flowmatch_kernels_backend", default=None)
@@ -246,10 +256,14 @@ def _resolve(name: str, device_type: str) -> str:
         if reason is not None:
             raise RuntimeError(f"backend {name!r} was asked for and cannot be used: {reason}")
         return name
-    for candidate in PREFERENCE.get(device_type, ("reference",)):
+    order = PREFERENCE.get(device_type, ("reference",))
+    for place, candidate in enumerate(order):
         reason = _cannot_serve(BACKENDS[candidate], device_type)
         if reason is None:
-            return candidate
+            reason = BACKENDS[candidate].costly(device_type)
+            kernels = order[place + 1 : -1]
+            if reason is None or all(_cannot_serve(BACKENDS[other], device_type) is not None for other in kernels):
+                return candidate
         if (candidate, reason) not in _logged:
             _logged.add((candidate, reason))
             remedy = " Steps run as eager PyTorch expressions, the slow path; " + native.REMEDY

@@ -6,6 +6,7 @@ what a launch costs the host. The caller knows its variant, so the kernel that w
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import threading
@@ -130,12 +131,23 @@ def _threads(metadata: Any) -> int:
     return 32 * metadata.num_warps
 
 
+def unknown_release() -> str | None:
+    """Why no kernel of this Triton is launched other than by Triton itself, or None."""
+    return _unknown_release(triton.__version__)
+
+
+@functools.cache
+def _unknown_release(version: str) -> str | None:
+    known = ".".join(version.split(".")[:2]) in KNOWN
+    return None if known else f"Triton {version} is not one of those known, {', '.join(KNOWN)}"
+
+
 def _unknown(kernel: Any, backend: str, compiled: CompiledKernel, arguments: Sequence[Any]) -> str | None:
     """Why the compiled kernel cannot be launched with these arguments other than by Triton itself, or None."""
     if backend != "cuda":
         return f"the launcher of Triton's {backend!r} backend is not known"
-    if ".".join(triton.__version__.split(".")[:2]) not in KNOWN:
-        return f"Triton {triton.__version__} is not one of those known, {', '.join(KNOWN)}"
+    if reason := unknown_release():
+        return reason
     text = compiled.asm.get("ptx") or ""
     entry = re.search(rf"\.entry\s+{re.escape(compiled.name)}\s*\(([^)]*)\)", text)
     found = re.findall(r"\.param\s+(\.\w+(?:\s+\.ptr)?)", entry[1]) if entry else []

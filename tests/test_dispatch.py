@@ -255,9 +255,8 @@ def test_order_on_cuda(monkeypatch, caplog):
     for name in reasons:
         backend = dispatch.BACKENDS[name]
         unavailable = lambda device_type, name=name: reasons[name]  # noqa: E731
-        monkeypatch.setitem(
-            dispatch.BACKENDS, name, backend._replace(unavailable=unavailable, costly=lambda device_type: None)
-        )
+        always = {"unavailable": unavailable, "costly": lambda device_type: None}
+        monkeypatch.setitem(dispatch.BACKENDS, name, backend._replace(**always))
     assert dispatch.choose("auto", "cuda").name == "triton"
     reasons["triton"] = "broken"
     with caplog.at_level(logging.WARNING, logger="flowmatch_kernels"):

@@ -90,8 +90,8 @@ def test_sample(cuda: cuda_runtime.CudaHalf, monkeypatch: pytest.MonkeyPatch) ->
     of = dispatch.BACKENDS["cuda"]
     served = of._replace(devices=("cuda", "cpu"), unavailable=lambda device_type: None, load=lambda: cuda.fused_step_)
     monkeypatch.setitem(dispatch.BACKENDS, "cuda", served)
-    loops = [*cases.LOOPS, *cases.STOCHASTIC_LOOPS, *cases.KEYED_LOOPS, *cases.OWN_LOOPS, *cases.MORE_LOOPS]
-    failed = []
+    added = *cases.STOCHASTIC_LOOPS, *cases.STRENGTH_LOOPS, *cases.KEYED_LOOPS, *cases.OWN_LOOPS, *cases.MORE_LOOPS
+    loops, failed = [*cases.LOOPS, *added], []
     for loop in loops:
         before = len(cuda.launches)
         failed += cases.looped(loop, "cuda")
@@ -99,7 +99,7 @@ def test_sample(cuda: cuda_runtime.CudaHalf, monkeypatch: pytest.MonkeyPatch) ->
         if launches < 4 or (loop.keyed and launches > 4):
             failed.append(f"not one launch an evaluation [{loop}]")
     assert not failed, "\n".join(failed)
-    assert len(loops) == 37
+    assert len(loops) == 40
 
 
 def test_rows(cuda: cuda_runtime.CudaHalf) -> None:
@@ -111,7 +111,7 @@ def test_rows(cuda: cuda_runtime.CudaHalf) -> None:
         if len(cuda.launches) - before < 4:
             failed.append(f"not one launch an evaluation [{loop}]")
     assert not failed, "\n".join(failed)
-    assert len(loops) == 32
+    assert len(loops) == 34
 
 
 def test_keyed_noise(cuda: cuda_runtime.CudaHalf) -> None:

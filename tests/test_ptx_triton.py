@@ -84,16 +84,16 @@ def test_sample(driver: ExecutingDriver, monkeypatch: pytest.MonkeyPatch) -> Non
     """Whole loops: every solver, guidance, trajectory, dtypes; for sm_90 by cuLaunchKernel, else by Triton's way."""
     of = dispatch.BACKENDS["triton"]
     monkeypatch.setitem(dispatch.BACKENDS, "triton", of._replace(unavailable=lambda device_type: None))
-    failed = []
-    for loop in (*cases.LOOPS, *cases.STOCHASTIC_LOOPS, *cases.OWN_LOOPS[:1], *cases.KEYED_LOOPS):
+    own, failed = cases.OWN_LOOPS[:1], []
+    for loop in (*cases.LOOPS, *cases.STOCHASTIC_LOOPS, *cases.STRENGTH_LOOPS, *own, *cases.KEYED_LOOPS):
         before = len(driver.launches)
         failed += cases.looped(loop, "triton")
         launches = len(driver.launches) - before
         if launches < 4 or (loop.keyed and launches > 4):
             failed.append(f"not one launch an evaluation [{loop}]")
     assert not failed, "\n".join(failed)
-    assert driver.by_driver == (109 if driver.arch == 90 else 0)  # the first of a kind is Triton's
-    assert len(cases.LOOPS) == 17
+    assert driver.by_driver == (118 if driver.arch == 90 else 0)  # the first of a kind is Triton's
+    assert len(cases.LOOPS) == 19
 
 
 @pytest.mark.parametrize("arch", [90, 100], ids=["sm_90", "sm_100"])

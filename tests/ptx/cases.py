@@ -68,18 +68,20 @@ def failed(fused_step_: FusedStep, cases: Iterable[Case]) -> list[str]:
 # ---- one operand off its boundary ----
 
 NAMES = ("out", "base", "v", "u", "h1", "h2", "h3", "trajectory", "history")
+#: A strength goes without the velocities before.
+WITH_STRENGTH = ("out", "base", "v", "strength")
 
 
 def off_boundary() -> list[tuple[str, int]]:
     """Each operand in turn, with the bytes that it begins after a multiple of 16: one element, and half an access."""
-    return [(name, shift) for name in NAMES for shift in (2 if name in ("v", "u") else 4, 8)]
+    return [(name, shift) for name in (*NAMES, "strength") for shift in (2 if name in ("v", "u") else 4, 8)]
 
 
 def shifted(fused_step_: FusedStep, name: str, shift: int) -> list[str]:
     """What a step with every operand does wrong when that one alone is off its boundary."""
     batch, slots, sample = 4, 3, 256
     generator = torch.Generator().manual_seed(0)
-    buffers = {}
+    names, buffers = WITH_STRENGTH if name == "strength" else NAMES, {}
 
     def tensor(called: str, dtype: torch.dtype, shape: tuple[int, ...] = (batch, sample)) -> Tensor:
         elements = torch.Size(shape).numel()
@@ -88,20 +90,18 @@ def shifted(fused_step_: FusedStep, name: str, shift: int) -> list[str]:
         buffers[called].tensor.copy_(values((elements + 16 // dtype.itemsize,), dtype, generator))
         return buffers[called].tensor[begin : begin + elements].view(shape)
 
-    o = Operands(
-        **{key: tensor(key, BF16 if key in ("v", "u") else F32) for key in NAMES if key != "trajectory"},
-        coefficients=torch.randn(3, len(COLUMNS), generator=generator),
-        row=1,
-        trajectory=tensor("trajectory", F32, (batch, slots, sample)),
-        slot=2,
-    )
+    given = {key: tensor(key, BF16 if key in ("v", "u") else F32) for key in names if key != "trajectory"}
+    if "trajectory" in names:
+        given |= {"trajectory": tensor("trajectory", F32, (batch, slots, sample)), "slot": 2}
+    absent = {key: None for key in ("u", "h1", "h2", "h3") if key not in names}
+    o = Operands(**given, **absent, coefficients=torch.randn(3, len(COLUMNS), generator=generator), row=1)
     expected = copied(o)
     reference.fused_step_(expected)
     try:
         fused_step_(o)
     except (RuntimeError, AssertionError) as error:
         return [f"{name} off by {shift} bytes: {type(error).__name__}: {error}"]
-    pairs = [(key, getattr(o, key), getattr(expected, key)) for key in NAMES]
+    pairs = [(key, getattr(o, key), getattr(expected, key)) for key in names]
     found = [f"{name} off by {shift} bytes: {key} differs" for key, got, wanted in pairs if differing(got, wanted)]
     return found + [f"{key}: written outside" for key, buffer in buffers.items() if buffer.touched()]
 
@@ -207,8 +207,12 @@ class Loop(NamedTuple):
     guided: bool = False
     trajectory: bool = False
     x_dims: tuple[int, ...] = (64, 2)
-    off: bool = False
-    """Every second velocity begins one element after a 16-byte boundary."""
+    off: int = 0
+    """Every second velocity begins so many elements after a 16-byte boundary."""
+    off_unguided: int = 0
+    """Every second unguided velocity likewise."""
+    off_strength: int = 0
+    """There is a velocity_strength, which begins so many elements after one."""
     own_times: bool = False
     """Each sample has times and a weight of guidance of its own; the last is held in its first step."""
     keyed: bool = False
@@ -228,10 +232,13 @@ LOOPS = [
     Loop(guided=True, velocity=BF16, trajectory=True, x_dims=(7, 3)),
     Loop(state=F64),
     Loop(state=BF16, velocity=BF16),
-    Loop(velocity=BF16, off=True),
+    Loop(velocity=BF16, off=1),
+    Loop(off=2),
+    Loop(guided=True, trajectory=True, off_unguided=2),
 ]
 #: Their noise is a history operand that no row writes.
-STOCHASTIC_LOOPS = [Loop("sde"), Loop("renoise", off=True)]
+STOCHASTIC_LOOPS = [Loop("sde"), Loop("renoise", off=1)]
+STRENGTH_LOOPS = [Loop(off_strength=2)]
 KEYED_LOOPS = [
     Loop("sde", keyed=True),
     Loop("renoise", velocity=BF16, trajectory=True, x_dims=(7, 3), keyed=True),
@@ -259,15 +266,26 @@ def own_times() -> Tensor:
 
 def models(loop: Loop) -> tuple[Any, Any]:
     """The guided and the unguided velocity of a loop."""
-    calls = itertools.count()
 
-    def conditioned(x: Tensor, t: Tensor) -> Tensor:
-        v = (torch.cos(3 * x) - x * t).to(loop.velocity)
-        if loop.off and next(calls) % 2:
-            v = torch.cat([v.flatten()[:1], v.flatten()])[1:].view(x.shape)
-        return v
+    def every_second(off: int, model: Any) -> Any:
+        calls = itertools.count()
 
-    return conditioned, lambda x, t: (torch.sin(2 * x) + t).to(loop.velocity)
+        def shifting(x: Tensor, t: Tensor) -> Tensor:
+            v = model(x, t).to(loop.velocity)
+            return moved(v, off) if next(calls) % 2 else v
+
+        return shifting
+
+    return (
+        every_second(loop.off, lambda x, t: torch.cos(3 * x) - x * t),
+        every_second(loop.off_unguided, lambda x, t: torch.sin(2 * x) + t),
+    )
+
+
+def moved(x: Tensor, off: int) -> Tensor:
+    """The same numbers, so many elements after a 16-byte boundary."""
+    flat = x.flatten()
+    return torch.cat([flat[:off], flat])[off:].view(x.shape)
 
 
 def looped_by_rows(loop: Loop, half: Any) -> list[str]:
@@ -323,6 +341,10 @@ def looped(loop: Loop, backend: str) -> list[str]:
     if loop.keyed:
         added = KeyedNoise(7, (1 << 32) - 2)
 
+    strength = None
+    if loop.off_strength:
+        strength = moved(torch.rand(noise.shape, generator=torch.Generator().manual_seed(3)), loop.off_strength)
+
     def sampled(by: str) -> Any:
         return FlowMatching(loop.x_dims, loop.solver, 4, backend=by).sample(
             5,
@@ -333,6 +355,7 @@ def looped(loop: Loop, backend: str) -> list[str]:
             return_all_steps=loop.trajectory,
             unguided_step_fn=unconditioned if loop.guided else None,
             use_classifier_free_guidance=loop.guided,
+            velocity_strength=strength,
             inference_guidance_weight=[[1.7 - 0.3 * b] for b in range(5)] if loop.own_times else 1.7,
             time_steps=own_times() if loop.own_times else None,
         )
@@ -345,7 +368,7 @@ def looped(loop: Loop, backend: str) -> list[str]:
     except (RuntimeError, AssertionError) as error:
         return [f"{type(error).__name__}: {error} [{loop}]"]
     oracles = {"the reference": states(sampled("reference"))}
-    if loop.solver == "euler" and loop.state == F32 and not loop.own_times:
+    if loop.solver == "euler" and loop.state == F32 and not loop.own_times and strength is None:
         unguided = {"unguided_step_fn": unconditioned, "weight": 1.7} if loop.guided else {}
         result = published.sample(
             5, conditioned, loop.x_dims, 4, noise=noise, return_all_steps=loop.trajectory, **unguided

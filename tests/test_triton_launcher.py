@@ -197,11 +197,14 @@ def test_the_stream_is_the_current_one(driver: Any) -> None:
 
 
 def test_each_device_has_its_own_kernel(driver: Any) -> None:
+    """And is launched on its own current stream, by Triton and without it."""
     given = operands(16)
     functions = []
     for device in (0, 1, 0, 1):
         driver.device = device
-        record, _ = launched(driver, given)
+        record, by_jit = launched(driver, given)
+        assert by_jit == (len(functions) < 2)
+        assert record.stream == driver.stream + 100 * device
         functions.append(record.function)
     assert functions[:2] == functions[2:]
     assert functions[0] != functions[1]

@@ -34,7 +34,7 @@ class RecordingDriver:
     def __init__(self, arch: int) -> None:
         self.arch = arch
         self.device = 0
-        self.stream = 7
+        self.stream = 7  # of device 0; another one's is 100 more for each
         self.launches: list[Launch] = []
         self.loaded = itertools.count(1)
         self.utils = SimpleNamespace(
@@ -50,7 +50,7 @@ class RecordingDriver:
         return self.device
 
     def get_current_stream(self, device: int) -> int:
-        return self.stream
+        return self.stream + 100 * device
 
     def launch_kernel(self) -> int:
         """In the place of `cuda_driver.launch_kernel`: none, so that Triton's launcher launches."""

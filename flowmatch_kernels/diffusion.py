@@ -7,7 +7,7 @@ gives both ends of that line as linear functions of x and the prediction, and a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from .noise import KeyedNoise
 from .ops import dispatch
 from .ops.fused_step import COLUMNS, PROMOTE, arithmetic_dtype
 from .sampling import solve
-from .solvers import Evaluation, Table
+from .solvers import Evaluation, Table, table_for
 from .step_functions import Bound, bound
 from .training import check_data, mean_squared_error
 from .velocities import Velocities
@@ -184,8 +184,7 @@ class _Diffusion(BaseDiffusion):
         steps = self.num_inference_steps
         if inference_step:
             steps = self._checked_steps(inference_step, "inference_step")
-        made = self._made_of(steps)
-        table = self._table(*made, dtype, device)
+        table = table_for(_Request(self, steps, dtype, device), cached=tracing.is_eager())
         backend = dispatch.choose(self.backend, device.type).name
         added = None
         adding = "steps that add noise (all but the last, of DDPM, or DDIM with eta > 0), and there are none"
@@ -198,7 +197,7 @@ class _Diffusion(BaseDiffusion):
         step_fn = bound(step_fn, functions)
         if self.clip_sample_range is not None:
             velocities = Velocities(shape, dtype, device, differentiable=differentiable)
-            step_fn = self._clipped(step_fn, *made[1:], velocities)
+            step_fn = _Clipped(step_fn, velocities, self._clipping(steps), self.clip_sample_range)
         rows, state, taken = solve(
             *(table, step_fn, start.to(dtype), PROMOTE, differentiable, return_all_steps),
             hooks=hooks,
@@ -275,7 +274,7 @@ class _Diffusion(BaseDiffusion):
 
     def table(self, steps: int, dtype: torch.dtype, device: torch.device) -> Table:
         """The table of so many steps, for a state of this dtype."""
-        return self._table(*self._made_of(steps), dtype, device)
+        return _Request(self, steps, dtype, device).make()
 
     def _made_of(self, steps: int) -> tuple[Sequence[int], _Ends, _Step]:
         """The timesteps at which so many steps begin, and the steps."""
@@ -283,25 +282,27 @@ class _Diffusion(BaseDiffusion):
         ends = self._ends(at)
         return at, ends, self._step(at, ends.now, ends.after)
 
-    def _table(self, at: Sequence[int], ends: _Ends, step: _Step, dtype: torch.dtype, device: torch.device) -> Table:
-        steps = len(at)
-        if self.clip_sample_range is None:
-            a, b0 = (step.data * x0 + step.noise * e for x0, e in zip(ends.data, ends.noise, strict=True))
-        else:  # of x and of what `_Clipped` returns
-            a, b0 = step.noise / (1 - ends.now).sqrt(), step.data
-        a = a + step.x
-        rows = torch.zeros(steps, len(COLUMNS), dtype=torch.float64, device="cpu")
-        rows[:, 0], rows[:, 1], rows[:, 2] = a, b0, step.std
-        adds = [s > 0 for s in step.std.tolist()]
-        table = Table(
-            evaluations=tuple(Evaluation(k, True, (0,) if adds[k] else ()) for k in range(steps)),
-            times=torch.tensor([*at, -1], dtype=torch.get_default_dtype(), device="cpu"),
-            coefficients=rows.to(arithmetic_dtype(dtype)),
-            steps=steps,
-            buffers=int(any(adds)),
-            noise=0 if any(adds) else None,
-        ).readable()  # on the host, without waiting for a device
-        return table._replace(times=table.times.to(device), coefficients=table.coefficients.to(device))
+    def _rows(self, steps: int) -> tuple[Sequence[int], list[list[float]]]:
+        """The timesteps, and of each step a, b0 and the standard deviation of its noise."""
+        with tracing.suspended():  # numbers, whatever mode is at work
+            at, ends, step = self._made_of(steps)
+            if self.clip_sample_range is None:
+                a, b0 = (step.data * x0 + step.noise * e for x0, e in zip(ends.data, ends.noise, strict=True))
+            else:  # of x and of what `_Clipped` returns
+                a, b0 = step.noise / (1 - ends.now).sqrt(), step.data
+            return at, torch.stack([a + step.x, b0, step.std], dim=1).tolist()
+
+    def _clipping(self, steps: int) -> list[tuple[float, float, float]]:
+        """The factors of `_Clipped`."""
+        with tracing.suspended():
+            _, ends, step = self._made_of(steps)
+            kept = step.noise / step.data * (ends.now / (1 - ends.now)).sqrt()
+            return list(zip(*(column.tolist() for column in (*ends.data, kept)), strict=True))
+
+    def _settings(self) -> tuple[Any, ...]:
+        """What a table is made of, beside alphas_cumprod and the number of steps."""
+        clips = self.clip_sample_range is not None
+        return self.num_train_timesteps, self.timestep_spacing, self.steps_offset, self.prediction_type, clips
 
     def _ends(self, at: Sequence[int]) -> _Ends:
         """The steps that begin at these timesteps."""
@@ -316,13 +317,6 @@ class _Diffusion(BaseDiffusion):
             "v": ((root, -rest), (rest, root)),
         }[self.prediction_type]
         return _Ends(now, after, data, noise)
-
-    def _clipped(self, step_fn: StepFn, ends: _Ends, step: _Step, velocities: Velocities) -> _Clipped:
-        """The network, for a table with clip_sample_range."""
-        kept = step.noise / step.data * (ends.now / (1 - ends.now)).sqrt()
-        factors = zip(*(column.tolist() for column in (*ends.data, kept)), strict=True)
-        assert self.clip_sample_range is not None
-        return _Clipped(step_fn, velocities, list(factors), self.clip_sample_range)
 
     def _before(self, at: Sequence[int]) -> list[int]:
         """The timestep that each step ends at; below 0: the data."""
@@ -348,6 +342,43 @@ class _Diffusion(BaseDiffusion):
             raise ValueError(f"{name} must be in [1, {self.num_train_timesteps}], got {steps}")
         self.timesteps(steps)
         return steps
+
+
+class _Request(NamedTuple):
+    """What describes a table, for `solvers.table_for`."""
+
+    of: _Diffusion
+    steps: int
+    dtype: torch.dtype
+    """The state's."""
+    device: torch.device
+
+    def key(self) -> Hashable:
+        """See `solvers.Request.key`."""
+        bars = self.of.alphas_cumprod
+        if bars.is_inference():  # which counts no writes
+            return None
+        settings = type(self.of), *self.of._settings(), id(bars), bars._version
+        return *settings, self.steps, arithmetic_dtype(self.dtype), self.device, torch.get_default_dtype()
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """See `solvers.Request.tensors`."""
+        return (self.of.alphas_cumprod,)
+
+    def make(self, check: bool = False) -> Table:
+        """The table."""
+        at, rows = self.of._rows(self.steps)
+        adds = [std > 0 for _, _, std in rows]
+        nothing = [0.0] * (len(COLUMNS) - 3)
+        coefficients = torch.tensor([row + nothing for row in rows], dtype=torch.float64, device="cpu")
+        return Table(
+            evaluations=tuple(Evaluation(k, True, (0,) if add else ()) for k, add in enumerate(adds)),
+            times=torch.tensor([*at, -1], dtype=torch.get_default_dtype(), device="cpu").to(self.device),
+            coefficients=coefficients.to(arithmetic_dtype(self.dtype)).to(self.device),
+            steps=self.steps,
+            buffers=int(any(adds)),
+            noise=0 if any(adds) else None,
+        )
 
 
 class DDIM(_Diffusion):
@@ -414,6 +445,9 @@ class DDIM(_Diffusion):
             raise ValueError(f"eta must be between 0 and 1, got {eta}")
         self.set_alpha_to_one = flag(set_alpha_to_one, "set_alpha_to_one")
 
+    def _settings(self) -> tuple[Any, ...]:
+        return *super()._settings(), self.eta, self.set_alpha_to_one
+
     def _before(self, at: Sequence[int]) -> list[int]:
         return [t - self.num_train_timesteps // len(at) for t in at]
 
@@ -471,6 +505,9 @@ class DDPM(_Diffusion):
         )
         _known(variance_type, "variance_type", VARIANCES)
         self.variance_type = variance_type
+
+    def _settings(self) -> tuple[Any, ...]:
+        return *super()._settings(), self.variance_type
 
     def _before(self, at: Sequence[int]) -> list[int]:
         return [*at[1:], -1]

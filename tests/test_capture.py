@@ -1,12 +1,14 @@
 """What sample() does while a CUDA graph is captured, seen on fake CUDA tensors: no GPU is needed."""
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowmatch_kernels import FlowMatching, inpaint, solvers, tracing
+from flowmatch_kernels import DDIM, DDPM, FlowMatching, KeyedNoise, diffusion, inpaint, solvers, tracing
 
 GRID = [0.0, 0.1, 0.35, 0.8, 1.0]
 GUIDED = {
@@ -33,6 +35,19 @@ CAPTURABLE = {f"solver {name}": ({"int_method": name}, {}) for name in solvers.S
     "bfloat16": ({}, {"dtype": torch.bfloat16}),
     "callback": ({}, {"callback": lambda step, t, x: None}),
     "euler_at_final": ({"int_method": "heun", "euler_at_final": True}, {}),
+    "keyed noise": ({}, {"noise": KeyedNoise(7)}),
+    "steps that add noise by keys": ({"int_method": "sde"}, {"noise": KeyedNoise(7), "time_steps": GRID[:-1]}),
+    "own times and weights": (
+        {},
+        GUIDED
+        | {
+            "time_steps": [[0.1 * b, 0.5, 0.9] for b in range(6)],
+            "inference_guidance_weight": [[0.5 * b] for b in range(6)],
+        },
+    ),
+    "DDIM": (DDIM((64, 2), 4), {}),
+    "DDIM, clipped": (DDIM((64, 2), 4, clip_sample_range=1.0), {}),
+    "DDPM": (DDPM((64, 2), 4), {"noise": KeyedNoise(7)}),
     "log_prob": ({"int_method": "dance"}, {"return_log_prob": True}),
     "log_prob, own times": (
         {"int_method": "dance"},
@@ -69,20 +84,20 @@ def twice(x, t):
 
 def run(case):
     constructor, arguments = CAPTURABLE[case]
-    fm = FlowMatching((64, 2), num_inference_steps=4, **constructor)
+    fm = FlowMatching((64, 2), num_inference_steps=4, **constructor) if isinstance(constructor, dict) else constructor
     return fm.sample(6, twice if arguments.get("combined_guidance") else velocity, "cuda", **arguments)
 
 
 def warm(monkeypatch):
     """Keeps the tables that are made on fake tensors, as the warm-up's eager call keeps them."""
-    make = solvers.Request.make
+    for kind in (solvers.Request, diffusion._Request):
 
-    def kept(self, check=False):
-        table = make(self, check)
-        solvers.cache._tables[self.key()] = table, ()
-        return table
+        def kept(self, check=False, make=kind.make):
+            table = make(self, check)
+            solvers.cache._tables[self.key()] = table, tuple(map(weakref.ref, self.tensors()))
+            return table
 
-    monkeypatch.setattr(solvers.Request, "make", kept)
+        monkeypatch.setattr(kind, "make", kept)
 
 
 @pytest.mark.parametrize("case", CAPTURABLE)

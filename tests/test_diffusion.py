@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flowmatch_kernels import DDIM, DDPM, KeyedNoise, StepFunction
 
@@ -91,6 +92,21 @@ def test_ddim_is_diffusers():
             assert (ddim.sample(BATCH, step_fn, noise=noise, **given) - found[:, -1]).abs().max() > 0.01, setting
 
 
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine"])
+def test_ddim_is_diffusers_in_float64(schedule):
+    """With eta = 1 too. Theirs with their own float32 factors is off by up to 6e-4 there, with the cosine schedule."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    for spacing, predicted, steps in itertools.product(("leading", "trailing", "linspace"), PREDICTED, (5, 20, 50)):
+        ours, other = settings(schedule, spacing, predicted, 0)
+        noise, z = (x.double() for x in draws(steps))
+        ddim = DDIM(DIMS, steps, eta=1.0, **ours)
+        scheduler = diffusers.DDIMScheduler(**other)
+        scheduler.alphas_cumprod, scheduler.final_alpha_cumprod = ddim.alphas_cumprod, torch.ones((), dtype=noise.dtype)
+        wanted = theirs(scheduler, steps, noise, z, eta=1.0, variance_noise=None)
+        found = ddim.sample(BATCH, step_fn, noise=noise, step_noise=z)
+        assert (found - wanted[:, -1]).abs().max() <= 1e-10 * wanted.abs().max(), (spacing, predicted, steps)
+
+
 def test_ddpm_is_diffusers(monkeypatch):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     module = importlib.import_module("diffusers.schedulers.scheduling_ddpm")
@@ -154,6 +170,35 @@ def test_ways_to_sample():
     noise = torch.randn(BATCH, *DIMS)
     z = torch.stack([*(torch.randn(BATCH, *DIMS) for _ in range(5)), torch.zeros(BATCH, *DIMS)], 1)
     torch.testing.assert_close(drawn, DDPM(DIMS, 6).sample(BATCH, step_fn, noise=noise, step_noise=z), **EXACT)
+
+
+def test_a_table_is_kept_for_what_it_is_made_of(monkeypatch):
+    """One for each set of settings, number of steps and dtype, and for abar as it is; of no fake tensors."""
+    made, rows = [], DDIM._rows
+    monkeypatch.setattr(DDIM, "_rows", lambda self, steps: made.append(steps) or rows(self, steps))
+    ddim, x = DDIM(DIMS, 3), torch.ones(BATCH, *DIMS)
+    for changed in (
+        lambda: None,
+        lambda: setattr(ddim, "eta", 0.5),
+        lambda: setattr(ddim, "clip_sample_range", 0.1),
+        lambda: setattr(ddim, "num_inference_steps", 4),
+        lambda: setattr(ddim, "prediction_type", "v"),
+        lambda: ddim.alphas_cumprod.mul_(0.9),
+        lambda: setattr(ddim, "alphas_cumprod", ddim.alphas_cumprod * 0.9),
+    ):
+        before = len(made)
+        changed()
+        results = [ddim.sample(BATCH, step_fn, noise=x, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+        assert len(made) == before + 1
+        torch.testing.assert_close(*results, **EXACT)
+        fresh = DDIM(DIMS, ddim.num_inference_steps, prediction_type=ddim.prediction_type, eta=ddim.eta)
+        fresh.clip_sample_range, fresh.alphas_cumprod = ddim.clip_sample_range, ddim.alphas_cumprod.clone()
+        again = fresh.sample(BATCH, step_fn, noise=x, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(again, results[0], **EXACT)
+        del made[before + 1 :]
+    with FakeTensorMode():
+        assert ddim.sample(BATCH, step_fn, noise=torch.empty(BATCH, *DIMS)).shape == (BATCH, *DIMS)
+    assert ddim.sample(BATCH, step_fn, noise=x).isfinite().all()
 
 
 def test_no_zero_in_silence():

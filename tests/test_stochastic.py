@@ -84,6 +84,30 @@ def test_steps_are_the_papers(name):
     torch.testing.assert_close(x, wanted[:, -1], rtol=0, atol=100 * torch.finfo(torch.float64).eps)
 
 
+@pytest.mark.parametrize("name", sorted(STOCHASTIC))
+def test_each_step_is_within_8_ulp_of_eager_float32(name):
+    """Of the largest of x, v, the noise and the next state: eager PyTorch rounds each term of the expression."""
+    largest = 0.0
+    for noise_at, seed in itertools.product((0, 1), range(20)):
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(BATCH, *DIMS, generator=generator)
+        z = torch.randn(BATCH, STEPS, *DIMS, generator=generator)
+        times = torch.rand(STEPS + 1, generator=generator, dtype=torch.float64).sort(descending=bool(noise_at)).values
+        times = times * 0.98 + 0.01
+        states, grid = sampler(name, noise_at).sample(
+            BATCH, step_fn, noise=noise, step_noise=z, time_steps=times, return_all_steps=True
+        )
+        sigmas = [abs(1 - noise_at - t) for t in grid.tolist()]
+        for k in range(STEPS):
+            x, v = states[:, k], step_fn(states[:, k], grid[k])
+            mean, std = mean_and_std(name, x, v if noise_at else -v, sigmas[k], sigmas[k + 1], sigmas[1])
+            after = mean + std * z[:, k]
+            scale = torch.stack([x, v, std * z[:, k], after]).abs().amax(0)
+            ulp = torch.finfo(torch.float32).eps * 2.0 ** torch.floor(torch.log2(scale))
+            largest = max(largest, ((states[:, k + 1] - after).abs() / ulp).max().item())
+    assert 0 < largest <= 8, largest
+
+
 def test_without_noise_sde_is_euler():
     for dtype, noise_at in itertools.product((torch.float64, torch.float32, torch.bfloat16), (0, 1)):
         noise, _ = drawn(dtype)

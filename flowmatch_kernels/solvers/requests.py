@@ -8,7 +8,7 @@ import struct
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class Request(NamedTuple):
         return tuple(x for x in given if isinstance(x, Tensor) and x.device.type != "cpu")
 
     def make(self, check: bool = False) -> Table:
-        """The table; `check`: each segment's weights too.
+        """The table; `check`: each segment's weights too, and that the coefficients of a named grid are finite.
 
         Raises:
             TypeError: time_steps or step_sizes is no floating-point tensor or list of floats.
@@ -119,7 +119,7 @@ class Request(NamedTuple):
             self.euler_at_final,
             check,
         )
-        if self._is_own:
+        if self._is_own or check:
             check_finite(table, self.int_method, self.noise_at)
         return table
 
@@ -302,6 +302,27 @@ def _row(row: Any, dtype: torch.dtype) -> Tensor:
     return row if isinstance(row, Tensor) else tensor([float(entry) for entry in row], dtype)
 
 
+class Describing(Protocol):
+    """What describes a table: `Request`, and that of `flowmatch_kernels.diffusion`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of the coefficients and times."""
+        ...
+
+    def key(self) -> Hashable:
+        """What is equal for requests of the same table, to the bit; None: it is not known."""
+        ...
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that its key names by identity."""
+        ...
+
+    def make(self, check: bool = False) -> Table:
+        """The table."""
+        ...
+
+
 class _Cache:
     """The last few tables. Safe across threads and streams."""
 
@@ -312,9 +333,9 @@ class _Cache:
         self._pinned: dict[int, Table] = {}  # by id: a CUDA graph reads them whenever it is replayed
         self._lock = threading.Lock()
 
-    def get(self, request: Request) -> Table:
+    def get(self, request: Describing) -> Table:
         """The table of a request, kept if it can be."""
-        if callable(request.weight):  # it is asked at each sample(), and what it returns is not kept
+        if isinstance(request, Request) and callable(request.weight):  # asked at each sample(): its values are not kept
             assert request.form is not None
             unguided = self.get(request._replace(form=None, weight=0.0))
             return unguided.guided(guidance.form(request.form), request.weight, sizes=request.sizes)
@@ -325,10 +346,7 @@ class _Cache:
         if table is None:
             # Ordinary tensors even under inference mode: who comes next may not be under it.
             with torch.inference_mode(False), torch.no_grad():
-                table = request.make(check=True)
-                if request.time_steps is None and request.step_sizes is None:
-                    check_finite(table, request.int_method, request.noise_at)
-                table = table.readable()
+                table = request.make(check=True).readable()
             if table.coefficients.is_cuda:  # another stream may be the next to read it
                 torch.cuda.current_stream(table.coefficients.device).synchronize()
             with self._lock:
@@ -343,13 +361,13 @@ class _Cache:
                 table.densities.record_stream(stream)
         return table
 
-    def captured(self, request: Request) -> Table:
+    def captured(self, request: Describing) -> Table:
         """The table of a request while a CUDA graph is captured, which then holds it for good.
 
         Raises:
             RuntimeError: it is not there, and to make one would copy from the host, which a capture does not allow.
         """
-        key = None if callable(request.weight) else request.key()
+        key = None if isinstance(request, Request) and callable(request.weight) else request.key()
         if key is None:
             raise RuntimeError(
                 "a time_grid or an inference_guidance_weight that is a function, and a grid that is neither a list nor "
@@ -366,7 +384,7 @@ class _Cache:
             self._pinned[id(table)] = table
         return table
 
-    def _kept(self, key: Hashable, request: Request) -> Table | None:
+    def _kept(self, key: Hashable, request: Describing) -> Table | None:
         table, tensors = self._tables.get(key, (None, ()))
         # Another tensor may have the address of one that is gone.
         return table if all(map(_is, tensors, request.tensors())) else None
@@ -379,7 +397,7 @@ class _Cache:
 cache = _Cache()
 
 
-def table_for(request: Request, cached: bool) -> Table:
+def table_for(request: Describing, cached: bool) -> Table:
     """The table of a request; within a capture the one that a CUDA graph then holds.
 
     Args:

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+from flowmatch_kernels import empty_cache
+
 Key = TypeVar("Key", bound=Hashable)
 
 #: A run is as many calls as take this long, or one: shorter, and the clock and the caches of another contestant count.
@@ -93,7 +95,9 @@ def peak_bytes(function: Callable[[], object]) -> int | None:
     What the kernel counts as resident, so that fresh pages show and reused ones do not. The function should be warm.
     """
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what malloc keeps would hide as much of the call's
+        # What malloc and this package keep would hide as much of the call's.
+        ctypes.CDLL(None).malloc_trim(0)
+        empty_cache()
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the peak starts from now
     except (OSError, AttributeError):

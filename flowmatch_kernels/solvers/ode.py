@@ -221,6 +221,8 @@ def loaded(int_method: IntMethod, options: Mapping[str, float] | None = None) ->
         TypeError: the solver has no such option.
         ValueError: the file holds no fitted solver, there is no solver of that name, or an option is out of its range.
     """
+    if not options and isinstance(int_method, str) and int_method in SOLVERS:
+        return int_method
     if isinstance(int_method, str) and int_method in STOCHASTIC:
         return stochastic(int_method, options)
     if options:

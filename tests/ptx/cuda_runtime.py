@@ -60,8 +60,8 @@ def _compiler() -> list[str]:
 
 
 def _described(*sources: Path) -> list[str | Path]:
-    """What every build depends on, with its sources and csrc's headers."""
-    return [build_cache.version(*_compiler()), *sources, *sorted(CSRC.glob("*.h"))]
+    """What every build depends on, with its sources and csrc's headers; names of kernels depend on the folder."""
+    return [str(CSRC), build_cache.version(*_compiler()), *sources, *sorted(CSRC.glob("*.h"))]
 
 
 #: The C++ that a launch comes by, and the kernels of each op.

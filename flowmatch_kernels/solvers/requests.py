@@ -302,7 +302,7 @@ def _row(row: Any, dtype: torch.dtype) -> Tensor:
     return row if isinstance(row, Tensor) else tensor([float(entry) for entry in row], dtype)
 
 
-class Describing(Protocol):
+class RequestLike(Protocol):
     """What describes a table: `Request`, and that of `flowmatch_kernels.diffusion`."""
 
     @property
@@ -333,7 +333,7 @@ class _Cache:
         self._pinned: dict[int, Table] = {}  # by id: a CUDA graph reads them whenever it is replayed
         self._lock = threading.Lock()
 
-    def get(self, request: Describing) -> Table:
+    def get(self, request: RequestLike) -> Table:
         """The table of a request, kept if it can be."""
         if isinstance(request, Request) and callable(request.weight):  # asked at each sample(): its values are not kept
             assert request.form is not None
@@ -361,7 +361,7 @@ class _Cache:
                 table.densities.record_stream(stream)
         return table
 
-    def captured(self, request: Describing) -> Table:
+    def captured(self, request: RequestLike) -> Table:
         """The table of a request while a CUDA graph is captured, which then holds it for good.
 
         Raises:
@@ -384,7 +384,7 @@ class _Cache:
             self._pinned[id(table)] = table
         return table
 
-    def _kept(self, key: Hashable, request: Describing) -> Table | None:
+    def _kept(self, key: Hashable, request: RequestLike) -> Table | None:
         table, tensors = self._tables.get(key, (None, ()))
         # Another tensor may have the address of one that is gone.
         return table if all(map(_is, tensors, request.tensors())) else None
@@ -397,7 +397,7 @@ class _Cache:
 cache = _Cache()
 
 
-def table_for(request: Describing, cached: bool) -> Table:
+def table_for(request: RequestLike, cached: bool) -> Table:
     """The table of a request; within a capture the one that a CUDA graph then holds.
 
     Args:

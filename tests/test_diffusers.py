@@ -240,13 +240,13 @@ def test_an_older_diffusers_is_refused():
 
 
 def test_compiled():
-    """A whole step under torch.compile, its index given before."""
+    """A whole step under torch.compile, in one graph, its index given before."""
     torch._dynamo.reset()
     x, v = torch.randn(2, 3), torch.randn(2, 3).bfloat16()
     ours, theirs = both()
     for scheduler in (ours, theirs):
         scheduler.set_begin_index(0)
-    step = torch.compile(lambda x, v, t: ours.step(v, t, x, return_dict=False)[0], backend="aot_eager")
+    step = torch.compile(lambda x, v, t: ours.step(v, t, x, return_dict=False)[0], backend="aot_eager", fullgraph=True)
     for t in theirs.timesteps[:3]:
         assert_same_bits(step(x, v, t), theirs.step(v, t, x)[0])
 

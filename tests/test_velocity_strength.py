@@ -112,6 +112,19 @@ def test_compile(compiler: str) -> None:
         assert_same_bits(compiled(noise, strength), sampled(noise, strength))
 
 
+def test_a_strength_that_is_not_its_memory() -> None:
+    """With the negative bit, or one of autograd's zero tensors, which have no memory."""
+    fm, noise = FlowMatching(SHAPE[1:]), torch.randn(SHAPE)
+    for strength, same in (
+        (torch._neg_view(ramp()), -ramp()),
+        (torch._efficientzerotensor(*SHAPE), torch.zeros(SHAPE)),
+    ):
+        results = [
+            fm.sample(SHAPE[0], lambda x, t: x * t - 0.5, noise=noise, velocity_strength=s) for s in (strength, same)
+        ]
+        assert_same_bits(*results)
+
+
 def test_derivative() -> None:
     """Of the noise and the model, as of the loop by hand; none of the strength, which is an error."""
     noise, weight = (torch.randn(SHAPE, dtype=torch.float64, requires_grad=True) for _ in range(2))

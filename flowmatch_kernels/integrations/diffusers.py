@@ -185,8 +185,7 @@ class FlowMatchEulerDiscreteScheduler(_Published):
             and not self.config.get("stochastic_sampling")
             and _are_plain(sample, v, u)
             and sample.is_contiguous()
-            and not sample.is_neg()
-            and not sample._is_zerotensor()
+            and (torch.compiler.is_compiling() or not (sample.is_neg() or sample._is_zerotensor()))  # Dynamo cannot ask
             and self.sigmas.dtype is torch.float32
             and not tracing.is_transforming()
         )

@@ -184,7 +184,7 @@ def dense(v: Tensor) -> Tensor:
     For kernels that read raw memory. A tensor may be strided; its negative bit may be set; or it may be
     one of autograd's zero tensors, which have no memory.
     """
-    if v._is_zerotensor():
+    if not torch.compiler.is_compiling() and v._is_zerotensor():  # Dynamo cannot ask
         v = v.clone()
     return v.resolve_neg().contiguous()
 

@@ -93,7 +93,8 @@ FLOWMATCH_INLINE void strips(const Operands& o, const void* row_of, std::int64_t
   V guided[kStrip];
   A remembered[kStrip], drawn[kStrip];
   S sums[kApart ? kStrip : 1];
-  // One loop that needs no room needs no strips: leaving a loop costs a processor the loads that it had under way.
+  // With one loop and no room of its own, all at once: at the end of a loop a processor loses the loads under way,
+  // which in place takes a fifth longer where the state fills the last cache.
   const bool one_pass = !(kApart || o.u || o.history || o.h[0] || o.trajectory);
   const std::int64_t strip = one_pass ? end - begin : kStrip;
   for (std::int64_t i = begin; i < end; i += strip) {

@@ -43,18 +43,23 @@ def refuse_derivative(value: Any, name: str) -> None:
         name: The argument's.
 
     Raises:
-        ValueError: it is.
+        ValueError: a derivative with respect to it is being taken.
     """
     if isinstance(value, Tensor):
         if has_derivative(value):
             raise ValueError(f"{name} requires grad, and sample() has no derivative with respect to it: detach it")
-    elif type(value) in (list, tuple) and not set(map(type, value)) <= {float, int}:
+    elif isinstance(value, (list, tuple)) and not set(map(type, value)) <= {float, int}:
         for entry in value:
             refuse_derivative(entry, name)
 
 
 def keeps_derivative(asked: bool | None, noise: Tensor | None, **constants: Any) -> bool:
     """Whether sample() keeps the derivative.
+
+    Args:
+        asked: The argument `differentiable` of sample().
+        noise: What sampling starts from.
+        **constants: What sample() has no derivative with respect to, by name.
 
     Raises:
         TypeError: asked is neither a bool nor None.
@@ -132,6 +137,7 @@ def number(value: Any, name: str, wanted: str = "a number") -> float:
     """
     if type(value) is float:
         return value
+    refuse_derivative(value, name)
     try:
         if not _numeric(value):
             raise TypeError

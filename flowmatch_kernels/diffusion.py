@@ -23,7 +23,7 @@ from .noise import KeyedNoise
 from .ops import dispatch
 from .ops.fused_step import COLUMNS, PROMOTE, arithmetic_dtype
 from .sampling import solve
-from .solvers import Evaluation, Table, table_for
+from .solvers import Evaluation, Table, content, table_for
 from .step_functions import Bound, bound
 from .training import check_data, mean_squared_error
 from .velocities import Velocities
@@ -151,14 +151,15 @@ class _Diffusion(BaseDiffusion):
             step_fn: The network, called as step_fn(x=x, t=t) with x [B, *x_dims] and the training timestep t
                 [B, 1, ..., 1], a whole number in torch's default dtype (t.flatten().long() for an embedding); returns
                 what prediction_type says, [B, *x_dims]. Guidance: combine the predictions in it. A model that wants
-                the timestep otherwise, or the number of the step: `flowmatch_kernels.StepFunction`.
+                the timestep otherwise, or the number of the step: `flowmatch_kernels.StepFunction`. Unless
+                differentiable is True it runs without grad: one that takes gradients itself needs torch.enable_grad().
             device: Where to sample.
             return_all_steps: Return the trajectory too.
             inference_step: Steps; None or 0: num_inference_steps.
             noise, generator, step_noise, dtype, constraint, callback: As for `FlowMatching.sample`. A constraint
                 changes the states; clip_sample_range clips the predicted data within each step.
-            differentiable: True: keep the derivative of the loop, but with respect to step_noise. None: as False; where
-                a derivative is asked for (torch.func.grad, jvp, ..., or noise that requires grad), it raises.
+            differentiable: True: keep the derivative of the loop; with respect to step_noise it raises. None: as False,
+                but where a derivative is asked for (torch.func.grad, jvp, ..., or noise that requires grad), it raises.
 
         Returns:
             The samples [B, *x_dims]; with return_all_steps, all states [B, T, *x_dims] and the timesteps [T], of which
@@ -300,9 +301,8 @@ class _Diffusion(BaseDiffusion):
             return list(zip(*(column.tolist() for column in (*ends.data, kept)), strict=True))
 
     def _settings(self) -> tuple[Any, ...]:
-        """What a table is made of, beside alphas_cumprod and the number of steps."""
-        clips = self.clip_sample_range is not None
-        return self.num_train_timesteps, self.timestep_spacing, self.steps_offset, self.prediction_type, clips
+        """What a table is made of, beside alphas_cumprod and the timesteps."""
+        return self.num_train_timesteps, self.prediction_type, self.clip_sample_range is not None
 
     def _ends(self, at: Sequence[int]) -> _Ends:
         """The steps that begin at these timesteps."""
@@ -355,15 +355,17 @@ class _Request(NamedTuple):
 
     def key(self) -> Hashable:
         """See `solvers.Request.key`."""
-        bars = self.of.alphas_cumprod
-        if bars.is_inference():  # which counts no writes
+        bars = content(
+            self.of.alphas_cumprod[None]
+        )  # of [1, n] the bytes; of [n] numbers, which takes ten times as long
+        if bars is None:
             return None
-        settings = type(self.of), *self.of._settings(), id(bars), bars._version
-        return *settings, self.steps, arithmetic_dtype(self.dtype), self.device, torch.get_default_dtype()
+        made_of = type(self.of), bars, tuple(self.of.timesteps(self.steps)), *self.of._settings()
+        return *made_of, arithmetic_dtype(self.dtype), self.device, torch.get_default_dtype()
 
     def tensors(self) -> tuple[Tensor, ...]:
         """See `solvers.Request.tensors`."""
-        return (self.of.alphas_cumprod,)
+        return (self.of.alphas_cumprod,) if self.of.alphas_cumprod.device.type != "cpu" else ()
 
     def make(self, check: bool = False) -> Table:
         """The table."""
@@ -446,7 +448,7 @@ class DDIM(_Diffusion):
         self.set_alpha_to_one = flag(set_alpha_to_one, "set_alpha_to_one")
 
     def _settings(self) -> tuple[Any, ...]:
-        return *super()._settings(), self.eta, self.set_alpha_to_one
+        return *super()._settings(), float(self.eta), self.set_alpha_to_one
 
     def _before(self, at: Sequence[int]) -> list[int]:
         return [t - self.num_train_timesteps // len(at) for t in at]

@@ -24,7 +24,6 @@ from .arguments import (
     keeps_derivative,
     own_dims,
     own_sizes,
-    refuse_derivative,
     share,
     shown,
     strength,
@@ -153,7 +152,6 @@ class FlowMatching(BaseDiffusion):
         self._steps(None, None)
         self.train_timestep_sampler = check_time_sampler(train_timestep_sampler)
         self.train_ignore_guidance_rate = share(train_ignore_guidance_rate, "train_ignore_guidance_rate")
-        refuse_derivative(inference_guidance_weight, "inference_guidance_weight")
         guidance.checked(inference_guidance_weight)
         self.train_drop_guidance = flag(train_drop_guidance, "train_drop_guidance")
         self.inference_guidance_weight = inference_guidance_weight
@@ -233,7 +231,8 @@ class FlowMatching(BaseDiffusion):
             step_fn: The velocity field, called as step_fn(x=x, t=t) with x [B, *x_dims] and t
                 [B, 1, ..., 1]; returns [B, *x_dims] or what expands to it, in the state's dtype or a
                 narrower one. It may keep x, write to it, or return it. For a model that wants t in another form, or
-                the number of the step: `flowmatch_kernels.StepFunction`.
+                the number of the step: `flowmatch_kernels.StepFunction`. Unless differentiable is True it runs without
+                grad: a model that takes gradients itself needs torch.enable_grad().
             device: Where to sample.
             return_all_steps: Return the trajectory too.
             inference_step: Steps; None or 0: num_inference_steps, or those of a fitted solver given here.
@@ -319,6 +318,10 @@ class FlowMatching(BaseDiffusion):
         Warns:
             UserWarning: unguided_step_fn is given and guidance is off; once for each sampler.
         """
+        if differentiable is False and torch.is_grad_enabled():  # so that no argument asks for a derivative
+            given = {name: value for name, value in locals().items() if name != "self"}
+            with torch.no_grad():
+                return FlowMatching.sample(self, **given)
         device = _device(device)
         batch_size = count(batch_size, "batch_size", most=None)
         if int_method_options is not None:
@@ -487,7 +490,6 @@ class FlowMatching(BaseDiffusion):
         for name, tensor in (("x", x), ("v", v), ("x_next", x_next)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {shown(tensor)}")
-        refuse_derivative(time_steps, "time_steps")
         if int_method_options is not None:
             int_method = self._with_options(int_method, int_method_options)
         table = self._table(

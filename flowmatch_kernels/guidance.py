@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import BYTES, finite, held, own_dims, refuse_derivative, shown, spread, tensor, unread
+from .arguments import BYTES, finite, held, own_dims, shown, spread, tensor, unread
 from .ops.fused_step import FROM_GUIDED, FROM_UNGUIDED, WEIGHTED, covered
 from .tracing import is_readable
 
@@ -218,9 +218,7 @@ def weights(
     steps = tuple(steps)
     if callable(weight):
         name = "what inference_guidance_weight(t) returned"
-        returned = [weight(t) for t in times()]
-        refuse_derivative(returned, name)
-        return tuple(held(finite(w, name), name, dtype) for w in returned)
+        return tuple(held(finite(weight(t), name), name, dtype) for t in times())
     for entry in weight if isinstance(weight, tuple) else (weight,):
         if type(entry) is float:
             held(entry, "inference_guidance_weight", dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
@@ -104,8 +104,9 @@ class KeyedNoise:
         """
         dtype = torch.get_default_dtype() if dtype is None else dtype
         batch_size, evaluation = count(batch_size, "batch_size"), integer(evaluation, "evaluation")
-        shape = [count(size, "x_dims") for size in (x_dims if isinstance(x_dims, Sequence) else (x_dims,))]
-        with tracing.unrecorded():  # which cannot record how bits are read
+        several = isinstance(x_dims, Iterable) and getattr(x_dims, "ndim", 1) > 0
+        shape = [count(size, "x_dims") for size in (x_dims if several else (x_dims,))]  # type: ignore[union-attr]
+        with tracing.unrecorded():  # torch.jit.trace cannot record a view of bits
             found = keys(self, batch_size, available_device(device))
             return dispatch.keyed_noise(found, shape, dtype, evaluation, backend)
 

@@ -1,7 +1,9 @@
 """`integrations.diffusers` against diffusers itself, to the last bit."""
 
+import copy
 import inspect
 import itertools
+import pickle
 
 import numpy
 import pytest
@@ -186,29 +188,94 @@ def test_inference_mode(made):
             scheduler.set_timesteps(4)
         for k, t in enumerate(scheduler.timesteps):
             with torch.no_grad(), torch.inference_mode(modes[1 if k < 2 else 2]):
-                if written and k == 1:
+                if written and k == 0:
                     scheduler.sigmas[3] = 0.3
                 step = scheduler.step_guided(-x, x / 2, 1.5 + k, t, x) if guided else scheduler.step(-x, t, x)
                 x = step.prev_sample
         return x.clone()
 
-    for guided, written in itertools.product((False, True), (False, True) if made().__class__ is Ours else (False,)):
+    for guided, written in itertools.product((False, True), repeat=2):
         wanted = sampled(False, False, False, guided=guided, written=written)
         for modes in itertools.product((False, True), repeat=3):
             torch.testing.assert_close(sampled(*modes, guided=guided, written=written), wanted, rtol=0, atol=0)
     assert not written or not torch.equal(wanted, sampled(False, False, False, guided=guided, written=False))
 
 
-def test_other_sigmas_than_the_solvers():
-    """Its rows are made by set_timesteps: the same sigmas may move, others raise. Euler's step takes them."""
+def test_sigmas_that_are_written_after_set_timesteps():
+    """As Cosmos pipelines write the last one: the same bits as diffusers', also with a solver that evaluates once."""
+    noise = torch.randn(2, 4)
+
+    def sampled(scheduler, write):
+        scheduler.set_timesteps(5)
+        write(scheduler)
+        x = noise
+        for t in scheduler.timesteps:
+            x = scheduler.step(-x, t, x).prev_sample
+        return x
+
+    def in_place(scheduler):
+        scheduler.sigmas[-1] = scheduler.sigmas[-2] / 2
+
+    def replaced(scheduler):
+        scheduler.sigmas = scheduler.sigmas * 0.9
+
+    def moved(scheduler):
+        scheduler.sigmas = scheduler.sigmas.clone()
+
+    for write in (in_place, replaced, moved):
+        wanted = sampled(Theirs(), write)
+        assert_same_bits(sampled(Ours(), write), wanted)
+        euler = FlowMatchSolverScheduler(int_method="euler")
+        assert_same_bits(sampled(euler, write), wanted)
+        assert_same_bits(sampled(euler, moved), sampled(Theirs(), moved))
+        ab2 = FlowMatchSolverScheduler(int_method="ab2")
+        assert torch.equal(sampled(ab2, write), sampled(ab2, lambda scheduler: None)) == (write is moved)
+    for int_method, before in (("ab2", 1), ("heun", 0)):
+        scheduler = FlowMatchSolverScheduler(int_method=int_method)
+        scheduler.set_timesteps(5)
+        for t in scheduler.timesteps[:before]:
+            scheduler.step(noise, t, noise)
+        in_place(scheduler)
+        with pytest.raises(ValueError, match="sigmas were changed after set_timesteps"):
+            scheduler.step(noise, scheduler.timesteps[before], noise)
+
+
+@pytest.mark.parametrize("made", [lambda: Ours(), lambda: FlowMatchSolverScheduler(int_method="ab2")])
+def test_copies(made):
+    """By copy and pickle after set_timesteps, as LTX pipelines make them; also under inference mode."""
     x = torch.ones(2, 4)
-    scheduler = FlowMatchSolverScheduler()
-    scheduler.set_timesteps(3)
-    scheduler.sigmas = scheduler.sigmas.clone()
-    scheduler.step(-x, scheduler.timesteps[0], x)
-    scheduler.sigmas = scheduler.sigmas * 0.9
-    with pytest.raises(ValueError, match="pass them to set_timesteps"):
-        scheduler.step(-x, scheduler.timesteps[1], x)
+    for mode in (False, True):
+        with torch.inference_mode(mode):
+            scheduler = made()
+            scheduler.set_timesteps(4)
+            results = []
+            for copied in (
+                scheduler,
+                copy.deepcopy(scheduler),
+                copy.copy(scheduler),
+                pickle.loads(pickle.dumps(scheduler)),
+            ):
+                y = x
+                for t in copied.timesteps:
+                    y = copied.step(-y, t, y).prev_sample
+                results.append(y)
+                scheduler = made()
+                scheduler.set_timesteps(4)
+            for result in results[1:]:
+                assert_same_bits(result, results[0])
+
+
+def test_a_begin_index_that_is_a_tensor():
+    for made in (Ours, Theirs, lambda: FlowMatchSolverScheduler(int_method="euler")):
+        results = []
+        for begin in (1, torch.tensor(1)):
+            scheduler, x = made(), torch.ones(2, 4)
+            scheduler.set_timesteps(4)
+            scheduler.set_begin_index(begin)
+            for t in scheduler.timesteps[1:]:
+                x = scheduler.step(-x, t, x).prev_sample
+            results.append(x)
+        assert_same_bits(*results)
 
 
 def test_configuration(tmp_path):

@@ -90,14 +90,20 @@ class FlowMatchEulerDiscreteScheduler(_Published):
 
     timesteps: Tensor
     _plan: _Plan | None = None
+    _sigmas: Tensor
 
     @property
     def sigmas(self) -> Tensor:
-        """The schedule, as diffusers' schedulers have it; set under inference mode, a copy that counts its writes."""
+        """The schedule. Of a tensor made under inference mode a copy, whose version counter shows later writes."""
+        sigmas = self._sigmas
+        if torch.compiler.is_compiling() or not sigmas.is_inference():
+            return sigmas
+        self.sigmas = sigmas  # deepcopy and pickle set it without the setter
         return self._sigmas
 
     @sigmas.setter
     def sigmas(self, sigmas: Tensor) -> None:
+        sigmas = sigmas if isinstance(sigmas, Tensor) else torch.as_tensor(sigmas)
         if sigmas.is_inference():
             with ordinary():
                 sigmas = sigmas.clone()
@@ -206,9 +212,10 @@ class FlowMatchEulerDiscreteScheduler(_Published):
         """
         if self._step_index is None:
             self._init_step_index(timestep)
-        if not 0 <= self._step_index < len(self.sigmas) - 1:
+        steps = len(self._sigmas) - 1
+        if not 0 <= self._step_index < steps:
             raise IndexError(
-                f"step {self._step_index} of a schedule of {len(self.sigmas) - 1}: call set_timesteps before each run, "
+                f"step {self._step_index} of a schedule of {steps}: call set_timesteps before each run, "
                 "and set_begin_index with one of its steps"
             )
         out = self._launched(v, u, guidance_scale, sample)
@@ -217,7 +224,7 @@ class FlowMatchEulerDiscreteScheduler(_Published):
 
     def _launched(self, v: Tensor, u: Tensor | None, guidance_scale: float | None, sample: Tensor) -> Tensor:
         """The next sample."""
-        plan, sigmas = self._plan, self.sigmas
+        plan, sigmas = self._plan, self._sigmas
         if (
             plan is None
             or plan.sigmas is not sigmas
@@ -350,7 +357,8 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
         written = self._solver.to_dict() if isinstance(self._solver, FittedSolver) else self._solver
         self.register_to_config(int_method=written, use_flow_sigmas=use_flow_sigmas)
         self._grid: Tensor | None = None  # the steps' sigmas; `sigmas` are the evaluations'
-        self._known: Tensor | None = None  # `sigmas` whose values are those that the rows were made of
+        self._seen: tuple[Tensor, int] | None = None  # `sigmas` as they were last looked at, and their version
+        self._values: Tensor | None = None  # those that the rows were made of, on the host
         self._whole: Table | None = None  # the solver's rows on them
         self._table: Table | None = None  # those from the first step that is taken on
         self._first = 0  # the evaluation that it begins with
@@ -404,7 +412,7 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
             at = table.times[[evaluation.time for evaluation in table.evaluations]].to(self.sigmas.device)
             self.timesteps = at * self.config.num_train_timesteps
             self.sigmas = torch.cat([at, self._grid[-1:]])
-        self._known = self.sigmas
+        self._keep_sigmas()
 
     # Pipelines look whether it takes sigmas.
     set_timesteps.__signature__ = inspect.signature(  # type: ignore[attr-defined]
@@ -469,8 +477,9 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
             ValueError: the first step is not one at which the solver can start, or sigmas have changed.
             TypeError: v is of a dtype wider than float32.
         """
-        if self.sigmas is not self._known:
-            self._check_sigmas()
+        sigmas = self.sigmas
+        if self._seen is None or self._seen[0] is not sigmas or self._seen[1] != sigmas._version:
+            self._follow_sigmas()
         if self._table is None:
             self._table = self._start(sample.device)
         table, row = self._table, self._step_index - self._first
@@ -498,14 +507,28 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
             torch.ops.flowmatch_kernels.fused_step_(*operands)  # which says what is wrong with them
         return out.to(v.dtype)
 
-    def _check_sigmas(self) -> None:
-        """Raises where `sigmas` were replaced by others; they may have moved to another device."""
-        assert self._known is not None
-        if not torch.equal(self._known.cpu(), self.sigmas.cpu()):
-            raise ValueError(
-                "sigmas were replaced after set_timesteps, which makes the solver's rows: pass them to set_timesteps"
-            )
-        self._known = self.sigmas
+    def _keep_sigmas(self) -> None:
+        self._seen = self.sigmas, self.sigmas._version
+        self._values = self.sigmas.cpu().clone()
+
+    def _follow_sigmas(self) -> None:
+        """Takes sigmas that were written after set_timesteps, as Cosmos pipelines write the last one.
+
+        Raises:
+            ValueError: a step was taken with the others, the solver evaluates more than once a step, or it brings its
+                own times.
+        """
+        assert self._values is not None and self._whole is not None
+        if not torch.equal(self._values, self.sigmas.cpu()):
+            one_a_step = len(self._whole.evaluations) == self._whole.steps
+            if self._table is not None or not one_a_step or isinstance(self._solver, FittedSolver):
+                raise ValueError(
+                    "sigmas were changed after set_timesteps, which makes the solver's rows: pass them to set_timesteps"
+                )
+            self._grid = self.sigmas
+            self._whole = self._build(self._grid)
+            check_finite(self._whole, self._solver, self._noise_at)
+        self._keep_sigmas()
 
     def _build(self, grid: Tensor, euler_at_start: bool = False) -> Table:
         """The solver's rows on a grid of sigmas, on the host."""
@@ -520,7 +543,7 @@ class FlowMatchSolverScheduler(FlowMatchEulerDiscreteScheduler):
     def _start(self, device: torch.device) -> Table:
         """The table from the first step on, and no memory of another run."""
         assert self._grid is not None and self._whole is not None
-        table, first = self._whole, self._step_index
+        table, first = self._whole, int(self._step_index)
         evaluations = table.evaluations
         while first and not evaluations[first - 1].commit:
             if evaluations[first].time != evaluations[first + 1].time:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import as_tensor, check_dense, number, tensor
+from ..arguments import as_tensor, check_dense, number, refuse_derivative, tensor
 from ..ops.fused_step import FLOAT64_DEVICES
 from ..tracing import is_readable
 
@@ -83,6 +83,7 @@ def checked_sizes(step_sizes: Any, steps: int, device: torch.device) -> Grid:
 
 def _checked(given: Any, name: str, dtype: torch.dtype, device: torch.device) -> Grid:
     """A floating-point tensor as it is, or a sequence of numbers as a tensor of `dtype`."""
+    refuse_derivative(given, name)
     if isinstance(given, (list, tuple)) and not any(isinstance(entry, (list, tuple)) for entry in given):
         numbers = tuple(number(entry, f"{name}[{k}]") for k, entry in enumerate(given))
         grid = tensor(numbers, dtype)

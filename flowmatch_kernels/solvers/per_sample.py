@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import as_tensor, check_dense, number, row_name, spread
+from ..arguments import as_tensor, check_dense, number, row_name, shown, spread
 from ..ops.fused_step import HELD
 from ..ops.step_log_prob import HELD as HELD_DENSITY
 from ..tracing import is_readable
@@ -22,7 +22,7 @@ def rows_of(numbers: Any, sizes: Sequence[int], name: str) -> list[Any]:
     """What is given for each sample or token, as one row for each of `sizes`: tensors on the CPU, or lists.
 
     Args:
-        numbers: As for `arguments.spread`, tensors of NumPy too.
+        numbers: As for `arguments.spread`, NumPy arrays too.
         sizes: The first sizes of the state.
         name: The argument's.
 
@@ -31,7 +31,10 @@ def rows_of(numbers: Any, sizes: Sequence[int], name: str) -> list[Any]:
         ValueError: sizes are others, rows differ in length, or they cannot be read.
     """
     if not isinstance(numbers, (list, tuple)):
-        numbers = numbers if isinstance(numbers, Tensor) else as_tensor(numbers)
+        try:
+            numbers = numbers if isinstance(numbers, Tensor) else as_tensor(numbers)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{name} must be a tensor or lists of floats, got {shown(numbers)}") from None
         if not numbers.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {numbers.dtype}")
         check_dense(numbers, name)
@@ -103,7 +106,7 @@ def _picked(row: Any, which: Sequence[int]) -> Any:
 
 
 class Row(NamedTuple):
-    """What a sample or token has, and others with the same numbers."""
+    """What all samples or tokens with the same times and step sizes share."""
 
     name: str
     """Of the first that has it, for messages."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..arguments import finite, refuse_derivative
+from ..arguments import finite
 from .fitted import FittedSolver
 from .stages import Segment, Stage, Steps
 
@@ -144,7 +144,6 @@ def stochastic(name: str, options: Mapping[str, float] | None) -> StochasticSolv
         wanted = " and ".join(known) or "no options"
         raise TypeError(f"int_method {name!r} takes {wanted}, got {', '.join(map(repr, unknown))}")
     for option, value in given.items():
-        refuse_derivative(value, option)
         given[option] = finite(value, option)
         if not 0 <= given[option] <= known[option]:
             wanted = "at least 0" if known[option] == math.inf else f"between 0 and {known[option]:g}"

@@ -24,6 +24,7 @@ from .arguments import (
     keeps_derivative,
     own_dims,
     own_sizes,
+    refuse_derivative,
     share,
     shown,
     strength,
@@ -490,6 +491,7 @@ class FlowMatching(BaseDiffusion):
         for name, tensor in (("x", x), ("v", v), ("x_next", x_next)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {shown(tensor)}")
+        refuse_derivative(time_steps, "time_steps")
         if int_method_options is not None:
             int_method = self._with_options(int_method, int_method_options)
         table = self._table(

@@ -8,7 +8,7 @@ from operands import assert_same_bits
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
-from flowmatch_kernels import DDIM, DDPM, FlowMatching, inpaint, solvers
+from flowmatch_kernels import DDIM, DDPM, FlowMatching, StepFunction, inpaint, solvers
 
 STEPS = 4
 Z, W = torch.randn(3, 2), torch.randn(2, 2)
@@ -154,11 +154,16 @@ def test_what_has_no_derivative(name):
     """Of times, step sizes, weights, options and the like there is none: an error, by autograd and by torch.func."""
     value, arguments = NO_DERIVATIVE[name]
 
-    def run(value):
-        given = arguments(value)
+    def run(value, **options):
+        given = arguments(value) | options
         return sampled(Z, W, given.pop("weight", 1.5), **given)
 
     assert run(value).isfinite().all()
+    constant = run(value.clone().requires_grad_(), differentiable=False)
+    assert not constant.requires_grad
+    if name != "step_noise" and "eta" not in name:  # whose noise is drawn
+        assert_same_bits(constant, run(value, differentiable=False))
+    assert torch.is_grad_enabled()
     for derivative in (
         lambda value: run(value.clone().requires_grad_()),
         grad(lambda value: run(value).sum()),
@@ -180,6 +185,18 @@ def test_what_has_no_derivative_elsewhere():
     with pytest.raises(ValueError, match="eta requires grad"):
         FlowMatching(Z.shape[1:], "sde", int_method_options={"eta": w})
     fm = FlowMatching(Z.shape[1:], "sde", 2)
+    for name, made in {
+        "shift": lambda: FlowMatching(Z.shape[1:], time_grid="shifted", time_grid_options={"shift": w}),
+        "eta": lambda: DDIM(Z.shape[1:], eta=w / 2),
+        "beta_end": lambda: DDPM(Z.shape[1:], beta_end=w / 2),
+        "clip_sample_range": lambda: DDPM(Z.shape[1:], clip_sample_range=w),
+        "time_scale": lambda: StepFunction(lambda x, t: x, time_scale=w),
+        "what time_grid returned": lambda: FlowMatching(
+            Z.shape[1:], time_grid=lambda n: torch.linspace(0, 1, n + 1) * w
+        ).sample(len(Z), lambda x, t: x, noise=Z),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} requires grad"):
+            made()
     with pytest.raises(ValueError, match="time_steps requires grad"):
         fm.step_log_prob(Z, Z, Z + 0.1, 0, time_steps=torch.tensor([0.1, 0.5, 0.9], requires_grad=True))
     for made in (DDIM(Z.shape[1:], 3, eta=1.0), DDPM(Z.shape[1:], 3)):

@@ -1,13 +1,15 @@
 """DDIM and DDPM, against diffusers' schedulers with the same settings, and against each other."""
 
 import importlib
+import inspect
 import itertools
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flowmatch_kernels import DDIM, DDPM, KeyedNoise, StepFunction
+from flowmatch_kernels import DDIM, DDPM, KeyedNoise, StepFunction, diffusion, solvers
+from flowmatch_kernels.solvers import table_for
 
 EXACT = {"rtol": 0, "atol": 0}
 DIMS, BATCH = (5, 3), 4
@@ -172,33 +174,77 @@ def test_ways_to_sample():
     torch.testing.assert_close(drawn, DDPM(DIMS, 6).sample(BATCH, step_fn, noise=noise, step_noise=z), **EXACT)
 
 
-def test_a_table_is_kept_for_what_it_is_made_of(monkeypatch):
-    """One for each set of settings, number of steps and dtype, and for abar as it is; of no fake tensors."""
-    made, rows = [], DDIM._rows
-    monkeypatch.setattr(DDIM, "_rows", lambda self, steps: made.append(steps) or rows(self, steps))
-    ddim, x = DDIM(DIMS, 3), torch.ones(BATCH, *DIMS)
-    for changed in (
+CHANGES = {
+    "num_train_timesteps": 900,
+    "beta_start": 2e-4,
+    "beta_end": 0.03,
+    "beta_schedule": "cosine",
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,
+    "prediction_type": "v",
+    "clip_sample_range": 0.1,
+}
+
+
+@pytest.mark.parametrize("kind", [DDIM, DDPM])
+def test_a_table_is_kept_for_what_it_is_made_of(kind):
+    """Another one for each argument of the constructor, number of steps, dtype and default dtype."""
+    own = {"eta": 0.5, "set_alpha_to_one": False} if kind is DDIM else {"variance_type": "fixed_large"}
+    arguments = [{}, *({name: value} for name, value in (CHANGES | own).items())]
+    assert {"x_dims", "num_inference_steps", "backend", *CHANGES, *own} == set(inspect.signature(kind).parameters)
+    made = {}
+    for given in arguments:
+        for steps, dtype, default in (
+            (3, torch.float32, torch.float32),
+            (4, torch.float32, torch.float32),
+            (3, torch.float64, torch.float32),
+            (3, torch.float32, torch.float64),
+        ):
+            torch.set_default_dtype(default)
+            request = diffusion._Request(kind(DIMS, steps, **given), steps, dtype, torch.device("cpu"))
+            table = table_for(request, cached=True)
+            fresh = request.make()
+            for name in ("coefficients", "times"):
+                torch.testing.assert_close(getattr(table, name), getattr(fresh, name), **EXACT)
+            assert table.evaluations == fresh.evaluations
+            assert table_for(request, cached=True) is table
+            assert made.setdefault(id(table), (given, steps, dtype, default)) == (given, steps, dtype, default)
+
+
+def test_a_table_follows_its_sampler():
+    """What is changed afterwards, by attribute, in the memory of alphas_cumprod, or by another `timesteps`."""
+
+    class Own(DDIM):
+        at = None
+
+        def timesteps(self, steps):
+            return self.at or super().timesteps(steps)
+
+    ddim, x, before = Own(DIMS, 4), torch.ones(BATCH, *DIMS), None
+    for change in (
         lambda: None,
-        lambda: setattr(ddim, "eta", 0.5),
+        lambda: setattr(ddim, "eta", torch.tensor(0.5)),
+        lambda: ddim.eta.fill_(0.9),
         lambda: setattr(ddim, "clip_sample_range", 0.1),
-        lambda: setattr(ddim, "num_inference_steps", 4),
         lambda: setattr(ddim, "prediction_type", "v"),
+        lambda: setattr(ddim, "at", [900, 300, 200, 100]),
         lambda: ddim.alphas_cumprod.mul_(0.9),
+        lambda: ddim.alphas_cumprod.data.mul_(0.9),
         lambda: setattr(ddim, "alphas_cumprod", ddim.alphas_cumprod * 0.9),
     ):
-        before = len(made)
-        changed()
-        results = [ddim.sample(BATCH, step_fn, noise=x, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
-        assert len(made) == before + 1
-        torch.testing.assert_close(*results, **EXACT)
-        fresh = DDIM(DIMS, ddim.num_inference_steps, prediction_type=ddim.prediction_type, eta=ddim.eta)
-        fresh.clip_sample_range, fresh.alphas_cumprod = ddim.clip_sample_range, ddim.alphas_cumprod.clone()
-        again = fresh.sample(BATCH, step_fn, noise=x, generator=torch.Generator().manual_seed(1))
-        torch.testing.assert_close(again, results[0], **EXACT)
-        del made[before + 1 :]
+        change()
+        found = ddim.sample(BATCH, step_fn, noise=KeyedNoise(1))
+        assert before is None or not torch.equal(found, before)
+        solvers.cache.clear()
+        torch.testing.assert_close(ddim.sample(BATCH, step_fn, noise=KeyedNoise(1)), found, **EXACT)
+        before = found
     with FakeTensorMode():
         assert ddim.sample(BATCH, step_fn, noise=torch.empty(BATCH, *DIMS)).shape == (BATCH, *DIMS)
     assert ddim.sample(BATCH, step_fn, noise=x).isfinite().all()
+    with torch.inference_mode():
+        ddim = DDIM(DIMS, 4)
+    request = diffusion._Request(ddim, 4, torch.float32, torch.device("cpu"))
+    assert table_for(request, cached=True) is table_for(request, cached=True)
 
 
 def test_no_zero_in_silence():

@@ -589,6 +589,16 @@ def test_bad_noise(options, error, message):
         FlowMatching(3).sample(2, step_fn, **options)
 
 
+def test_draws_of_any_form_of_dims():
+    """As FlowMatching takes them: an int, a sequence, an array, a tensor, an iterator; also none and empty ones."""
+    wanted = KeyedNoise(1).draw(2, (3, 2))
+    for x_dims in ([3, 2], torch.Size([3, 2]), np.array([3, 2]), torch.tensor([3, 2]), iter((3, 2))):
+        assert_same_bits(KeyedNoise(1).draw(2, x_dims), wanted)
+    assert KeyedNoise(1).draw(2, 3).shape == (2, 3)
+    assert KeyedNoise(1).draw(2, ()).shape == (2,)
+    assert KeyedNoise(1).draw(2, (0, 3)).shape == (2, 0, 3)
+
+
 @pytest.mark.parametrize(
     "options, error, message",
     [

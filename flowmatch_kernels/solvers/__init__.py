@@ -9,7 +9,7 @@ step sizes, and requests.py keeps the tables.
 from .fitted import FittedSolver, titled
 from .grid import Grid, checked_grid
 from .ode import SOLVERS, IntMethod, ab2, ab3, dpmpp_2m, euler, heun, loaded, midpoint, rk4, rk4_classic, solver, unipc
-from .requests import Request, cache, check_finite, content, table_for
+from .requests import Request, cache, check_finite, table_for
 from .stages import Earlier, Segment, Stage, Steps
 from .stochastic import ADDING, STOCHASTIC, Loaded, StochasticSolver, of_the_ode
 from .table import Evaluation, Table, build, evaluations
@@ -36,7 +36,6 @@ __all__ = [
     "cache",
     "check_finite",
     "checked_grid",
-    "content",
     "dpmpp_2m",
     "euler",
     "evaluations",

@@ -120,7 +120,7 @@ class Row(NamedTuple):
     """Their sizes, where they are given."""
 
 
-def naming(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+def with_name(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a function, whose errors then say whose numbers they are about."""
     try:
         return function(*arguments)

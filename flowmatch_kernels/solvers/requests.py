@@ -21,7 +21,7 @@ from ..tracing import is_readable
 from .fitted import FittedSolver, titled
 from .grid import Grid, check_absolute, checked_grid, checked_sizes, named_entries, on_host
 from .ode import ABSOLUTE
-from .per_sample import Row, grouped, naming, rows_of, side_by_side, stacked, without_holds
+from .per_sample import Row, grouped, rows_of, side_by_side, stacked, with_name, without_holds
 from .stages import part
 from .stochastic import Loaded, StochasticSolver
 from .table import Table, build
@@ -158,7 +158,7 @@ class Request(NamedTuple):
             own = without_holds(times[r], its_sizes[r], name)
             checked: tuple[Grid | None, Grid | None] = (None, None)
             if own.times is not None:
-                checked = naming(name, plain._replace(time_steps=own.times, step_sizes=own.sizes)._checked)
+                checked = with_name(name, plain._replace(time_steps=own.times, step_sizes=own.sizes)._checked)
             rows.append(Row(name, _row(times[r], self.grid_dtype), own.steps, *checked))
             known[key] = len(rows) - 1
             return known[key]
@@ -171,7 +171,7 @@ class Request(NamedTuple):
                 return own._built(*side_by_side(group), check)
             except ValueError:
                 for row in group:
-                    naming(row.name, own._built, row.grid, row.sizes, check)
+                    with_name(row.name, own._built, row.grid, row.sizes, check)
                 raise
 
         groups = grouped(rows)

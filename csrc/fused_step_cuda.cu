@@ -26,15 +26,16 @@ namespace {
 // would spill (4 bytes, sm_90): 5 leave them 48, but with every operand (4 bytes, sm_100). On sm_75 the 1024 threads
 // that fit are 4 blocks with 64 registers; so where vectors have rows of their own, a kernel that holds every operand
 // (32 bytes spilled at 40 registers, sm_90); and where h1 is noise (8 bytes at 48).
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kFewThreads = true;
+#else
+constexpr bool kFewThreads = false;
+#endif
 template <class S, class Present, int kSize>
 constexpr int blocks_at_once() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  return 4;
-#else
-  if (Present::kDrawn || (Present::kOwnRows && kSize > 1)) return 4;
-  if (sizeof(S) == 8) return Present::kEveryOperand ? 4 : 5;
-  return 6;
-#endif
+  return kFewThreads || Present::kDrawn || (Present::kOwnRows && kSize > 1) ? 4
+         : sizeof(S) == 8                                                   ? (Present::kEveryOperand ? 4 : 5)
+                                                                            : 6;
 }
 
 // ---- the kernel ----

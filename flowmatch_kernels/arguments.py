@@ -6,7 +6,7 @@ import itertools
 import math
 import operator
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -225,6 +225,12 @@ def check_dense(tensor: Tensor, name: str) -> None:
 def elsewhere(tensor: Tensor, device: torch.device) -> bool:
     """Whether a tensor is on another device; one without an index is any of its type."""
     return tensor.device != device and (device.index is not None or tensor.device.type != device.type)
+
+
+def listed(numbers: Any) -> list[Any]:
+    """The entries of a sequence, an array or an iterator; one number, a 0-dim tensor too, as the only entry."""
+    several = isinstance(numbers, Iterable) and getattr(numbers, "ndim", 1) > 0
+    return list(numbers) if several else [numbers]
 
 
 def as_tensor(numbers: Any) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from .arguments import BYTES, integer, shown
+from .arguments import BYTES, integer, listed, shown
 
 
 class StepFn(Protocol):
@@ -65,10 +65,8 @@ def _dims(x_dims: int | Sequence[int]) -> list[int]:
     wrong = f"x_dims must be an int or a sequence of ints, got {shown(x_dims)}"
     if isinstance(x_dims, (str, *BYTES, set, frozenset, dict)):
         raise TypeError(wrong)
-    several = isinstance(x_dims, Iterable) and getattr(x_dims, "ndim", 1) > 0  # a 0-dim tensor is an int
-    entries: list[Any] = list(x_dims) if several else [x_dims]  # type: ignore[arg-type]
     try:
-        found = [integer(entry, "x_dims") for entry in entries]
+        found = [integer(entry, "x_dims") for entry in listed(x_dims)]
     except TypeError:
         raise TypeError(wrong) from None
     if not found or min(found) <= 0:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor
 
 from . import tracing
-from .arguments import available_device, check_dense, count, elsewhere, integer, shown
+from .arguments import available_device, check_dense, count, elsewhere, integer, listed, shown
 from .ops import dispatch
 from .ops.fused_step import VELOCITY_DTYPES, arithmetic_dtype
 from .ops.keyed_noise import EVALUATIONS, INDEXES, STREAMS, at_evaluations
@@ -104,11 +104,8 @@ class KeyedNoise:
         """
         dtype = torch.get_default_dtype() if dtype is None else dtype
         batch_size, evaluation = count(batch_size, "batch_size"), integer(evaluation, "evaluation")
-        several = isinstance(x_dims, Iterable) and getattr(x_dims, "ndim", 1) > 0
-        shape = [count(size, "x_dims") for size in (x_dims if several else (x_dims,))]  # type: ignore[union-attr]
-        with tracing.unrecorded():  # torch.jit.trace cannot record a view of bits
-            found = keys(self, batch_size, available_device(device))
-            return dispatch.keyed_noise(found, shape, dtype, evaluation, backend)
+        shape = [count(size, "x_dims") for size in listed(x_dims)]
+        return _normals(keys(self, batch_size, available_device(device)), shape, dtype, evaluation, backend)
 
 
 def _int(value: Any, name: str) -> int:
@@ -140,6 +137,19 @@ def keys(source: KeyedNoise | KeyRows | Sequence[KeyedNoise], batch_size: int, d
     index = torch.arange(batch_size, dtype=torch.int64, device=device) + source.first
     seed, stream = torch.full_like(index, source._bits), torch.full_like(index, source.stream)
     return torch.stack([seed, index, stream], dim=1)
+
+
+def _normals(
+    found: Tensor,
+    x_dims: Sequence[int],
+    dtype: torch.dtype,
+    evaluation: int,
+    backend: str,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The noise of these keys, a constant to torch.jit.trace, which cannot record a view of bits."""
+    with tracing.unrecorded():
+        return dispatch.keyed_noise(found, x_dims, dtype, evaluation, backend, out)
 
 
 class PartOfDraw:
@@ -273,9 +283,7 @@ def drawn(
         generators: Any = source
         draws = [torch.randn(1, *x_dims, dtype=dtype, device=one.device, generator=one) for one in generators]
         return torch.cat([one.to(device) for one in draws])
-    with tracing.unrecorded():
-        found = keys(source, batch_size, device)  # type: ignore[arg-type]
-        return dispatch.keyed_noise(found, x_dims, dtype, 0, backend, out)
+    return _normals(keys(source, batch_size, device), x_dims, dtype, 0, backend, out)  # type: ignore[arg-type]
 
 
 #: Steps whose keys are made at once: 24 bytes of each sample for each.
@@ -310,10 +318,7 @@ class StepNoise:
     ) -> None:
         self._source, self._given, self._shape, self._dtype, self._device = source, given, shape, dtype, device
         self._backend, self._stored = backend, stored
-        self._keys: Tensor | None = None
-        if given is None and is_keyed(source):
-            with tracing.unrecorded():
-                self._keys = keys(source, shape[0], device)  # type: ignore[arg-type]
+        self._keys = keys(source, shape[0], device) if given is None and is_keyed(source) else None  # type: ignore[arg-type]
         self._keys_at: tuple[Tensor, ...] = ()
         self._first = 0
 
@@ -332,8 +337,7 @@ class StepNoise:
         if self._given is not None:
             z = self._given.select(1, step)
         elif self._keys is not None:
-            with tracing.unrecorded():
-                z = dispatch.keyed_noise(self._keys, self._shape[1:], self._dtype, step + 1, self._backend, memory)
+            z = _normals(self._keys, self._shape[1:], self._dtype, step + 1, self._backend, memory)
         else:
             z = drawn(self._source, self._shape, self._dtype, self._device, self._backend, memory)
         if self._stored is not None:

@@ -289,16 +289,22 @@ def gpu(monkeypatch):
     dispatch._triton_cannot_start.cache_clear()
 
 
-def test_a_triton_whose_launch_is_not_known_comes_after_cuda(gpu, monkeypatch, caplog):
-    """Where cuda cannot serve it is taken all the same, by its ordinary launch."""
-    import triton
-
-    monkeypatch.setattr(triton, "__version__", "9.9.0")
+def line_of_cuda_chosen_twice(monkeypatch, caplog):
+    """The one line of log, where "auto" takes cuda on a GPU."""
     monkeypatch.setattr(dispatch, "_logged", set())
     with caplog.at_level(logging.WARNING, logger="flowmatch_kernels"):
         for _ in range(2):
             assert dispatch.choose("auto", "cuda").name == "cuda"
     (line,) = [record.getMessage() for record in caplog.records]
+    return line
+
+
+def test_a_triton_whose_launch_is_not_known_comes_after_cuda(gpu, monkeypatch, caplog):
+    """Where cuda cannot serve it is taken all the same, by its ordinary launch."""
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", "9.9.0")
+    line = line_of_cuda_chosen_twice(monkeypatch, caplog)
     assert "'triton' is skipped on cuda: Triton 9.9.0 is not one of those known, 3.6" in line
     assert "costs the host more" in line
     assert dispatch.choose("triton", "cuda").name == "triton"
@@ -342,11 +348,7 @@ def test_triton_that_cannot_start_gives_way_to_cuda(missing, gpu, monkeypatch, c
     elif missing == "Python.h":
         no_header(monkeypatch, tmp_path)
     said = {"compiler": "no C compiler", "Python.h": str(tmp_path / "Python.h"), "library": "libcuda.so"}[missing]
-    monkeypatch.setattr(dispatch, "_logged", set())
-    with caplog.at_level(logging.WARNING, logger="flowmatch_kernels"):
-        for _ in range(2):
-            assert dispatch.choose("auto", "cuda").name == "cuda"
-    (line,) = [record.getMessage() for record in caplog.records]
+    line = line_of_cuda_chosen_twice(monkeypatch, caplog)
     assert "'triton' is skipped" in line
     assert said in line
     assert said in available_backends()["triton"]
